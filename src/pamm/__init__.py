@@ -1,0 +1,1 @@
+"""PAMM and MTMamba: one image in, segmentation, parts, depth, normals, saliency and boundaries out."""

@@ -1,0 +1,70 @@
+"""The unit of data: one image with the labels it has, and a batch of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pamm.tasks import Task
+
+
+@dataclass
+class Sample:
+    """One image and its labels.
+
+    image: (3, H, W) uint8 RGB as read, (3, H, W) float32 normalised after the transforms.
+    labels: task name → (c, H, W); a task without a label for this image has no key.
+    size: (H, W) of the image as read.
+    """
+
+    id: str
+    image: Tensor
+    labels: dict[str, Tensor]
+    size: tuple[int, int]
+
+
+@dataclass
+class Batch:
+    """image (B, 3, H, W) float32; labels: task name → (B, c, H, W) for every task, all ignored where a label is missing."""
+
+    ids: list[str]
+    image: Tensor
+    labels: dict[str, Tensor]
+    sizes: list[tuple[int, int]]
+
+
+def collate(samples: Sequence[Sample], tasks: Mapping[str, Task]) -> Batch:
+    """Stack transformed samples of one size; missing labels become all-ignored ones."""
+    size = tuple(samples[0].image.shape[-2:])
+    labels = {
+        name: torch.stack([s.labels[name] if name in s.labels else task.missing(size) for s in samples])
+        for name, task in tasks.items()
+    }
+    return Batch([s.id for s in samples], torch.stack([s.image for s in samples]), labels, [s.size for s in samples])
+
+
+class DataError(ValueError):
+    """Data that is absent, incomplete or corrupt; the message names the file, what was expected and the remedy."""
+
+
+class Dataset(ABC, torch.utils.data.Dataset):
+    """One split of a data set: reads samples, transforms nothing.
+
+    `tasks` holds the tasks asked for, in the order asked for; a sample's labels are a subset of them.
+    """
+
+    name: str
+    split: str
+    tasks: Mapping[str, Task]
+    ids: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Sample:
+        """Sample number `index` as read from disk: uint8 image, labels of the image's size. Raises DataError."""

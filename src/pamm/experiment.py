@@ -1,0 +1,266 @@
+"""The schema of an experiment: a tree of frozen dataclasses, the only configuration there is.
+
+Recipes build it, the command line overrides its leaves, and the resolved tree is written beside the weights and reloads
+strictly. This file imports no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key, what was found and what was expected."""
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """One task of an experiment."""
+
+    weight: float = 1.0
+    """Multiplier of the task's loss."""
+    options: dict[str, float] = field(default_factory=dict)
+    """Arguments of the task itself, e.g. edge: positive_weight."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where images and labels come from and the frame the network sees."""
+
+    name: Literal["nyud", "pascal", "folder", "synthetic"] = "folder"
+    """Kind of data set."""
+    root: str | None = None
+    """Folder of the data set; `~` is expanded. Synthetic data: its cache (default: the user's cache folder)."""
+    size: tuple[int, int] = (512, 512)
+    """Height and width of a training crop and of the padded validation frame, pixels; multiples of the patch."""
+    fit: bool = False
+    """First shrink every image that is larger than `size` until it fits (the papers' data sets: off)."""
+    scale: tuple[float, float] = (0.5, 2.0)
+    """Range of the random zoom in training."""
+    flip: float = 0.5
+    """Probability of mirroring a training sample."""
+    largest_class: float = 0.75
+    """A training crop is redrawn (10 times at most) while one class covers more than this share of its labelled pixels."""
+    color: bool = True
+    """Photometric distortion of training images."""
+    images: tuple[int, int] = (0, 0)
+    """Synthetic data: number of training and validation images."""
+    seed: int = 0
+    """Synthetic data: seed of the scenes."""
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """A timm vision transformer. Fields left None keep timm's own value."""
+
+    name: str = "vit_base_patch16_384.augreg_in21k_ft_in1k"
+    """timm model name, with the tag of its pretrained weights after a dot."""
+    pretrained: bool = True
+    """Start from the tag's weights (downloaded once by timm)."""
+    taps: tuple[int, ...] = (3, 6, 9, 12)
+    """Blocks, counted from 1, whose outputs are the stages; the last block's output passes the final norm."""
+    drop_path: float = 0.15
+    """Stochastic depth of the last block, rising linearly from 0 at the first."""
+    patch: int | None = None
+    """Patch side, pixels."""
+    width: int | None = None
+    """Token channels."""
+    depth: int | None = None
+    """Number of blocks."""
+    heads: int | None = None
+    """Attention heads."""
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """Parameter Experts (paper eq. 11-15)."""
+
+    B: bool = True
+    """Experts on the parameter B; off: its linear projection alone (Table III)."""
+    C: bool = True
+    """Experts on the parameter C; off: its linear projection alone (Table III)."""
+    count: int = 15
+    """Number of experts shared by the tasks."""
+    top_k: int = 9
+    """Experts kept per image and task (Table V)."""
+    rank: int = 4
+    """Rank of an expert."""
+
+
+@dataclass(frozen=True)
+class PAMMConfig:
+    """The PAMM decoder; every switch is a row of one of the paper's tables."""
+
+    width: int = 768
+    """Channels d of a task's features."""
+    task_conv: bool = True
+    """Task Convolution (Table II)."""
+    pame: bool = True
+    """Parameter Aware Mamba Experts (Table II)."""
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    """Parameter Experts (Tables III, V)."""
+    prior_B: bool = True
+    """Parameter Prior on B (Table IV)."""
+    prior_C: bool = True
+    """Parameter Prior on C (Table IV)."""
+    state_size: int = 16
+    """State size N of the selective scan."""
+    scan: Literal["hilbert", "snake", "morton"] = "hilbert"
+    """Scan curve: H-scan, S-scan or Z-scan (Table VI)."""
+    orders: int = 4
+    """Number of scan orders (Table VIII)."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network: backbone and decoder."""
+
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    """Image encoder."""
+    decoder: PAMMConfig = field(default_factory=PAMMConfig)
+    """Multi-task decoder."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Optimisation."""
+
+    steps: int = 40_000
+    """Optimizer steps."""
+    batch: int = 6
+    """Images per optimizer step, over all devices."""
+    accumulate: int = 1
+    """Parts into which each device splits its share of the batch, one after the other."""
+    optimizer: Literal["adam", "adamw"] = "adam"
+    """Adam with L2 decay, or AdamW with decoupled decay."""
+    lr: float = 2e-5
+    """Initial learning rate."""
+    weight_decay: float = 1e-6
+    """Weight decay; A_log, D, priors, norms and biases are exempt."""
+    power: float = 0.9
+    """Exponent of the poly schedule lr·(1 − step/steps)^power."""
+    warmup: int = 0
+    """Steps over which the learning rate first rises linearly."""
+    clip: float | None = 10.0
+    """Largest gradient norm."""
+    scheme: Literal["sum", "log_sum"] = "sum"
+    """Total loss: Σ w·L, or MTMamba's Σ w·log(L + 1e-8)."""
+    eval_every: int = 1000
+    """Steps between evaluations on the validation split; 0: only at the end."""
+    save_every: int = 500
+    """Steps between checkpoints."""
+    log_every: int = 20
+    """Steps between lines of log.jsonl."""
+    workers: int = 2
+    """Data loading processes per device; 0 loads in the main process."""
+    seed: int = 0
+    """Seed of weights, sample order, augmentation and noise."""
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    """Arithmetic of the forward and backward pass; weights and scan states stay float32."""
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Kind of device."""
+    devices: int = 1
+    """Processes on this node, one device each."""
+    nodes: int = 1
+    """Number of nodes."""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """How processes share the model."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that determines a run."""
+
+    name: str = "experiment"
+    """Name of the recipe; also the default run folder under runs/."""
+    tasks: dict[str, TaskConfig] = field(default_factory=dict)
+    """The tasks, in order, with their loss weights."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Data set and transforms."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Network."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Optimisation."""
+
+
+def to_dict(config: Any) -> Any:
+    """Dataclass tree → plain dicts, lists and scalars (JSON and YAML values)."""
+    if dataclasses.is_dataclass(config):
+        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, dict):
+        return {key: to_dict(value) for key, value in config.items()}
+    if isinstance(config, (tuple, list)):
+        return [to_dict(value) for value in config]
+    return config
+
+
+def from_dict(kind: type, values: Any, where: str = "") -> Any:
+    """Plain values → dataclass tree, strictly.
+
+    Raises ConfigError for an unknown key (naming the known ones and the nearest) and for a value of another type.
+    Missing keys keep their defaults.
+    """
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where or kind.__name__}: expected a mapping of keys to values, found {values!r}")
+    hints = typing.get_type_hints(kind)
+    for key in values:
+        if key not in hints:
+            near = get_close_matches(str(key), hints, n=1)
+            hint = f" Did you mean '{near[0]}'?" if near else ""
+            raise ConfigError(f"unknown key '{where}{key}'.{hint} Known keys: {', '.join(hints)}")
+    return kind(**{key: _convert(hints[key], value, f"{where}{key}") for key, value in values.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """One value to the annotated type `hint`, or ConfigError."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, f"{where}.")
+    if origin is Literal:
+        if value not in arguments:
+            raise ConfigError(f"{where}: found {value!r}, expected one of {', '.join(map(repr, arguments))}")
+        return value
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
+        return _convert(next(a for a in arguments if a is not type(None)), value, where)
+    if origin is dict and isinstance(value, dict):
+        return {str(key): _convert(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if origin is tuple and isinstance(value, (list, tuple)):
+        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
+        if len(kinds) != len(value):
+            raise ConfigError(f"{where}: found {len(value)} values {list(value)}, expected {len(kinds)}")
+        return tuple(_convert(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and type(value) is hint:
+        return value
+    raise ConfigError(f"{where}: found {value!r} ({type(value).__name__}), expected {_describe(hint)}")
+
+
+def _describe(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
+
+
+def dump(experiment: Experiment, path: Path) -> None:
+    """Write the resolved experiment as YAML."""
+    path.write_text(yaml.safe_dump(to_dict(experiment), sort_keys=False, allow_unicode=True))
+
+
+def load(path: Path) -> Experiment:
+    """Read an experiment written by `dump`, or by hand. Raises ConfigError."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"no experiment file at {path}; `pamm train RECIPE` writes one into its run folder") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not a readable YAML file: {error}") from None
+    return from_dict(Experiment, values)

@@ -1,0 +1,11 @@
+"""Tasks: one file each. Importing this package registers every task file in it."""
+
+import importlib
+import pkgutil
+
+from pamm.tasks.task import TASKS, LabelError, Task, create_task, register
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+__all__ = ["TASKS", "LabelError", "Task", "create_task", "register"]

@@ -1,0 +1,148 @@
+"""The contract of a task: everything true of one map, in one file of this package.
+
+A task knows how its label is read, how the label moves with its image, its loss, its metric, how logits become a
+prediction in the task's unit, and how a prediction is drawn and saved. Nothing outside a task's own file asks for its name.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
+
+TASKS: dict[str, type[Task]] = {}
+"""Every registered task, by name."""
+
+
+def register(task: type[Task]) -> type[Task]:
+    """Class decorator: makes a task available under its `name`."""
+    if task.name in TASKS:
+        raise ValueError(f"two tasks are called '{task.name}': {TASKS[task.name].__qualname__} and {task.__qualname__}")
+    TASKS[task.name] = task
+    return task
+
+
+class Task(ABC):
+    """One dense prediction task.
+
+    Labels are tensors (c, H, W), with ignored pixels equal to `ignore` in every channel. Logits are (B, channels, H, W).
+    Predictions are (H, W) or (H, W, 3) arrays in the task's unit.
+    """
+
+    name: ClassVar[str]
+    score: ClassVar[str]
+    """Key of the metric that papers report for this task, one of those `metric().compute()` returns."""
+    higher_is_better: ClassVar[bool]
+    ignore: ClassVar[float]
+    """Value of a label's ignored pixels; padding and missing labels are filled with it."""
+    label_channels: ClassVar[int] = 1
+    label_dtype: ClassVar[torch.dtype] = torch.uint8
+
+    channels: int
+    """Number of maps the network outputs for this task."""
+
+    def __init__(self, *, weight: float = 1.0):
+        self.weight = float(weight)
+
+    @abstractmethod
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments, all JSON values, from which `create_task(self.name, **options)` rebuilds this task."""
+
+    # -- the label and its way through the transforms ------------------------------------------------------------------
+
+    @abstractmethod
+    def read(self, path: Path) -> Tensor:
+        """Label file of the folder layout → (label_channels, H, W) label. Raises `LabelError` for a file that is not one."""
+
+    def resample(self, label: Tensor, size: tuple[int, int]) -> Tensor:
+        """(c, h, w) label → (c, H, W) by nearest neighbour, source index ⌊i·h/H⌋ (as OpenCV's INTER_NEAREST)."""
+        rows = (torch.arange(size[0]) * label.shape[-2] / size[0]).long()
+        columns = (torch.arange(size[1]) * label.shape[-1] / size[1]).long()
+        return label[..., rows[:, None], columns]
+
+    def flip(self, label: Tensor) -> Tensor:
+        """Mirror a (c, H, W) label left to right, values included (a normal's x changes sign)."""
+        return label.flip(-1)
+
+    def rescale(self, label: Tensor, factor: float) -> Tensor:
+        """Change a label's values when its image was zoomed by `factor` (protocol: depth is divided by it)."""
+        return label
+
+    def finish(self, label: Tensor) -> Tensor:
+        """Last step after cropping and padding (protocol §1.4): rules that depend on the whole cropped label."""
+        return label
+
+    def missing(self, size: tuple[int, int]) -> Tensor:
+        """The label of an image that has none: (c, H, W), every pixel ignored."""
+        return torch.full((self.label_channels, *size), self.ignore, dtype=self.label_dtype)
+
+    # -- loss and metric -------------------------------------------------------------------------------------------------
+
+    def valid(self, label: Tensor) -> Tensor:
+        """(..., c, H, W) label → (..., 1, H, W) bool, False where every channel is `ignore`."""
+        return (label != self.ignore).any(-3, keepdim=True)
+
+    def counts(self, label: Tensor) -> Tensor:
+        """(B, c, H, W) → float64 vector of sums that normalise the loss, the number of valid pixels first.
+
+        Sums over several batches or processes give the counts of their union, so that a loss split over processes or
+        micro-batches adds up to the loss of the joined batch.
+        """
+        return self.valid(label).sum(dtype=torch.float64)[None]
+
+    @abstractmethod
+    def loss(self, logits: Tensor, label: Tensor, counts: Tensor | None = None) -> Tensor:
+        """(B, channels, H, W) float logits, (B, c, H, W) label → scalar, unweighted.
+
+        The sum over valid pixels divided by max(counts[0], 1). `counts` defaults to this batch's own; the caller passes the
+        joined batch's when this batch is one part of it. With every pixel ignored the loss is 0 and has a gradient path.
+        """
+
+    @abstractmethod
+    def metric(self) -> Metric:
+        """A torchmetrics metric: `update(logits, label)`, `compute() → {name: 0-d tensor}`, states reduced by sum."""
+
+    # -- predictions -------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def decode(self, logits: Tensor) -> Tensor:
+        """(B, channels, H, W) logits → (B, H, W) or (B, H, W, 3) prediction in the task's unit."""
+
+    @abstractmethod
+    def truth(self, label: Tensor) -> Tensor:
+        """(c, H, W) label → (H, W) or (H, W, 3) in the form of `decode`; ignored pixels hold any value."""
+
+    @abstractmethod
+    def draw(
+        self, prediction: np.ndarray, *, valid: np.ndarray | None = None, reference: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Prediction (H, W) or (H, W, 3) → picture (H, W, 3) uint8.
+
+        `valid` (H, W) bool paints the other pixels mid-grey. `reference` is a map whose range of values sets the colour
+        scale, so that a prediction and its truth are comparable (tasks with a fixed scale take no notice).
+        """
+
+    @abstractmethod
+    def save_png(self, prediction: np.ndarray, path: Path) -> None:
+        """Write the prediction as a PNG which `read` reads back (the folder layout's own encoding)."""
+
+
+class LabelError(ValueError):
+    """A label file that cannot be used; the message names the file, what was expected and the remedy."""
+
+
+def create_task(name: str, **options: Any) -> Task:
+    """Build a registered task. Raises ValueError for an unknown name or option, naming the known ones."""
+    if name not in TASKS:
+        raise ValueError(f"unknown task '{name}'; known tasks: {', '.join(sorted(TASKS))}")
+    try:
+        return TASKS[name](**options)
+    except TypeError as error:
+        raise ValueError(f"task '{name}' does not take these options {sorted(options)}: {error}") from error
