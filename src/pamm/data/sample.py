@@ -5,11 +5,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from pamm.tasks import Task
+
+if TYPE_CHECKING:
+    from pamm.experiment import DataConfig
+
+DATASETS: dict[str, type[Dataset]] = {}
+"""Every registered data set, by name."""
 
 
 @dataclass
@@ -51,16 +58,32 @@ class DataError(ValueError):
     """Data that is absent, incomplete or corrupt; the message names the file, what was expected and the remedy."""
 
 
+def register_dataset(dataset: type[Dataset]) -> type[Dataset]:
+    """Class decorator: makes a data set available under its `name`."""
+    DATASETS[dataset.name] = dataset
+    return dataset
+
+
 class Dataset(ABC, torch.utils.data.Dataset):
     """One split of a data set: reads samples, transforms nothing.
 
     `tasks` holds the tasks asked for, in the order asked for; a sample's labels are a subset of them.
     """
 
-    name: str
+    name: ClassVar[str]
     split: str
     tasks: Mapping[str, Task]
     ids: Sequence[str]
+
+    @classmethod
+    @abstractmethod
+    def options(cls, config: DataConfig) -> dict[str, dict[str, Any]]:
+        """Task name → arguments of `create_task` (its classes, its unit), for every task this data set can label."""
+
+    @classmethod
+    @abstractmethod
+    def open(cls, config: DataConfig, split: str, tasks: Mapping[str, Task]) -> Dataset:
+        """The split ("train" or "val") with labels for `tasks`. Raises DataError where something is absent."""
 
     def __len__(self) -> int:
         return len(self.ids)
