@@ -1,0 +1,77 @@
+"""Backbones: timm vision transformers that hand out the outputs of chosen blocks as stages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from pamm.experiment import BackboneConfig, ConfigError
+from pamm.nn.joined import join_drop_paths
+
+
+class ViT(nn.Module):
+    """A timm VisionTransformer; stages are the outputs of the blocks named by `taps`.
+
+    The last block's output passes the final norm, earlier ones are raw (paper §V-C, blocks 3, 6, 9, 12 of ViT-B).
+    `channels` is the width of every stage, `patch` the side of a token in pixels.
+    """
+
+    def __init__(self, vit: VisionTransformer, taps: tuple[int, ...]):
+        super().__init__()
+        depth = len(vit.blocks)
+        if not taps or list(taps) != sorted(set(taps)) or taps[0] < 1 or taps[-1] > depth:
+            raise ConfigError(f"backbone.taps: found {list(taps)}, expected increasing block numbers from 1 to {depth}")
+        self.taps = taps
+        self.channels: int = vit.embed_dim
+        self.patch: int = vit.patch_embed.patch_size[0]
+        if taps[-1] < depth:  # blocks and a norm that no stage reads would be parameters without a gradient
+            vit.blocks = vit.blocks[: taps[-1]]
+            vit.norm = nn.Identity()
+        self.vit = vit
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) normalised image → one (B, C, H/patch, W/patch) map per tap. Raises ValueError for other sizes."""
+        height, width = image.shape[-2:]
+        if height % self.patch or width % self.patch:
+            up = [-(-side // self.patch) * self.patch for side in (height, width)]
+            raise ValueError(
+                f"image of {height}×{width} pixels: both sides must be multiples of the patch, {self.patch}; "
+                f"pad it to {up[0]}×{up[1]}, or use pamm.Predictor, which takes any size"
+            )
+        indices = [tap - 1 for tap in self.taps]
+        stages = self.vit.forward_intermediates(image, indices=indices, output_fmt="NLC", intermediates_only=True)
+        stages[-1] = self.vit.norm(stages[-1])
+        grid = height // self.patch, width // self.patch
+        return [stage.transpose(1, 2).unflatten(2, grid) for stage in stages]
+
+
+def create_backbone(config: BackboneConfig, image_size: tuple[int, int]) -> ViT:
+    """Build the configured ViT with position embeddings for `image_size` (H, W); other sizes resample them on the fly.
+
+    Raises ConfigError for an unknown name, a model that is not a plain ViT, and weights that cannot be fetched.
+    """
+    names = {"patch_size": config.patch, "embed_dim": config.width, "depth": config.depth, "num_heads": config.heads}
+    arguments: dict[str, Any] = {key: value for key, value in names.items() if value is not None}
+    arguments |= {"img_size": image_size, "dynamic_img_size": True, "drop_path_rate": config.drop_path}
+    arguments |= {"num_classes": 0, "global_pool": ""}
+    if not timm.is_model(config.name):
+        near = ", ".join(timm.list_models(f"*{config.name.split('_')[0]}*")[:5]) or "vit_base_patch16_384"
+        raise ConfigError(f"backbone.name: timm knows no model '{config.name}'; for example: {near}")
+    try:
+        vit = timm.create_model(config.name, pretrained=config.pretrained, **arguments)
+    except (OSError, RuntimeError) as error:
+        if not config.pretrained:
+            raise
+        raise ConfigError(
+            f"the pretrained weights of '{config.name}' could not be loaded ({type(error).__name__}: {error}). Connect to the "
+            "network once so that timm can fetch them, or start from random weights with --model.backbone.pretrained False"
+        ) from error
+    except TypeError as error:
+        raise ConfigError(f"backbone '{config.name}' is not a plain vision transformer: {error}") from error
+    if not isinstance(vit, VisionTransformer):
+        raise ConfigError(f"backbone '{config.name}' is a {type(vit).__name__}, expected a plain timm VisionTransformer")
+    join_drop_paths(vit)
+    return ViT(vit, config.taps)

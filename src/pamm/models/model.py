@@ -1,0 +1,73 @@
+"""The network: backbone, decoder, one head per task; and how it is saved, loaded and shared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+from huggingface_hub import ModelHubMixin
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pamm.tasks import Task
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+class MultiTaskModel(nn.Module, ModelHubMixin, library_name="pamm", tags=["multi-task", "dense-prediction"]):
+    """One image in, logits of every task out.
+
+    `tasks`: the tasks in the order of the decoder's outputs. `settings`: JSON values from which `pamm.load_model` rebuilds
+    the same network.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        decoder: nn.Module,
+        heads: Mapping[str, nn.Module],
+        *,
+        tasks: Mapping[str, Task],
+        settings: dict[str, Any],
+    ):
+        super().__init__()
+        self.backbone = backbone
+        self.decoder = decoder
+        self.heads = nn.ModuleDict(heads)
+        self.tasks = dict(tasks)
+        self.settings = settings
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        """(B, 3, H, W) normalised image, sides multiples of the patch → task name → (B, channels, H, W) logits."""
+        stages = self.backbone(image)
+        features = self.decoder(stages)
+        logits = {task: head(features[task]) for task, head in self.heads.items()}
+        return {task: resize(x, image.shape[-2:]) for task, x in logits.items()}
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width the network was built for; it takes any other multiple of the patch as well."""
+        return tuple(self.settings["image_size"])
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """Weights as safetensors and settings as JSON (called by `save_pretrained`, which the hub mixin provides)."""
+        weights = {key: value.detach().contiguous().cpu() for key, value in self.state_dict().items()}
+        save_file(weights, save_directory / WEIGHTS_FILE, metadata={"format": "pt"})
+        (save_directory / CONFIG_FILE).write_text(json.dumps(self.settings, indent=1))
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, revision: str | None, token: str | bool | None, **options: Any):
+        """Called by `from_pretrained`: a local folder or a repository on the Hugging Face hub."""
+        from pamm.checkpoint import load_model
+
+        return load_model(model_id, revision=revision, token=token)
+
+
+def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, C, h, w) → (B, C, *size), bilinear, in float32 (as every task's loss expects)."""
+    x = x.float()
+    return x if x.shape[-2:] == size else F.interpolate(x, size=size, mode="bilinear", align_corners=False)

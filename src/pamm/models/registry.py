@@ -1,0 +1,54 @@
+"""From configuration to network: the only place that knows which decoder belongs to which configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from pamm.experiment import ConfigError, ModelConfig, PAMMConfig, from_dict, to_dict
+from pamm.models.backbone import ViT, create_backbone
+from pamm.models.heads import ConvHead
+from pamm.models.model import MultiTaskModel
+from pamm.models.pamm import PAMMDecoder
+from pamm.tasks import Task, create_task
+
+Decoder = tuple[nn.Module, dict[str, nn.Module]]
+
+
+def pamm(config: PAMMConfig, backbone: ViT, tasks: Mapping[str, Task]) -> Decoder:
+    """PAMM's decoder and heads."""
+    decoder = PAMMDecoder(config, backbone.channels, len(backbone.taps), list(tasks))
+    return decoder, {name: ConvHead(config.width, task.channels) for name, task in tasks.items()}
+
+
+DECODERS: dict[type, Callable[[Any, ViT, Mapping[str, Task]], Decoder]] = {PAMMConfig: pamm}
+"""Configuration class → builder of the decoder and heads."""
+
+
+def build_model(config: ModelConfig, tasks: Mapping[str, Task], image_size: tuple[int, int]) -> MultiTaskModel:
+    """The configured network for these tasks, with random or the backbone's pretrained weights. Raises ConfigError."""
+    if not tasks:
+        raise ConfigError("no tasks: an experiment needs at least one, e.g. tasks: {depth: {weight: 1.0}}")
+    backbone = create_backbone(config.backbone, image_size)
+    decoder, heads = DECODERS[type(config.decoder)](config.decoder, backbone, tasks)
+    settings = {
+        "model": to_dict(config),
+        "tasks": {name: task.options() for name, task in tasks.items()},
+        "image_size": list(image_size),
+    }
+    return MultiTaskModel(backbone, decoder, heads, tasks=tasks, settings=settings)
+
+
+def rebuild_model(settings: Mapping[str, Any]) -> MultiTaskModel:
+    """The network that `settings` (a saved model's config.json) describe, without fetching weights. Raises ConfigError."""
+    try:
+        saved, tasks, size = settings["model"], settings["tasks"], settings["image_size"]
+        config = from_dict(ModelConfig, {**saved, "backbone": {**saved["backbone"], "pretrained": False}})
+        built = {name: create_task(name, **options) for name, options in tasks.items()}
+        model = build_model(config, built, (int(size[0]), int(size[1])))
+    except (KeyError, TypeError, IndexError) as error:
+        raise ConfigError(f"not a pamm model configuration: {type(error).__name__} {error}") from error
+    model.settings = dict(settings)
+    return model

@@ -1,0 +1,74 @@
+"""Layers that treat the batches of all processes as one joined batch.
+
+Two processes with half a batch each then compute what one process computes on the whole: the statistics of batch
+normalisation and the random draws (router noise, stochastic depth) are those of the joined batch. Process r holds the r-th
+contiguous part of it, and all processes hold equal parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_functional
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+
+def world_size() -> int:
+    """Number of processes that share the batch; 1 outside distributed training."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def joined_draw(draw: Callable[[int], Tensor], batch: int) -> Tensor:
+    """This process's rows of a random draw for the joined batch.
+
+    `draw(n)` returns random values whose first dimension is n. Every process must hold the same state of the default
+    random generator, as the training loop's seeding per step makes it; then all draw the same n rows and each keeps its own.
+    """
+    world = world_size()
+    if world == 1:
+        return draw(batch)
+    return draw(batch * world)[dist.get_rank() * batch : (dist.get_rank() + 1) * batch]
+
+
+class JoinedDropPath(DropPath):
+    """Stochastic depth per sample (as timm's), drawn for the joined batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, ...) → (B, ...), in training with whole samples set to zero and the rest scaled up."""
+        if self.drop_prob == 0.0 or not self.training:
+            return x
+        keep = 1 - self.drop_prob
+        mask = joined_draw(lambda n: torch.rand(n, device=x.device) < keep, x.shape[0]).to(x.dtype) / keep
+        return x * mask.view(-1, *[1] * (x.ndim - 1))
+
+
+def join_drop_paths(module: nn.Module) -> None:
+    """Replace every timm DropPath inside `module` by a JoinedDropPath of the same rate."""
+    for parent in module.modules():
+        for name, child in parent.named_children():
+            if type(child) is DropPath:
+                setattr(parent, name, JoinedDropPath(child.drop_prob, child.scale_by_keep))
+
+
+class JoinedBatchNorm2d(nn.BatchNorm2d):
+    """Batch normalisation over (B, H, W) of the joined batch, on any device (torch's SyncBatchNorm refuses a CPU)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) → (B, C, H, W); computed in float32 whatever the autocast."""
+        if not self.training or world_size() == 1:
+            return super().forward(x)
+        wide = x.float()
+        count = wide.numel() // wide.shape[1] * world_size()
+        mean = dist_functional.all_reduce(wide.sum((0, 2, 3))) / count
+        centred = wide - mean[:, None, None]
+        variance = dist_functional.all_reduce(centred.square().sum((0, 2, 3))) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * (count / max(count - 1, 1)), self.momentum)
+        y = centred * torch.rsqrt(variance + self.eps)[:, None, None]
+        return torch.addcmul(self.bias[:, None, None], y, self.weight[:, None, None]).to(x.dtype)
+
