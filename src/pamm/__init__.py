@@ -1,1 +1,51 @@
-"""PAMM and MTMamba: one image in, segmentation, parts, depth, normals, saliency and boundaries out."""
+"""PAMM and MTMamba: one image in, segmentation, parts, depth, normals, saliency and boundaries out.
+
+Public names are imported when first used, so that `import pamm` takes milliseconds.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pamm.build import create_model
+    from pamm.checkpoint import load_model
+    from pamm.experiment import Experiment
+    from pamm.models.model import MultiTaskModel
+    from pamm.ops import selective_scan
+    from pamm.predict import Predictor
+    from pamm.recipes import get_recipe
+    from pamm.tasks import Task, create_task
+
+_HOME = {
+    "Experiment": "pamm.experiment",
+    "MultiTaskModel": "pamm.models.model",
+    "Predictor": "pamm.predict",
+    "Task": "pamm.tasks",
+    "create_model": "pamm.build",
+    "create_task": "pamm.tasks",
+    "get_recipe": "pamm.recipes",
+    "load_model": "pamm.checkpoint",
+    "selective_scan": "pamm.ops",
+}
+
+__all__ = [
+    "Experiment",
+    "MultiTaskModel",
+    "Predictor",
+    "Task",
+    "create_model",
+    "create_task",
+    "get_recipe",
+    "load_model",
+    "selective_scan",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'pamm' has no attribute '{name}'; it has: {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -171,8 +171,6 @@ class TrainConfig:
     """Processes on this node, one device each."""
     nodes: int = 1
     """Number of nodes."""
-    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    """How processes share the model."""
 
 
 @dataclass(frozen=True)

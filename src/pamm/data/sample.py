@@ -43,6 +43,11 @@ class Batch:
     labels: dict[str, Tensor]
     sizes: list[tuple[int, int]]
 
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with image and labels on `device`."""
+        labels = {name: label.to(device, non_blocking=True) for name, label in self.labels.items()}
+        return Batch(self.ids, self.image.to(device, non_blocking=True), labels, self.sizes)
+
 
 def collate(samples: Sequence[Sample], tasks: Mapping[str, Task]) -> Batch:
     """Stack transformed samples of one size; missing labels become all-ignored ones."""

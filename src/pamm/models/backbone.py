@@ -72,6 +72,8 @@ def create_backbone(config: BackboneConfig, image_size: tuple[int, int]) -> ViT:
     except TypeError as error:
         raise ConfigError(f"backbone '{config.name}' is not a plain vision transformer: {error}") from error
     if not isinstance(vit, VisionTransformer):
-        raise ConfigError(f"backbone '{config.name}' is a {type(vit).__name__}, expected a plain timm VisionTransformer")
+        raise ConfigError(
+            f"backbone '{config.name}' is a {type(vit).__name__}, expected a plain timm VisionTransformer"
+        )
     join_drop_paths(vit)
     return ViT(vit, config.taps)

@@ -198,7 +198,9 @@ class PAMMDecoder(nn.Module):
     def __init__(self, config: PAMMConfig, channels: int, stages: int, tasks: list[str]):
         super().__init__()
         if config.width % GROUPS:
-            raise ConfigError(f"decoder.width: found {config.width}, expected a multiple of {GROUPS} (GroupNorm's groups)")
+            raise ConfigError(
+                f"decoder.width: found {config.width}, expected a multiple of {GROUPS} (GroupNorm's groups)"
+            )
         self.tasks = tasks
         self.scan, self.orders = config.scan, config.orders
         local = TaskConvolution if config.task_conv else SharedProjection

@@ -71,4 +71,3 @@ class JoinedBatchNorm2d(nn.BatchNorm2d):
             self.running_var.lerp_(variance * (count / max(count - 1, 1)), self.momentum)
         y = centred * torch.rsqrt(variance + self.eps)[:, None, None]
         return torch.addcmul(self.bias[:, None, None], y, self.weight[:, None, None]).to(x.dtype)
-

@@ -1,0 +1,268 @@
+"""The command `pamm`. Each subcommand imports what it needs when it runs, so that `pamm --help` is instant."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pamm.experiment import Experiment
+
+COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {}
+
+
+def command(help_line: str) -> Callable[[Callable[[list[str]], int]], Callable[[list[str]], int]]:
+    """Register a function of the remaining arguments as a subcommand under its name."""
+
+    def register(run: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
+        COMMANDS[run.__name__] = (help_line, run)
+        return run
+
+    return register
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a subcommand. Returns the exit code: 0 done, 1 the work failed, 2 the command line is wrong."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if arguments else 2
+    if arguments[0] in ("-V", "--version"):
+        from importlib.metadata import version
+
+        print(f"pamm {version('pamm')}")
+        return 0
+    if arguments[0] not in COMMANDS:
+        print(f"pamm: unknown command '{arguments[0]}'\n\n{usage()}", file=sys.stderr)
+        return 2
+    try:
+        return COMMANDS[arguments[0]][1](arguments[1:])
+    except KeyboardInterrupt:
+        print("\npamm: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if not is_told(error):
+            raise
+        print(f"pamm: {error}", file=sys.stderr)
+        return 1
+
+
+def is_told(error: Exception) -> bool:
+    """Whether the error's message was written for the user: one of this package's own classes, or a missing extra."""
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("pamm"):
+        error.args = (f"{error}. Install the missing extra: pip install 'pamm[train,demo]'",)
+        return True
+    return type(error).__module__.startswith("pamm.")
+
+
+def is_first_process() -> bool:
+    """Whether this process prints, of those that Fabric, torchrun or SLURM started."""
+    return all(int(os.environ.get(key, 0)) == 0 for key in ("RANK", "LOCAL_RANK", "NODE_RANK"))
+
+
+def usage() -> str:
+    """The text of `pamm --help`."""
+    lines = "\n".join(f"  {name:<9} {help_line}" for name, (help_line, _) in COMMANDS.items())
+    return (
+        "usage: pamm COMMAND ...\n\n"
+        "Multi-task dense prediction: one image in; segmentation, human parts, depth, surface normals, saliency and object\n"
+        f"boundaries out.\n\ncommands:\n{lines}\n\n`pamm COMMAND --help` tells a command's arguments."
+    )
+
+
+def parser(name: str, **options: object) -> argparse.ArgumentParser:
+    """An argument parser for a subcommand, described by its help line."""
+    return argparse.ArgumentParser(prog=f"pamm {name}", description=COMMANDS[name][0], allow_abbrev=False, **options)
+
+
+def parse_experiment(name: str, arguments: list[str]) -> tuple[Experiment, argparse.Namespace]:
+    """`RECIPE [--out F] [--tasks a,b] [--section.key value ...]` → the experiment and the plain arguments.
+
+    RECIPE is a recipe's name or an experiment.yaml. Raises ConfigError; a wrong override ends the process with code 2.
+    """
+    import tyro
+
+    from pamm.experiment import ConfigError, Experiment
+
+    own = parser(
+        name, epilog="Every leaf of the experiment can be set: see `pamm train RECIPE --help`.", add_help=False
+    )
+    own.add_argument("recipe", help="a name that `pamm recipes` lists, or an experiment.yaml")
+    own.add_argument("--out", type=Path, help="run folder (default: runs/RECIPE)")
+    own.add_argument("--tasks", help="only these tasks, e.g. semseg,depth")
+    own.add_argument("--quiet", action="store_true", help="no progress bar")
+    if not arguments or arguments[0].startswith("-"):
+        print(own.format_help())
+        raise SystemExit(0 if arguments[:1] in (["-h"], ["--help"]) else 2)
+    plain, rest = own.parse_known_args(arguments)
+    experiment = named_experiment(plain.recipe)
+    if plain.tasks:
+        from dataclasses import replace
+
+        chosen = [task.strip() for task in plain.tasks.split(",") if task.strip()]
+        unknown = [task for task in chosen if task not in experiment.tasks]
+        if unknown:
+            raise ConfigError(
+                f"--tasks: '{unknown[0]}' is none of this experiment's tasks: {', '.join(experiment.tasks)}"
+            )
+        experiment = replace(experiment, tasks={task: experiment.tasks[task] for task in chosen})
+    style = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
+    experiment = tyro.cli(Experiment, default=experiment, args=rest, prog=f"pamm {name} {plain.recipe}", config=style)
+    return experiment, plain
+
+
+def named_experiment(name: str, root: str | None = None) -> Experiment:
+    """A recipe's name or an experiment.yaml → the experiment, with another data root if one is given."""
+    from dataclasses import replace
+
+    from pamm.experiment import load
+    from pamm.recipes import get_recipe
+
+    path = Path(name)
+    experiment = load(path) if path.suffix in (".yaml", ".yml") else get_recipe(name)
+    return replace(experiment, data=replace(experiment.data, root=root)) if root else experiment
+
+
+@command("train a small network on synthetic rooms and write a report, in minutes on a CPU")
+def demo(arguments: list[str]) -> int:
+    from pamm.demo import run_demo
+
+    experiment, plain = parse_experiment("demo", ["demo", *arguments])
+    run_demo(experiment, plain.out or Path("runs/demo"), progress=not plain.quiet)
+    return 0
+
+
+@command("train a recipe, or go on where its run stopped")
+def train(arguments: list[str]) -> int:
+    experiment, plain = parse_experiment("train", arguments)
+    from pamm.report import format_table
+    from pamm.train import train as run
+
+    out = plain.out or Path("runs") / experiment.name
+    result = run(experiment, out, progress=not plain.quiet)
+    if is_first_process():
+        from pamm.build import create_tasks
+
+        print(format_table([(experiment.name, result.row)], create_tasks(experiment)))
+        print(f"{result.protocol}\nrun folder: {out}")
+    return 0
+
+
+@command("measure every task of a trained network on a split")
+def evaluate(arguments: list[str]) -> int:
+    own = parser("eval")
+    own.add_argument("source", help="run folder, saved model folder or hub repository")
+    own.add_argument("--data", help="recipe or experiment.yaml whose data are measured (default: the run's own)")
+    own.add_argument("--root", help="folder of the data set, in place of the configured one")
+    own.add_argument("--split", default="val")
+    own.add_argument("--batch", type=int, default=8, help="images per batch; does not change the result")
+    own.add_argument("--devices", type=int, default=1, help="processes; does not change the result")
+    own.add_argument("--accelerator", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    own.add_argument("--workers", type=int, default=2, help="data loading processes")
+    own.add_argument("--untrained", action="store_true", help="also the row of the same network with random weights")
+    own.add_argument("--out", type=Path, help="write the results to this JSON file")
+    plain = own.parse_args(arguments)
+    from pamm.evaluate import evaluate_saved
+    from pamm.experiment import TrainConfig
+    from pamm.report import format_table
+    from pamm.train import launch
+
+    rows, result, tasks = evaluate_saved(
+        plain.source,
+        launch(TrainConfig(accelerator=plain.accelerator, devices=plain.devices)),
+        data=plain.data,
+        root=plain.root,
+        split=plain.split,
+        batch_size=plain.batch,
+        workers=plain.workers,
+        untrained=plain.untrained,
+    )
+    if is_first_process():
+        print(f"{format_table(rows, tasks)}\n{result.protocol}")
+        if plain.out:
+            plain.out.parent.mkdir(parents=True, exist_ok=True)
+            result.save(plain.out)
+    return 0
+
+
+COMMANDS["eval"] = COMMANDS.pop("evaluate")
+
+
+@command("predict every task for images, folders or globs")
+def predict(arguments: list[str]) -> int:
+    own = parser("predict")
+    own.add_argument("source", help="run folder, saved model folder or hub repository")
+    own.add_argument("inputs", nargs="+", help="images, folders of images or globs")
+    own.add_argument("--out", type=Path, default=Path("predictions"))
+    own.add_argument("--formats", default="picture,png,npy", help="any of picture,png,npy")
+    own.add_argument("--longest-side", type=int, help="shrink images to this longer side before the network")
+    own.add_argument("--device", default="auto")
+    own.add_argument("--no-sheet", action="store_true", help="no contact sheet")
+    plain = own.parse_args(arguments)
+    from pamm.predict import Predictor, expand_inputs, predict_files
+
+    paths = expand_inputs(plain.inputs)
+    predictor = Predictor(plain.source, device=plain.device, longest_side=plain.longest_side)
+    formats = tuple(part for part in plain.formats.split(",") if part)
+    summary = predict_files(predictor, paths, plain.out, formats=formats, sheet=not plain.no_sheet)
+    print(f"{len(summary.done)} of {len(paths)} images predicted into {plain.out}")
+    for path, reason in summary.failed:
+        print(f"  failed: {path}: {reason}", file=sys.stderr)
+    return 1 if summary.failed else 0
+
+
+@command("check a data set, or make the synthetic one")
+def data(arguments: list[str]) -> int:
+    own = parser("data")
+    own.add_argument("recipe", help="a recipe's name or an experiment.yaml: its data set is checked")
+    own.add_argument("--root", help="folder of the data set, in place of the configured one")
+    own.add_argument("--deep", action="store_true", help="read every file and list all that is wrong")
+    plain = own.parse_args(arguments)
+    from pamm.data.inspect import format_inspection, inspect_dataset
+
+    config = named_experiment(plain.recipe, plain.root).data
+    rows = inspect_dataset(config, deep=plain.deep)
+    print(format_inspection(rows))
+    return 1 if any(row.problems for row in rows) else 0
+
+
+@command("list the recipes, or print one")
+def recipes(arguments: list[str]) -> int:
+    import yaml
+
+    from pamm.experiment import to_dict
+    from pamm.recipes import RECIPES, VARIANTS, get_recipe
+
+    own = parser("recipes")
+    own.add_argument("recipe", nargs="?", help="print this one as YAML")
+    name = own.parse_args(arguments).recipe
+    if name:
+        print(yaml.safe_dump(to_dict(get_recipe(name)), sort_keys=False), end="")
+        return 0
+    width = max(map(len, [*RECIPES, *VARIANTS])) + 2
+    print("recipes:")
+    for key, build in RECIPES.items():
+        print(f"  {key:<{width}}{(build.__doc__ or '').strip()}")
+    print("\nvariants, as in pascal-pamm-b+no-priors:")
+    for key, (text, _) in VARIANTS.items():
+        print(f"  {key:<{width}}{text}")
+    return 0
+
+
+@command("tell what runs on this machine and what does not, with the remedy")
+def doctor(arguments: list[str]) -> int:
+    from pamm.doctor import examine
+
+    parser("doctor").parse_args(arguments)
+    return examine()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

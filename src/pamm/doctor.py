@@ -1,0 +1,84 @@
+"""`pamm doctor`: what runs on this machine, what does not, why, and the remedy."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+import shutil
+import sys
+from importlib.metadata import PackageNotFoundError, requires, version
+
+EXTRAS = {
+    "train": ["lightning_fabric", "torchmetrics", "scipy", "skimage", "tensorboard"],
+    "demo": ["trimesh", "embreex", "scipy"],
+}
+"""Extra → the modules it brings."""
+
+
+def examine() -> int:
+    """Print the findings; 0 when the library can run, 1 when something it cannot do without is broken."""
+    print(f"pamm {version('pamm')}, Python {platform.python_version()}, {platform.platform()}")
+    healthy = _torch()
+    if healthy:
+        _devices()
+        _engines()
+    for extra, modules in EXTRAS.items():
+        absent = [name for name in modules if not _imports(name)]
+        state = f"absent: {', '.join(absent)}. Remedy: pip install 'pamm[{extra}]'" if absent else "installed"
+        print(f"  extra {extra:<8} {state}")
+    print(f"  free disk      {shutil.disk_usage('.').free / 1e9:.0f} GB here")
+    print("ready" if healthy else "not ready: see the remedies above")
+    return 0 if healthy else 1
+
+
+def _torch() -> bool:
+    """Whether torch, torchvision and timm import together (a torchvision built for another torch breaks timm)."""
+    for name in ("torch", "torchvision", "timm"):
+        try:
+            importlib.import_module(name)
+            print(f"  {name:<14} {version(name)}")
+        except Exception as error:
+            print(f"  {name:<14} does not import: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+            if name == "torchvision":
+                print(f"    Remedy: install the torchvision made for torch {_version('torch')}, both from one index:")
+                print("    pip install --upgrade torch torchvision")
+            else:
+                print(f"    Remedy: {sys.executable} -m pip install --upgrade {name}")
+            return False
+    return True
+
+
+def _devices() -> None:
+    import torch
+
+    print(f"  CPU            {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            print(f"  GPU {index}          {torch.cuda.get_device_name(index)}")
+    elif torch.backends.mps.is_available():
+        print("  GPU            Apple (mps)")
+    else:
+        print("  GPU            none that torch can use: training and prediction run on the CPU")
+
+
+def _engines() -> None:
+    from pamm.ops.selective_scan import explain
+
+    print("  selective scan engines, fastest first:")
+    for row in explain():
+        print(f"    {row.name:<12} {'available' if row.available else 'not available'}: {row.reason}")
+
+
+def _imports(name: str) -> bool:
+    try:
+        importlib.import_module(name)
+    except Exception:
+        return False
+    return True
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return f"(none; pamm needs {', '.join(r for r in requires('pamm') or [] if r.startswith(name))})"

@@ -1,0 +1,212 @@
+"""Every task's metrics and validation loss over a split, the same number for any number of processes and any batch size."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pamm.checkpoint import load_model
+from pamm.data import Batch, dataset_options, open_dataset
+from pamm.data.loader import eval_loader
+from pamm.data.transforms import EvalTransform
+from pamm.experiment import ConfigError, Experiment, load
+from pamm.models.model import MultiTaskModel
+from pamm.models.registry import rebuild_model
+from pamm.nn.joined import world_size
+from pamm.recipes import get_recipe
+from pamm.tasks import Task
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+Row = dict[str, dict[str, float]]
+"""Task name → metric name → value. Percent where the field prints percent, NaN where no image has the label."""
+
+SIGNIFICANT_DIGITS = 6
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One row of results and what it was measured on."""
+
+    row: Row
+    images: int
+    protocol: str
+    """Split, number of images, frame and treatment of padding, in words."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """Where the weights came from."""
+
+    def total_loss(self, tasks: Mapping[str, Task]) -> float:
+        """Σ weight · validation loss over the tasks that have one."""
+        losses = {name: self.row[name]["loss"] for name in tasks}
+        return sum(task.weight * losses[name] for name, task in tasks.items() if not math.isnan(losses[name]))
+
+    def save(self, path: Path) -> None:
+        """Write as JSON; NaN becomes null."""
+        row = {t: {k: None if math.isnan(v) else v for k, v in metrics.items()} for t, metrics in self.row.items()}
+        text = {"protocol": self.protocol, "images": self.images, "model": self.model, "results": row}
+        path.write_text(json.dumps(text, indent=1) + "\n")
+
+
+class LossMean:
+    """The validation loss of one task: Σ over images of loss · valid pixels / Σ valid pixels."""
+
+    def __init__(self, task: Task):
+        self.task = task
+        self.sums = torch.zeros(2, dtype=torch.float64)
+
+    def update(self, logits: Tensor, label: Tensor) -> None:
+        """One image, (1, channels, H, W) and (1, c, H, W); loss balancing, where a task has it, is per image."""
+        count = self.task.counts(label)[0].cpu()
+        if count > 0:
+            self.sums += torch.stack([self.task.loss(logits, label).double().cpu() * count, count])
+
+    def compute(self, device: torch.device) -> float:
+        sums = self.sums.to(device, torch.float64 if device.type != "mps" else torch.float32)
+        if world_size() > 1:
+            dist.all_reduce(sums)
+        return float(sums[0] / sums[1]) if sums[1] > 0 else math.nan
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[Batch],
+    tasks: Mapping[str, Task],
+    *,
+    device: torch.device | str = "cpu",
+    progress: bool = False,
+) -> Row:
+    """Evaluate `model` on this process's share of the images; the result covers the shares of all processes.
+
+    On a CPU a batch runs image by image, which costs nothing there and keeps the arithmetic of an image independent of its
+    neighbours. Values are rounded to 6 significant digits, below which the order of float32 sums shows.
+    """
+    device = torch.device(device)
+    metrics = {name: task.metric().to(device) for name, task in tasks.items()}
+    losses = {name: LossMean(task) for name, task in tasks.items()}
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=not progress):
+            for image, labels in _parts(batch, device):
+                logits = model(image)
+                for name in tasks:
+                    metrics[name].update(logits[name], labels[name])
+                    for one, label in zip(logits[name].split(1), labels[name].split(1), strict=True):
+                        losses[name].update(one, label)
+        return {name: _row(metrics[name], losses[name], device) for name in tasks}
+    finally:
+        model.train(was_training)
+
+
+def _parts(batch: Batch, device: torch.device) -> Iterable[tuple[Tensor, dict[str, Tensor]]]:
+    """The batch on the device: whole, or image by image on a CPU."""
+    size = 1 if device.type == "cpu" else len(batch.ids)
+    for start in range(0, len(batch.ids), size):
+        rows = slice(start, start + size)
+        yield batch.image[rows].to(device), {name: label[rows].to(device) for name, label in batch.labels.items()}
+
+
+def _row(metric: Any, loss: LossMean, device: torch.device) -> dict[str, float]:
+    values = {key: float(value) for key, value in metric.compute().items()} | {"loss": loss.compute(device)}
+    return {key: float(f"{value:.{SIGNIFICANT_DIGITS}g}") for key, value in values.items()}
+
+
+def evaluate_split(
+    fabric: Fabric,
+    model: nn.Module,
+    experiment: Experiment,
+    tasks: Mapping[str, Task],
+    *,
+    split: str = "val",
+    batch_size: int = 8,
+    progress: bool = False,
+) -> Evaluation:
+    """Evaluate `model`, which is on the fabric's device, on a split, sharded over the fabric's processes."""
+    config = experiment.data
+    data = open_dataset(config, split, tasks)
+    loader = eval_loader(
+        data,
+        EvalTransform(tasks, config),
+        rank=fabric.global_rank,
+        world=fabric.world_size,
+        batch_size=batch_size,
+        workers=experiment.train.workers,
+    )
+    row = evaluate(model, loader, tasks, device=fabric.device, progress=progress)
+    shrunk = "larger images shrunk to fit, " if config.fit else ""
+    protocol = (
+        f"{config.name} {split} split, {len(data)} images, frame {config.size[0]}×{config.size[1]} ({shrunk}centred, padding "
+        "ignored), maps compared at the frame's resolution, single scale"
+    )
+    return Evaluation(row, len(data), protocol)
+
+
+def evaluate_saved(
+    source: str,
+    fabric: Fabric,
+    *,
+    data: str | None = None,
+    root: str | None = None,
+    split: str = "val",
+    batch_size: int = 8,
+    workers: int = 2,
+    untrained: bool = False,
+) -> tuple[list[tuple[str, Row]], Evaluation, dict[str, Task]]:
+    """Evaluate a saved model: rows for a table (with the untrained network's, if asked), the result, the tasks.
+
+    source: what `load_model` takes. data: recipe or experiment.yaml whose data set is measured; the run's own by default.
+    Raises CheckpointError, ConfigError, DataError.
+    """
+    model = load_model(source)
+    experiment = saved_experiment(source, data, root, model)
+    experiment = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, workers=workers))
+    arguments = {"split": split, "batch_size": batch_size, "progress": fabric.is_global_zero and sys.stderr.isatty()}
+    rows = []
+    if untrained:
+        torch.manual_seed(experiment.train.seed)
+        blank = rebuild_model(model.settings).to(fabric.device)
+        rows.append(("untrained", evaluate_split(fabric, blank, experiment, model.tasks, **arguments).row))
+    result = evaluate_split(fabric, model.to(fabric.device), experiment, model.tasks, **arguments)
+    result = dataclasses.replace(result, model={"source": source})
+    return [*rows, (Path(source).name or source, result.row)], result, model.tasks
+
+
+def saved_experiment(source: str, data: str | None, root: str | None, model: MultiTaskModel) -> Experiment:
+    """The experiment whose data a saved model is measured on, checked against the model's tasks. Raises ConfigError."""
+    if data is not None:
+        path = Path(data)
+        experiment = load(path) if path.suffix in (".yaml", ".yml") else get_recipe(data)
+    else:
+        folders = [Path(source).expanduser(), Path(source).expanduser().parent]
+        found = next((f / "experiment.yaml" for f in folders if (f / "experiment.yaml").is_file()), None)
+        if found is None:
+            raise ConfigError(
+                f"no experiment.yaml beside {source}: say on which data to measure, e.g. --data mosaic-pamm"
+            )
+        experiment = load(found)
+    if root is not None:
+        experiment = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, root=root))
+    for name, options in dataset_options(experiment.data).items():
+        if name not in model.tasks:
+            continue
+        own = model.tasks[name].options()
+        if "classes" in options and list(options["classes"]) != list(own["classes"]):
+            raise ConfigError(
+                f"the classes of '{name}' differ: the model has {len(own['classes'])} ({', '.join(own['classes'][:3])}, …), "
+                f"the data set {len(options['classes'])} ({', '.join(options['classes'][:3])}, …); measure on the data the "
+                "model was trained for"
+            )
+    return experiment
