@@ -1,0 +1,1 @@
+"""Parts that more than one paper uses: scan orders and the parameters of the state space model."""

@@ -1,0 +1,215 @@
+"""The selective scan over several scan orders, with engines for every machine.
+
+Engines, the preferred first; each is a module with `unavailable`, `refuses`, `describe`, `forward`,
+`kept` (an empty tensor like what its forward keeps) and `backward`.
+The environment variable PAMM_SCAN_ENGINE replaces the automatic choice.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pamm.ops.selective_scan import reference, step
+
+ENGINES = {"step": step}
+"""Engines of the operator, the preferred first. "reference" is known beside them and chosen only by name."""
+
+VARIABLE = "PAMM_SCAN_ENGINE"
+
+
+class EngineStatus(NamedTuple):
+    """One line of `explain`."""
+
+    engine: str
+    available: bool
+    reason: str
+
+
+def selective_scan(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    orders: Tensor,
+    *,
+    delta_bias: Tensor | None = None,
+    softplus: bool = True,
+    engine: str = "auto",
+) -> Tensor:
+    """Sum over K scan orders of the selective recurrence (Mamba; PAMM eq. 17-20), every output put back in its place.
+
+    Along every order: h_t = exp(Δ_t A) h_{t−1} + Δ_t B_t x_t and y_t = C_t·h_t + D x_t, with h_0 = 0.
+
+    Args:
+        x: (G, B, L, D): G groups (tasks) with parameters of their own, B images, L positions, D channels.
+        delta: (G, B, L, D) where all orders share their parameters, or (G, B, K, L, D) where each has its own. The
+            step Δ is softplus(delta + delta_bias).
+        A: (G, D, N) or (G, K, D, N), negative.
+        B: (G, B, L, N) or (G, B, K, L, N).
+        C: as B.
+        D: (G, D) or (G, K, D).
+        orders: (K, L) int64, K from 1 to 8; orders[k] lists the positions as order k visits them.
+        delta_bias: as D, or None.
+        softplus: False takes delta + delta_bias as the step itself.
+        engine: "auto", or an engine's name (see `explain`).
+
+    Returns:
+        y (G, B, L, D) in x's dtype. States, exponentials and sums are float32 whatever the autocast or the inputs'
+        dtype (float64 where x is float64).
+
+    Raises:
+        ValueError: shapes, devices or orders that do not fit together, or an engine that is unknown or cannot run this.
+    """
+    _validate(x, delta, A, B, C, D, orders, delta_bias)
+    orders = orders.to(x.device)
+    with torch.autocast(x.device.type, enabled=False):
+        name = choose(x, delta, engine)
+        if name == "reference":
+            _check_orders(orders)
+            return reference.selective_scan(x, delta, A, B, C, D, orders, delta_bias, softplus)
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        values, delta, A, B, C, D = (tensor.to(dtype) for tensor in (x, delta, A, B, C, D))
+        if delta_bias is not None:
+            delta = delta + delta_bias.to(dtype)[:, None, ..., None, :]
+        if softplus:
+            delta = F.softplus(delta)
+        keep = torch.is_grad_enabled() and any(t.requires_grad for t in (values, delta, A, B, C))
+        y, _ = _scan(values, delta, A, B, C, orders, name, keep)
+        skip = D.sum(1) if delta.dim() == 5 else D * len(orders)
+        return torch.addcmul(y, values, skip[:, None, None, :]).to(x.dtype)
+
+
+def choose(x: Tensor, delta: Tensor, engine: str = "auto") -> str:
+    """Name of the engine for these inputs: `engine`, else that of PAMM_SCAN_ENGINE, else the first that takes them.
+
+    Raises ValueError for an unknown engine and for a named one that cannot run here or does not take these inputs.
+    """
+    name = os.environ.get(VARIABLE, "auto") if engine == "auto" else engine
+    if name == "auto":
+        return next(name for name in ENGINES if _objection(name, x, delta) is None)
+    known = (*ENGINES, "reference")
+    if name not in known:
+        source = f"{VARIABLE}={name}" if engine == "auto" else f"engine='{name}'"
+        raise ValueError(f"{source}: unknown scan engine; known engines: auto, {', '.join(known)}")
+    objection = _objection(name, x, delta)
+    if objection is not None:
+        raise ValueError(f"scan engine '{name}' cannot run this: {objection}; use engine='auto' or unset {VARIABLE}")
+    return name
+
+
+def explain() -> list[EngineStatus]:
+    """Every engine, the preferred first: whether it runs on this machine and why, or why not."""
+    rows = []
+    for name, module in ENGINES.items():
+        reason = module.unavailable()
+        rows.append(EngineStatus(name, reason is None, module.describe() if reason is None else reason))
+    return [*rows, EngineStatus("reference", True, "the definition in torch, for comparisons; never chosen by itself")]
+
+
+def _objection(name: str, x: Tensor, delta: Tensor) -> str | None:
+    if name == "reference":
+        return None
+    return ENGINES[name].unavailable() or ENGINES[name].refuses(x, delta)
+
+
+def _validate(
+    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, orders: Tensor, delta_bias: Tensor | None
+) -> None:
+    """Raise ValueError unless the shapes are those of one of the two forms."""
+    if x.dim() != 4:
+        raise ValueError(f"x: found shape {tuple(x.shape)}, expected 4 axes (groups, images, positions, channels)")
+    if delta.dim() not in (4, 5):
+        raise ValueError(
+            f"delta: found shape {tuple(delta.shape)}, expected (groups, images, positions, channels), or (groups, "
+            "images, orders, positions, channels) where every order has its own parameters"
+        )
+    if orders.dim() != 2 or orders.dtype != torch.int64 or not 1 <= orders.shape[0] <= 8:
+        raise ValueError(
+            f"orders: found {orders.dtype} of shape {tuple(orders.shape)}, expected int64 (1 to 8 orders, positions); "
+            "pamm.nn.serialize.scan_orders makes them"
+        )
+    G, images, L, channels = x.shape
+    K = (orders.shape[0],) if delta.dim() == 5 else ()
+    N = A.shape[-1] if A.dim() else 0
+    expected = {
+        "delta": (delta, (G, images, *K, L, channels)),
+        "A": (A, (G, *K, channels, N)),
+        "B": (B, (G, images, *K, L, N)),
+        "C": (C, (G, images, *K, L, N)),
+        "D": (D, (G, *K, channels)),
+        "delta_bias": (delta_bias, (G, *K, channels)),
+        "orders": (orders, (orders.shape[0], L)),
+    }
+    form = "one set of parameters per order" if K else "parameters shared by the orders"
+    for name, (tensor, shape) in expected.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{name}: found shape {tuple(tensor.shape)}, expected {shape} for x {tuple(x.shape)}, "
+                f"{orders.shape[0]} orders, state size {N} and {form} (as delta's {delta.dim()} axes say)"
+            )
+        if name != "orders" and tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device} and x on {x.device}; move them to one device")
+    if x.numel() == 0 or N == 0:
+        raise ValueError(f"nothing to scan: x has shape {tuple(x.shape)} and the state size is {N}")
+
+
+def _check_orders(orders: Tensor) -> None:
+    """Raise ValueError unless every order visits every position once. On accelerators this would stall: not checked."""
+    if orders.device.type != "cpu":
+        return
+    length = orders.shape[1]
+    if orders.min() < 0 or orders.max() >= length or not torch.zeros_like(orders).scatter_(1, orders, 1).all():
+        raise ValueError(f"orders: every row must hold each position from 0 to {length - 1} exactly once")
+
+
+@torch.library.custom_op("pamm::selective_scan", mutates_args=())
+def _scan(
+    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, orders: Tensor, engine: str, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """The scan without bias, softplus and skip, as one node of a graph: y and what the engine keeps for backward."""
+    _check_orders(orders)
+    return ENGINES[engine].forward(x, delta, A, B, C, orders, keep)
+
+
+@_scan.register_fake
+def _(x, delta, A, B, C, orders, engine, keep):
+    return torch.empty_like(x, memory_format=torch.contiguous_format), ENGINES[engine].kept(x, A, orders, keep)
+
+
+@torch.library.custom_op("pamm::selective_scan_backward", mutates_args=())
+def _scan_backward(
+    dy: Tensor, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, orders: Tensor, kept: Tensor, engine: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with torch.autocast(x.device.type, enabled=False):
+        return ENGINES[engine].backward(dy, x, delta, A, B, C, orders, kept)
+
+
+@_scan_backward.register_fake
+def _(dy, x, delta, A, B, C, orders, kept, engine):
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, delta, A, B, C))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, engine, _ = inputs
+    ctx.set_materialize_grads(False)  # the kept states have no gradient: no zeros of their size
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.engine = engine
+
+
+def _backward(ctx, dy, _):
+    if dy is None:
+        return (None,) * 8
+    x, delta, A, B, C, orders, kept = ctx.saved_tensors
+    return (*_scan_backward(dy, x, delta, A, B, C, orders, kept, ctx.engine), None, None, None)
+
+
+_scan.register_autograd(_backward, setup_context=_setup_context)
