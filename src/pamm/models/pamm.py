@@ -149,9 +149,9 @@ class PAME(nn.Module):
         self.delta = nn.Sequential(
             TaskLinear(tasks, expanded, rank, bias=False), TaskLinear(tasks, rank, expanded, bias=False)
         )
-        self.delta_bias = init_delta_bias(tasks, expanded)
-        self.A_log = init_A_log(tasks, expanded, config.state_size)
-        self.D = init_D(tasks, expanded)
+        self.delta_bias = init_delta_bias(tasks, channels=expanded)
+        self.A_log = init_A_log(tasks, channels=expanded, state_size=config.state_size)
+        self.D = init_D(tasks, channels=expanded)
         experts, size = config.experts, config.state_size
         self.B = ParameterExperts(tasks, expanded, size, experts, experts=experts.B)
         self.C = ParameterExperts(tasks, expanded, size, experts, experts=experts.C)

@@ -1,0 +1,39 @@
+"""A tiny network and experiment, small enough for every test."""
+
+from __future__ import annotations
+
+from pamm.experiment import (
+    BackboneConfig,
+    DataConfig,
+    Experiment,
+    ExpertsConfig,
+    ModelConfig,
+    PAMMConfig,
+    TaskConfig,
+    TrainConfig,
+)
+
+BACKBONE = BackboneConfig("vit_tiny_patch16_224", False, (1, 2), 0.2, patch=8, width=32, depth=2, heads=2)
+DECODER = PAMMConfig(width=64, state_size=4, experts=ExpertsConfig(count=5, top_k=3, rank=2))
+MODEL = ModelConfig(BACKBONE, DECODER)
+
+TASKS = {
+    "semseg": TaskConfig(1.0),
+    "depth": TaskConfig(1.0),
+    "human_parts": TaskConfig(1.0),
+    "sal": TaskConfig(1.0),
+    "normals": TaskConfig(2.0),
+    "edge": TaskConfig(5.0, {"positive_weight": 0.85}),
+}
+
+
+def experiment(root: str | None = None, **train: object) -> Experiment:
+    """Six tasks on 48×64 synthetic rooms."""
+    settings = {"steps": 4, "batch": 4, "lr": 1e-3, "save_every": 2, "log_every": 1, "workers": 0, "accelerator": "cpu"}
+    return Experiment(
+        name="tiny",
+        tasks=TASKS,
+        data=DataConfig(name="synthetic", root=root, size=(48, 64), images=(12, 5)),
+        model=MODEL,
+        train=TrainConfig(**(settings | {"eval_every": 0} | train)),
+    )
