@@ -48,6 +48,11 @@ class Batch:
         labels = {name: label.to(device, non_blocking=True) for name, label in self.labels.items()}
         return Batch(self.ids, self.image.to(device, non_blocking=True), labels, self.sizes)
 
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory (called by torch's loader where the device is CUDA)."""
+        labels = {name: label.pin_memory() for name, label in self.labels.items()}
+        return Batch(self.ids, self.image.pin_memory(), labels, self.sizes)
+
 
 def collate(samples: Sequence[Sample], tasks: Mapping[str, Task]) -> Batch:
     """Stack transformed samples of one size; missing labels become all-ignored ones."""
