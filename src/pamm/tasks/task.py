@@ -42,6 +42,8 @@ class Task(ABC):
     higher_is_better: ClassVar[bool]
     ignore: ClassVar[float]
     """Value of a label's ignored pixels; padding and missing labels are filled with it."""
+    balances_crops: ClassVar[bool] = False
+    """Whether a training crop is redrawn while one class of this task's label dominates it."""
     label_channels: ClassVar[int] = 1
     label_dtype: ClassVar[torch.dtype] = torch.uint8
 

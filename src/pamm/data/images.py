@@ -1,0 +1,120 @@
+"""Safe reading of picture files: photographs as 8-bit RGB, label maps as their raw values."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, ImageOps
+
+MAX_PIXELS = 100_000_000
+"""Pictures with more pixels are refused before they are decoded."""
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+"""File names that data folders take for photographs."""
+
+_OPENING = threading.Lock()
+
+
+class ImageError(ValueError):
+    """A picture that cannot be read; the message names the file, what was found and the remedy."""
+
+
+def read_image(
+    source: str | os.PathLike[str] | BinaryIO, *, exif: bool = True, max_pixels: int = MAX_PIXELS
+) -> np.ndarray:
+    """Photograph → (H, W, 3) uint8 RGB.
+
+    Grey is repeated to three channels, 16-bit grey is scaled to 8 bits, transparency is laid over white, palettes and
+    CMYK are converted; of an animation the first frame is read. `exif` turns the picture as its EXIF orientation says,
+    which is how every viewer shows it. Raises ImageError for anything that is not a whole picture of at most `max_pixels`.
+    """
+    with _decoding(source):
+        picture = _open(source, max_pixels)
+        if exif:
+            picture = ImageOps.exif_transpose(picture)
+        return np.array(_to_rgb(picture, _name(source)))
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(H, W) of a picture as stored, from its header alone. Raises ImageError."""
+    with _decoding(path), _open(path, None) as picture:
+        return picture.height, picture.width
+
+
+def read_values(path: Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Label picture → its stored values, (H, W) or (H, W, channels), palette indices as such. Raises ImageError."""
+    with _decoding(path), _open(path, max_pixels) as picture:
+        return np.array(picture)
+
+
+def _name(source: str | os.PathLike[str] | BinaryIO) -> str:
+    if isinstance(source, (str, os.PathLike)):
+        return os.fspath(source)
+    return str(getattr(source, "name", "the image"))
+
+
+def _open(source: str | os.PathLike[str] | BinaryIO, max_pixels: int | None) -> Image.Image:
+    """Read the header only, and refuse by our own limit, whose message says how to raise it.
+
+    Pillow's limit is a global of its module and warns below its double; it is lifted while the header is parsed.
+    """
+    with _OPENING, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            picture = Image.open(source)
+            picture.getexif()
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+    if max_pixels is not None and picture.width * picture.height > max_pixels:
+        raise ImageError(
+            f"{_name(source)} has {picture.height} x {picture.width} = {picture.width * picture.height:,} pixels; the "
+            f"limit is {max_pixels:,}. Shrink or tile the picture, or pass a larger max_pixels."
+        )
+    return picture
+
+
+@contextmanager
+def _decoding(source: str | os.PathLike[str] | BinaryIO) -> Iterator[None]:
+    """Whatever a decoder raises on damaged bytes becomes an ImageError that names the file."""
+    name = _name(source)
+    try:
+        yield
+    except ImageError:
+        raise
+    except FileNotFoundError:
+        raise ImageError(f"no file {name}") from None
+    except (IsADirectoryError, PermissionError) as error:
+        raise ImageError(f"{name} cannot be opened: {error.strerror}. Give a picture file that you may read.") from None
+    except MemoryError:
+        raise ImageError(f"{name} does not fit into memory. Shrink or tile the picture.") from None
+    except Exception as error:
+        if isinstance(source, (str, os.PathLike)) and os.path.getsize(source) == 0:
+            raise ImageError(f"{name} is empty (0 bytes). Copy or download it again.") from None
+        raise ImageError(
+            f"{name} is not a whole picture ({error}). Copy or download it again, or convert it to PNG or JPEG."
+        ) from None
+
+
+def _to_rgb(picture: Image.Image, name: str) -> Image.Image:
+    if picture.mode.startswith("I"):
+        values = np.asarray(picture)
+        if values.min() < 0 or values.max() > 65535:
+            raise ImageError(
+                f"{name} has values from {values.min()} to {values.max()}, expected 8 or 16 bits. Convert it to RGB."
+            )
+        picture = Image.fromarray(np.round(values / 257).astype(np.uint8))
+    if picture.mode == "F":
+        raise ImageError(f"{name} holds floating point values of unknown range. Convert it to 8-bit RGB.")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
+        picture = Image.alpha_composite(white, picture)
+    return picture.convert("RGB")

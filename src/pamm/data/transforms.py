@@ -1,0 +1,259 @@
+"""From a sample as read to what the network sees: zoom, crop, mirror, colour, normalise, pad.
+
+The order and the ranges are those of the multi-task benchmarks on NYUD-v2 and PASCAL-Context (ATRC and its successors).
+Every random number comes from a generator seeded by (seed, epoch, index), and all arithmetic on images is elementwise
+NumPy, so that a sample has the same bits in any process, on any number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pamm.data.sample import DataError, Sample
+from pamm.experiment import ConfigError
+from pamm.tasks import Task
+
+if TYPE_CHECKING:
+    from pamm.experiment import DataConfig
+
+MEAN = (0.485, 0.456, 0.406)
+"""Mean of ImageNet's RGB values in 0..1."""
+STD = (0.229, 0.224, 0.225)
+"""Standard deviation of ImageNet's RGB values in 0..1."""
+
+Box = tuple[int, int, int, int]
+"""top, left, height, width, in pixels."""
+
+_REDRAWS = 10
+
+
+def frame(size: tuple[int, int], config: DataConfig) -> Box:
+    """Where an image of `size` (H, W) lies inside the padded evaluation frame: (top, left, height, width).
+
+    With `config.fit`, height and width are those of the shrunk image. Raises DataError for an image that is larger than
+    the frame while `fit` is off.
+    """
+    height, width = _fitting(size, config.size) if config.fit else size
+    if height > config.size[0] or width > config.size[1]:
+        raise DataError(
+            f"an image of {height} x {width} does not fit into the frame of {config.size[0]} x {config.size[1]}. "
+            f"Set data.size to at least {height} x {width} (multiples of the patch), or data.fit to shrink larger images."
+        )
+    return (config.size[0] - height) // 2, (config.size[1] - width) // 2, height, width
+
+
+def normalize(image: np.ndarray) -> Tensor:
+    """(3, H, W) values in 0..255 → float32 tensor with ImageNet's mean and standard deviation taken out."""
+    scale = (1 / (255 * np.array(STD))).astype(np.float32)
+    shift = (np.array(MEAN) / np.array(STD)).astype(np.float32)
+    return torch.from_numpy(image.astype(np.float32) * scale[:, None, None] - shift[:, None, None])
+
+
+class EvalTransform:
+    """Normalise and pad to `config.size`, the image in the centre; with `config.fit` larger images shrink first."""
+
+    def __init__(self, tasks: Mapping[str, Task], config: DataConfig):
+        self.tasks = tasks
+        self.config = config
+
+    def __call__(self, sample: Sample) -> Sample:
+        """Image (3, H, W) uint8 → (3, *config.size) float32, labels to this size. Raises DataError (see `frame`)."""
+        try:
+            frame(sample.size, self.config)
+        except DataError as error:
+            raise DataError(f"{sample.id}: {error}") from None
+        image, labels = sample.image.numpy(), sample.labels
+        if self.config.fit:
+            image, labels = _shrink(image, labels, self.tasks, self.config.size)
+        return _finish(sample, image, labels, self.tasks, self.config.size)
+
+
+class TrainTransform:
+    """Random zoom, crop, mirror and colour, then as `EvalTransform`. Raises ConfigError for a senseless range of zoom."""
+
+    def __init__(self, tasks: Mapping[str, Task], config: DataConfig, seed: int = 0):
+        if not 0 < config.scale[0] <= config.scale[1]:
+            raise ConfigError(f"data.scale: found {config.scale}, expected two rising factors above 0, e.g. 0.5 2.0")
+        self.tasks = tasks
+        self.config = config
+        self.seed = seed
+
+    def __call__(self, sample: Sample, epoch: int, index: int) -> Sample:
+        """Image (3, H, W) uint8 → (3, *config.size) float32, labels to this size, fixed by (seed, epoch, index)."""
+        random = np.random.default_rng((1, self.seed, epoch, index))
+        image, labels, config = sample.image.numpy(), sample.labels, self.config
+        if config.fit:
+            image, labels = _shrink(image, labels, self.tasks, config.size)
+        factor = random.uniform(*config.scale)
+        zoomed = (max(1, int(image.shape[-2] * factor)), max(1, int(image.shape[-1] * factor)))
+        labels = {
+            name: self.tasks[name].rescale(self.tasks[name].resample(label, zoomed), factor)
+            for name, label in labels.items()
+        }
+        box = self._draw_box(zoomed, labels, random)
+        top, left, height, width = box
+        image = bilinear(image, zoomed, box)
+        labels = {name: label[:, top : top + height, left : left + width] for name, label in labels.items()}
+        if random.random() < config.flip:
+            image = image[..., ::-1]
+            labels = {name: self.tasks[name].flip(label) for name, label in labels.items()}
+        if config.color:
+            image = photometric_distortion(image.astype(np.uint8), random)
+        return _finish(sample, image, labels, self.tasks, config.size)
+
+    def _draw_box(self, size: tuple[int, int], labels: Mapping[str, Tensor], random: np.random.Generator) -> Box:
+        """A crop in which no class dominates, if a label tells and ten redraws find one; else the last one drawn."""
+        limits = [max(size[i] - self.config.size[i], 0) for i in (0, 1)]
+        height, width = (min(size[i], self.config.size[i]) for i in (0, 1))
+
+        def draw() -> Box:
+            return int(random.integers(limits[0] + 1)), int(random.integers(limits[1] + 1)), height, width
+
+        box = draw()
+        judge = next((name for name in labels if self.tasks[name].balances_crops), None)
+        if judge is None or limits == [0, 0]:
+            return box
+        label, ignore = labels[judge][0].numpy(), self.tasks[judge].ignore
+        for _ in range(_REDRAWS):
+            top, left = box[:2]
+            crop = label[top : top + height, left : left + width]
+            counts = np.bincount(crop[crop != ignore])
+            if np.count_nonzero(counts) > 1 and counts.max() < self.config.largest_class * counts.sum():
+                break
+            box = draw()
+        return box
+
+
+def bilinear(image: np.ndarray, size: tuple[int, int], box: Box) -> np.ndarray:
+    """The window `box` of the (3, H, W) image resized bilinearly to `size`, float32 (OpenCV's INTER_LINEAR)."""
+    top, left, height, width = box
+    rows, next_rows, row_weight = _neighbours(image.shape[-2], size[0], top, height)
+    columns, next_columns, column_weight = _neighbours(image.shape[-1], size[1], left, width)
+    first = image[:, rows].astype(np.float32)
+    lines = first + (image[:, next_rows] - first) * row_weight[:, None]
+    first = lines.take(columns, axis=-1)
+    return first + (lines.take(next_columns, axis=-1) - first) * column_weight
+
+
+def photometric_distortion(image: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Brightness, contrast, saturation and hue of a (3, H, W) uint8 RGB image, each changed with probability 1/2.
+
+    Shift of ±32, factors of 0.5 to 1.5, hue shift of -18..17 (steps of 2°); contrast comes before or after the colours.
+    Each step clips to 0..255 and truncates to uint8 (PhotoMetricDistortion of MMSegmentation).
+    """
+    if random.integers(2):
+        image = _affine(random.uniform(-32, 32), 1.0)[image]
+    contrast_first = bool(random.integers(2))
+    if contrast_first and random.integers(2):
+        image = _affine(0.0, random.uniform(0.5, 1.5))[image]
+    if random.integers(2):
+        hue, saturation, value = rgb_to_hsv(image)
+        image = hsv_to_rgb(hue, _affine(0.0, random.uniform(0.5, 1.5))[saturation], value)
+    if random.integers(2):
+        hue, saturation, value = rgb_to_hsv(image)
+        shift = int(random.integers(-18, 18))
+        image = hsv_to_rgb(((hue.astype(np.int16) + shift) % 180).astype(np.uint8), saturation, value)
+    if not contrast_first and random.integers(2):
+        image = _affine(0.0, random.uniform(0.5, 1.5))[image]
+    return image
+
+
+def rgb_to_hsv(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(3, H, W) uint8 RGB → hue 0..179, saturation and value 0..255, each (H, W) uint8: OpenCV's 8-bit convention."""
+    red, green, blue = image.astype(np.int16)
+    value = np.maximum(np.maximum(red, green), blue)
+    chroma = value - np.minimum(np.minimum(red, green), blue)
+    hue = np.where(
+        value == red, green - blue, np.where(value == green, blue - red + 2 * chroma, red - green + 4 * chroma)
+    )
+    saturation = (chroma * _SATURATION[value] + 2048) >> 12
+    hue = (hue * _HUE[chroma] + 2048) >> 12
+    hue += 180 * (hue < 0)
+    return hue.astype(np.uint8), saturation.astype(np.uint8), value.astype(np.uint8)
+
+
+def hsv_to_rgb(hue: np.ndarray, saturation: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """Inverse of `rgb_to_hsv`, truncated to (3, H, W) uint8 (as OpenCV's vector code does)."""
+    sextant = hue // 30
+    fraction = hue.astype(np.float32) * np.float32(1 / 30) - sextant
+    saturation, light = (plane.astype(np.float32) * np.float32(1 / 255) for plane in (saturation, value))
+    low = light * (1 - saturation) * 255
+    falling = light * (1 - saturation * fraction) * 255
+    rising = light * (1 - saturation * (1 - fraction)) * 255
+    planes = (value, *(plane.astype(np.uint8) for plane in (low, falling, rising)))
+    return np.stack([np.choose(order[sextant], planes) for order in _SEXTANTS])
+
+
+_SEXTANTS = np.array([[0, 2, 1, 1, 3, 0], [3, 0, 0, 2, 1, 1], [1, 1, 3, 0, 0, 2]], np.uint8)
+"""Red, green, blue in each sixth of the hue circle: 0 the value, 1 the lowest, 2 falling, 3 rising."""
+
+
+def _reciprocals(numerator: float) -> np.ndarray:
+    """round(numerator · 2¹² / i) for i in 0..255, with 0 at 0: OpenCV's fixed-point division table."""
+    table = np.zeros(256, np.int32)
+    table[1:] = np.rint(numerator * 4096 / np.arange(1, 256))
+    return table
+
+
+_SATURATION = _reciprocals(255)
+_HUE = _reciprocals(30)
+
+
+def _affine(shift: float, factor: float) -> np.ndarray:
+    """Table of the 256 values v·factor + shift, clipped and truncated to uint8."""
+    values = np.arange(256, dtype=np.float32) * np.float32(factor) + np.float32(shift)
+    return np.clip(values, 0, 255).astype(np.uint8)
+
+
+def _neighbours(old: int, new: int, start: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Source indices on both sides of the resized positions start..start+count-1, and the weight of the second."""
+    position = (np.arange(start, start + count) + 0.5) * (old / new) - 0.5
+    position = np.clip(position, 0, old - 1)
+    first = position.astype(np.intp)
+    return first, np.minimum(first + 1, old - 1), (position - first).astype(np.float32)
+
+
+def _fitting(size: tuple[int, int], limit: tuple[int, int]) -> tuple[int, int]:
+    """(H, W) shrunk in proportion until it is at most `limit`; smaller sizes stay."""
+    factor = min(limit[0] / size[0], limit[1] / size[1], 1.0)
+    height, width = (min(limit[i], max(1, round(size[i] * factor))) for i in (0, 1))
+    return height, width
+
+
+def _shrink(
+    image: np.ndarray, labels: Mapping[str, Tensor], tasks: Mapping[str, Task], limit: tuple[int, int]
+) -> tuple[np.ndarray, Mapping[str, Tensor]]:
+    """Antialiased image and resampled labels, of a size that fits into `limit`; values of labels stay as they are."""
+    size = _fitting(image.shape[-2:], limit)
+    if size == image.shape[-2:]:
+        return image, labels
+    picture = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
+    picture = picture.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+    image = np.asarray(picture).transpose(2, 0, 1)
+    return image, {name: tasks[name].resample(label, size) for name, label in labels.items()}
+
+
+def _finish(
+    sample: Sample,
+    image: np.ndarray,
+    labels: Mapping[str, Tensor],
+    tasks: Mapping[str, Task],
+    size: tuple[int, int],
+) -> Sample:
+    """Normalise, pad to `size` with the image in the centre, and apply each task's last rule."""
+    labels = {name: tasks[name].finish(_pad(label, size, tasks[name].ignore)) for name, label in labels.items()}
+    return Sample(sample.id, _pad(normalize(image), size, 0), labels, sample.size)
+
+
+def _pad(map: Tensor, size: tuple[int, int], fill: float) -> Tensor:
+    height, width = map.shape[-2:]
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    padded = torch.full((map.shape[0], *size), fill, dtype=map.dtype)
+    padded[:, top : top + height, left : left + width] = map
+    return padded

@@ -1,0 +1,248 @@
+"""Transforms against OpenCV and against the definition of each step."""
+
+from dataclasses import replace
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from pamm.data import DataError, Sample
+from pamm.data.transforms import (
+    MEAN,
+    STD,
+    EvalTransform,
+    TrainTransform,
+    bilinear,
+    frame,
+    hsv_to_rgb,
+    photometric_distortion,
+    rgb_to_hsv,
+)
+from pamm.experiment import ConfigError, DataConfig
+from pamm.tasks import create_task
+
+STILL = DataConfig(size=(64, 96), scale=(1.0, 1.0), flip=0.0, color=False)
+NAMES = ("semseg", "edge", "depth", "normals")
+
+
+def make_tasks(*names):
+    return {name: create_task(name) for name in names or NAMES}
+
+
+def make_sample(height=64, width=96, seed=0):
+    """Random image and labels; the depth label numbers the pixels."""
+    random = np.random.default_rng(seed)
+    labels = {
+        "semseg": torch.from_numpy(random.integers(0, 21, (1, height, width), dtype=np.uint8)),
+        "edge": torch.from_numpy(random.integers(0, 2, (1, height, width), dtype=np.uint8)),
+        "depth": torch.arange(1, height * width + 1).reshape(1, height, width).float(),
+        "normals": torch.from_numpy(random.uniform(-1, 1, (3, height, width)).astype(np.float32)),
+    }
+    image = torch.from_numpy(random.integers(0, 256, (3, height, width), dtype=np.uint8))
+    return Sample("a", image, labels, (height, width))
+
+
+def denormalize(image):
+    return (image * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]) * 255
+
+
+def test_rgb_to_hsv_equals_opencv():
+    image = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
+    expected = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
+    np.testing.assert_array_equal(np.stack(rgb_to_hsv(image.transpose(2, 0, 1)), -1), expected)
+
+
+def test_hsv_to_rgb_is_opencvs_within_one_level():
+    """OpenCV truncates in its vector code and rounds in the rest of a row that fills no vector."""
+    random = np.random.default_rng(0)
+    hsv = np.stack([random.integers(0, high, (300, 256)) for high in (180, 256, 256)], -1).astype(np.uint8)
+    expected = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB).astype(int)
+    difference = hsv_to_rgb(*hsv.transpose(2, 0, 1)).transpose(1, 2, 0) - expected
+    assert np.abs(difference).max() <= 1
+    assert (difference != 0).mean() < 0.001
+
+
+class Script:
+    """Stands in for a random generator: hands out the numbers listed."""
+
+    def __init__(self, *numbers):
+        self.numbers = list(numbers)
+
+    def integers(self, *bounds):
+        return self.numbers.pop(0)
+
+    uniform = random = integers
+
+
+@pytest.mark.parametrize("contrast_first", [0, 1])
+def test_photometric_distortion_equals_its_definition_in_opencv(contrast_first):
+    image = np.random.default_rng(0).integers(0, 256, (200, 256, 3), dtype=np.uint8)
+
+    def convert(values, alpha=1.0, beta=0.0):
+        return np.clip(values.astype(np.float32) * alpha + beta, 0, 255).astype(np.uint8)
+
+    expected = convert(image, beta=20.0)
+    if contrast_first:
+        expected = convert(expected, alpha=1.3)
+    hsv = cv2.cvtColor(expected, cv2.COLOR_RGB2HSV)
+    hsv[..., 1] = convert(hsv[..., 1], alpha=0.7)
+    expected = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+    hsv = cv2.cvtColor(expected, cv2.COLOR_RGB2HSV)
+    hsv[..., 0] = (hsv[..., 0].astype(int) - 11) % 180
+    expected = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+    if not contrast_first:
+        expected = convert(expected, alpha=1.3)
+    contrast = [1, 1.3]
+    numbers = [1, 20.0, contrast_first, *contrast[: 2 * contrast_first], 1, 0.7, 1, -11, *contrast]
+    result = photometric_distortion(image.transpose(2, 0, 1), Script(*numbers)).transpose(1, 2, 0)
+    difference = np.abs(result.astype(int) - expected)
+    assert (difference <= 4).mean() > 0.999
+    assert difference.mean() < 0.02
+
+
+def test_photometric_distortion_without_luck_changes_nothing():
+    image = np.random.default_rng(0).integers(0, 256, (3, 20, 20), dtype=np.uint8)
+    np.testing.assert_array_equal(photometric_distortion(image, Script(0, 1, 0, 0, 0)), image)
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.77, 1.0, 1.33, 1.999])
+def test_bilinear_is_opencvs_also_in_a_window(factor):
+    image = np.random.default_rng(0).integers(0, 256, (75, 101, 3), dtype=np.uint8)
+    size = (int(75 * factor), int(101 * factor))
+    expected = cv2.resize(image.astype(np.float32), size[::-1], interpolation=cv2.INTER_LINEAR)
+    window = (5, 9, 20, 30)
+    result = bilinear(image.transpose(2, 0, 1), size, window).transpose(1, 2, 0)
+    np.testing.assert_allclose(result, expected[5:25, 9:39], atol=1e-3)
+
+
+def test_zoom_moves_labels_like_opencv_and_divides_depth():
+    sample = make_sample(60, 80)
+    config = replace(STILL, scale=(1.37, 1.37), size=(int(60 * 1.37), int(80 * 1.37)))
+    result = TrainTransform(make_tasks(), config)(sample, 0, 0)
+    for name in ("semseg", "edge", "depth"):
+        expected = cv2.resize(sample.labels[name][0].numpy(), config.size[::-1], interpolation=cv2.INTER_NEAREST)
+        expected = expected / np.float32(1.37) if name == "depth" else expected
+        np.testing.assert_allclose(result.labels[name][0], expected, rtol=1e-6)
+    assert result.size == (60, 80)
+
+
+def test_flip_mirrors_everything_and_turns_the_normals_x():
+    sample = make_sample()
+    result = TrainTransform(make_tasks(), replace(STILL, flip=1.0))(sample, 0, 0)
+    torch.testing.assert_close(denormalize(result.image), sample.image.flip(-1).float(), atol=1e-3, rtol=0)
+    assert torch.equal(result.labels["semseg"], sample.labels["semseg"].flip(-1))
+    mirrored = sample.labels["normals"].flip(-1)
+    torch.testing.assert_close(result.labels["normals"], mirrored * torch.tensor([-1.0, 1, 1])[:, None, None])
+
+
+def test_crop_takes_the_same_window_of_image_and_labels():
+    sample = make_sample(200, 300)
+    sample.image[:] = (sample.labels["depth"] % 251).byte()
+    corners = set()
+    for index in range(20):
+        result = TrainTransform(make_tasks(), STILL)(sample, 0, index)
+        depth = result.labels["depth"]
+        corners.add(divmod(int(depth[0, 0, 0]) - 1, 300))
+        assert torch.equal(depth[0, 1:] - depth[0, :-1], torch.full((63, 96), 300.0))
+        torch.testing.assert_close(denormalize(result.image), (depth % 251).expand(3, -1, -1), atol=1e-3, rtol=0)
+    assert len(corners) > 15
+    assert max(top for top, _ in corners) <= 200 - 64 and max(left for _, left in corners) <= 300 - 96
+
+
+def test_crop_is_redrawn_while_one_class_dominates():
+    label = torch.full((1, 64, 960), 3, dtype=torch.uint8)
+    label[..., 700:] = 5
+
+    def share(task):
+        """Of 100 crops, those in which both classes cover more than a quarter."""
+        sample = Sample("a", make_sample(64, 960).image, {task: label}, (64, 960))
+        transform = TrainTransform(make_tasks(task), STILL)
+        crops = [transform(sample, 0, index).labels[task] for index in range(100)]
+        return np.mean([0.25 < float((crop == 3).float().mean()) < 0.75 for crop in crops])
+
+    one_draw = 48 / 865
+    assert share("human_parts") == pytest.approx(one_draw, abs=0.08)
+    assert share("semseg") == pytest.approx(1 - (1 - one_draw) ** 11, abs=0.15)
+
+
+def test_crop_without_class_label_needs_none():
+    sample = make_sample(200, 300)
+    del sample.labels["semseg"]
+    assert TrainTransform(make_tasks(), STILL)(sample, 0, 0).labels.keys() == {"edge", "depth", "normals"}
+
+
+def test_same_seed_epoch_and_index_give_the_same_bits_whatever_the_global_state():
+    config = DataConfig(size=(64, 96))
+    transform = TrainTransform(make_tasks(), config, seed=7)
+    results = []
+    for seed in (0, 1):
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        results.append(transform(make_sample(100, 140), 3, 5))
+    assert torch.equal(results[0].image, results[1].image)
+    assert all(torch.equal(results[0].labels[name], results[1].labels[name]) for name in NAMES)
+    for other in (transform(make_sample(100, 140), 4, 5), transform(make_sample(100, 140), 3, 6)):
+        assert not torch.equal(other.image, results[0].image)
+
+
+def test_padding_is_centred_and_ignored():
+    tasks, sample = make_tasks(), make_sample(61, 93)
+    config = replace(STILL, size=(64, 96))
+    result = EvalTransform(tasks, config)(sample)
+    top, left, height, width = frame(sample.size, config)
+    assert (top, left, height, width) == (1, 1, 61, 93)
+    inside = np.s_[:, top : top + height, left : left + width]
+    torch.testing.assert_close(denormalize(result.image)[inside], sample.image.float(), atol=1e-3, rtol=0)
+    outside = torch.ones(1, 64, 96, dtype=torch.bool)
+    outside[inside] = False
+    assert (result.image[outside.expand(3, -1, -1)] == 0).all()
+    for name, task in tasks.items():
+        assert torch.equal(result.labels[name][inside], sample.labels[name])
+        assert (result.labels[name][outside.expand_as(result.labels[name])] == task.ignore).all()
+    assert result.size == (61, 93)
+
+
+def test_a_small_training_image_is_padded_like_an_evaluation_image():
+    sample = make_sample(50, 70)
+    train, evaluation = (t(make_tasks(), STILL) for t in (TrainTransform, EvalTransform))
+    assert torch.equal(train(sample, 0, 0).image, evaluation(sample).image)
+
+
+def test_no_part_pixel_left_ignores_the_crop():
+    sample = make_sample()
+    sample.labels = {"human_parts": torch.zeros(1, 64, 96, dtype=torch.uint8)}
+    result = EvalTransform(make_tasks("human_parts"), STILL)(sample)
+    assert (result.labels["human_parts"] == 255).all()
+
+
+def test_larger_image_than_the_frame_is_an_error_with_remedy():
+    with pytest.raises(DataError, match=r"a: an image of 65 x 80 .* frame of 64 x 96.* data\.size .* data\.fit"):
+        EvalTransform(make_tasks(), STILL)(make_sample(65, 80))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "expected"), [(128, 96, (64, 48)), (100, 1000, (10, 96)), (30, 40, (30, 40))]
+)
+def test_fit_shrinks_larger_images_only_and_keeps_values(height, width, expected):
+    sample, config = make_sample(height, width), replace(STILL, fit=True)
+    result = EvalTransform(make_tasks(), config)(sample)
+    top, left, *size = frame(sample.size, config)
+    assert tuple(size) == expected
+    inside = np.s_[:, top : top + size[0], left : left + size[1]]
+    depth = sample.labels["depth"][0].numpy()
+    np.testing.assert_array_equal(
+        result.labels["depth"][inside][0], cv2.resize(depth, expected[::-1], interpolation=cv2.INTER_NEAREST)
+    )
+    if (height, width) == (128, 96):
+        expected_image = sample.image.float().mean((1, 2))
+        torch.testing.assert_close(denormalize(result.image)[inside].mean((1, 2)), expected_image, atol=1, rtol=0)
+        assert denormalize(result.image)[inside].std() < 0.7 * sample.image.float().std()
+    assert result.size == (height, width)
+    trained = TrainTransform(make_tasks(), config)(sample, 0, 0)
+    assert torch.equal(trained.image, result.image) and torch.equal(trained.labels["depth"], result.labels["depth"])
+
+
+def test_senseless_zoom_is_a_config_error():
+    with pytest.raises(ConfigError, match=r"data\.scale"):
+        TrainTransform(make_tasks(), replace(STILL, scale=(2.0, 0.5)))
