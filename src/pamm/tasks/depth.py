@@ -1,0 +1,144 @@
+"""Monocular depth estimation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pamm.tasks.metrics import Sums, sum_metric
+from pamm.tasks.pictures import colour_map, paint, read_png
+from pamm.tasks.scores import full_precision, mean_over
+from pamm.tasks.task import LabelError, Task, register
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
+
+UNITS = {"metre": 1.0, "millimetre": 1000.0}
+"""Unit of a depth PNG → its steps per metre."""
+
+NEAREST = 1e-9
+"""Metres; the metrics take a prediction of zero or less for this one."""
+
+
+@register
+class Depth(Task):
+    """Distance of every pixel, metres, 0 where unknown; prediction (H, W) metres.
+
+    `unit`: what one step of a 16-bit depth PNG is, "millimetre" or "metre". Loss: mean absolute error.
+    """
+
+    name = "depth"
+    score = "RMSE"
+    higher_is_better = False
+    ignore = 0
+    label_dtype = torch.float32
+    channels = 1
+
+    def __init__(self, *, unit: str = "millimetre", weight: float = 1.0):
+        super().__init__(weight=weight)
+        if unit not in UNITS:
+            raise ValueError(f"task 'depth': unit is {unit!r}, expected one of {', '.join(map(repr, UNITS))}")
+        self.unit = unit
+
+    def options(self) -> dict[str, Any]:
+        return {"unit": self.unit, "weight": self.weight}
+
+    def read(self, path: Path) -> Tensor:
+        """16-bit grey PNG in `unit`, or `.npy` of floats in metres → (1, H, W) float32 metres. Raises LabelError.
+
+        In a `.npy` every value that is not a positive finite number is unknown.
+        """
+        if Path(path).suffix == ".npy":
+            return torch.from_numpy(read_array(Path(path)))[None]
+        steps = read_png(
+            path, ("I;16", "I;16B", "I"), f"a 16-bit grey PNG of depth, one step a {self.unit}, 0 = unknown"
+        )
+        return torch.from_numpy((steps / UNITS[self.unit]).astype(np.float32))[None]
+
+    def rescale(self, label: Tensor, factor: float) -> Tensor:
+        """An image zoomed by `factor` shows the scene that much nearer."""
+        return label / factor
+
+    def loss(self, logits: Tensor, label: Tensor, counts: Tensor | None = None) -> Tensor:
+        error = (full_precision(logits) - label).abs()
+        total = torch.where(self.valid(label), error, 0).sum()
+        return mean_over(total, self.counts(label) if counts is None else counts)
+
+    def metric(self) -> Metric:
+        """Errors over all pixels of the set: RMSE (metres), log_RMSE (natural logarithm), abs_rel, sq_rel (metres),
+        and delta_1.25, delta_1.25^2, delta_1.25^3, percent of pixels whose ratio to the truth is below that bound.
+        """
+        empty = {
+            name: torch.zeros((), dtype=torch.float64) for name in ("square", "log_square", "relative", "relative2")
+        }
+        counts = {"close": torch.zeros(3, dtype=torch.int64), "count": torch.zeros((), dtype=torch.int64)}
+        return sum_metric(self._measure, self._scores, empty | counts)
+
+    def _measure(self, logits: Tensor, label: Tensor) -> Sums:
+        valid = self.valid(label)
+        truth, guess = label[valid].double(), logits[valid].double().clamp(min=NEAREST)
+        error, ratio = guess - truth, torch.maximum(guess / truth, truth / guess)
+        return {
+            "square": error.square().sum(),
+            "log_square": (guess.log() - truth.log()).square().sum(),
+            "relative": (error.abs() / truth).sum(),
+            "relative2": (error.square() / truth).sum(),
+            "close": torch.stack([(ratio < 1.25**power).sum() for power in (1, 2, 3)]),
+            "count": valid.sum(),
+        }
+
+    def _scores(self, sums: Sums) -> Sums:
+        count = sums["count"].double()
+        close = 100 * sums["close"] / count
+        return {
+            "RMSE": (sums["square"] / count).sqrt(),
+            "log_RMSE": (sums["log_square"] / count).sqrt(),
+            "abs_rel": sums["relative"] / count,
+            "sq_rel": sums["relative2"] / count,
+            "delta_1.25": close[0],
+            "delta_1.25^2": close[1],
+            "delta_1.25^3": close[2],
+        }
+
+    def decode(self, logits: Tensor) -> Tensor:
+        return full_precision(logits)[:, 0].clamp(min=0)
+
+    def truth(self, label: Tensor) -> Tensor:
+        return label[0]
+
+    def draw(
+        self, prediction: np.ndarray, *, valid: np.ndarray | None = None, reference: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Near yellow, far violet, between the nearest and farthest known depth of `reference` (default: this map)."""
+        scale = np.asarray(prediction if reference is None else reference)
+        known = scale[np.isfinite(scale) & (scale > 0)]
+        near, far = (known.min(), known.max()) if known.size else (0.0, 1.0)
+        return paint(colour_map((far - np.asarray(prediction, np.float64)) / max(far - near, 1e-6)), valid)
+
+    def save_png(self, prediction: np.ndarray, path: Path) -> None:
+        """16-bit PNG in `unit`, rounded; depths beyond its 65535 steps become 65535."""
+        steps = np.rint(np.clip(np.nan_to_num(prediction).astype(np.float64) * UNITS[self.unit], 0, 65535))
+        Image.fromarray(steps.astype(np.uint16)).save(path, format="PNG")
+
+
+def read_array(path: Path) -> np.ndarray:
+    """`.npy` of float metres, (H, W) or (H, W, 1) → (H, W) float32, 0 where unknown. Raises LabelError."""
+    expected = "a .npy array of float metres, (H, W)"
+    if not path.is_file():
+        raise LabelError(f"no label file {path}: expected {expected}; write it, or leave the image without this label")
+    try:  # mapped, not read, so that a damaged header cannot ask for all memory
+        values = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError, OverflowError) as error:
+        raise LabelError(f"{path} cannot be read ({error}); write it again as {expected}") from None
+    if values.ndim == 3 and values.shape[-1] == 1:
+        values = values[..., 0]
+    if values.ndim != 2 or values.dtype.kind != "f" or 0 in values.shape:
+        raise LabelError(f"{path} holds {values.dtype} of shape {values.shape}, expected {expected}; convert it")
+    with np.errstate(over="ignore"):
+        values = values.astype(np.float32)
+    return np.where(np.isfinite(values) & (values > 0), values, np.float32(0))

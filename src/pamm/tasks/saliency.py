@@ -1,0 +1,96 @@
+"""Salient object detection."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pamm.tasks.metrics import Sums, sum_metric
+from pamm.tasks.pictures import grey_picture, read_mask, save_grey
+from pamm.tasks.scores import best_f_measure, full_precision, mean_over, threshold_counts
+from pamm.tasks.task import Task, register
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
+
+THRESHOLDS = torch.arange(0.05, 1, 0.05)
+"""The benchmark's 19 thresholds of the saliency probability, 0.05 to 0.95."""
+
+BETA2 = 0.3
+"""β² of the F-measure: precision weighs more than recall."""
+
+
+@register
+class Saliency(Task):
+    """Whether a pixel belongs to the salient object. Label 1 or 0, 255 ignored; prediction (H, W) probability.
+
+    Loss: cross entropy of a two-way softmax in which each class weighs the share of the other one in the joined batch.
+    """
+
+    name = "sal"
+    score = "maxF"
+    higher_is_better = True
+    ignore = 255
+    channels = 2
+
+    def options(self) -> dict[str, Any]:
+        return {"weight": self.weight}
+
+    def read(self, path: Path) -> Tensor:
+        """8-bit grey PNG → (1, H, W) uint8, 1 where the value is above 127. Raises LabelError."""
+        return read_mask(path)
+
+    def counts(self, label: Tensor) -> Tensor:
+        """(valid pixels, negative pixels): the second gives the class weights."""
+        return torch.stack([(label != self.ignore).sum(), (label == 0).sum()]).double()
+
+    def loss(self, logits: Tensor, label: Tensor, counts: Tensor | None = None) -> Tensor:
+        counts = self.counts(label) if counts is None else counts
+        logits, target = full_precision(logits), label[:, 0].long()
+        positive = mean_over(counts[1], counts).to(logits)
+        weights = torch.stack([1 - positive, positive])
+        total = F.cross_entropy(logits, target, weights, ignore_index=self.ignore, reduction="sum")
+        return mean_over(total, counts)
+
+    def metric(self) -> Metric:
+        """Largest F-measure (β² = 0.3) over the thresholds of the whole set, percent, in two readings.
+
+        maxF: thresholds 0.05, 0.10 … 0.95 of the probability. maxF_released: what the published code of InvPT and its
+        descendants computes, a second sigmoid on the probability, which leaves five distinct thresholds.
+        """
+        bins = torch.zeros(2, len(THRESHOLDS) + 1, dtype=torch.int64)
+        return sum_metric(self._measure, self._scores, {"counts": bins, "counts_released": bins.clone()})
+
+    def _measure(self, logits: Tensor, label: Tensor) -> Sums:
+        probability, positive, valid = self.decode(logits), label[:, 0] == 1, label[:, 0] != self.ignore
+        return {
+            "counts": threshold_counts(probability, positive, valid, THRESHOLDS),
+            "counts_released": threshold_counts(probability.sigmoid(), positive, valid, THRESHOLDS),
+        }
+
+    def _scores(self, sums: Sums) -> Sums:
+        return {
+            "maxF": best_f_measure(sums["counts"], BETA2),
+            "maxF_released": best_f_measure(sums["counts_released"], BETA2),
+        }
+
+    def decode(self, logits: Tensor) -> Tensor:
+        return full_precision(logits).softmax(1)[:, 1]
+
+    def truth(self, label: Tensor) -> Tensor:
+        return (label[0] == 1).float()
+
+    def draw(
+        self, prediction: np.ndarray, *, valid: np.ndarray | None = None, reference: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Salient pixels white on black."""
+        return grey_picture(prediction, valid)
+
+    def save_png(self, prediction: np.ndarray, path: Path) -> None:
+        """8-bit grey PNG, 255 times the probability."""
+        save_grey(prediction, path)

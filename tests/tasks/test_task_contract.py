@@ -1,0 +1,289 @@
+"""What holds for every registered task."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+import zlib
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from task_cases import PERFECT, perfect_logits, random_label, random_logits
+
+from pamm.tasks import TASKS, LabelError, Task, create_task
+
+
+@pytest.fixture(params=sorted(TASKS))
+def task(request: pytest.FixtureRequest) -> Task:
+    return create_task(request.param)
+
+
+def scores(task: Task, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, float]:
+    metric = task.metric()
+    for logits, label in batches:
+        metric.update(logits, label)
+    return {name: float(value) for name, value in metric.compute().items()}
+
+
+def test_options_are_json_and_rebuild_the_task(task: Task) -> None:
+    options = json.loads(json.dumps(task.options()))
+    again = create_task(task.name, **(options | {"weight": 2.5}))
+    assert again.options() == task.options() | {"weight": 2.5}
+    assert again.channels == task.channels
+
+
+def test_perfect_prediction_has_the_perfect_score(task: Task) -> None:
+    label = random_label(task)
+    found = scores(task, [(perfect_logits(task, label), label)])
+    assert task.score in PERFECT[task.name]
+    for name, value in PERFECT[task.name].items():
+        assert found[name] == pytest.approx(value, abs=1e-5), name
+
+
+def test_any_order_and_split_gives_the_same_scores(task: Task) -> None:
+    label = random_label(task, batch=6)
+    logits = random_logits(task, label)
+    whole = scores(task, [(logits, label)])
+    singles = scores(task, [(logits[i : i + 1], label[i : i + 1]) for i in (3, 5, 0, 4, 2, 1)])
+    first, second = task.metric(), task.metric()
+    first.update(logits[:1], label[:1])
+    second.update(logits[1:], label[1:])
+    first.merge_state(second)
+    merged = {name: float(value) for name, value in first.compute().items()}
+    assert not any(np.isnan(v) for v in whole.values())
+    for name, value in whole.items():
+        assert singles[name] == pytest.approx(value, rel=1e-12), name
+        assert merged[name] == pytest.approx(value, rel=1e-12), name
+
+
+def test_a_shard_without_images_or_valid_pixels_adds_nothing(task: Task) -> None:
+    label = random_label(task, batch=2)
+    logits = random_logits(task, label)
+    ignored = torch.full_like(label, task.ignore)
+    assert scores(task, [(logits, label), (logits, ignored)]) == scores(task, [(logits, label)])
+    empty = task.metric()
+    used = task.metric()
+    used.update(logits, label)
+    used.merge_state(empty)
+    assert {k: float(v) for k, v in used.compute().items()} == scores(task, [(logits, label)])
+
+
+def test_scores_of_nothing_are_nan(task: Task) -> None:
+    label = random_label(task, batch=1)
+    ignored = torch.full_like(label, task.ignore)
+    for found in (scores(task, []), scores(task, [(random_logits(task, label), ignored)])):
+        assert task.score in found
+        assert all(np.isnan(value) for value in found.values())
+
+
+def test_metric_can_be_reset_copied_and_pickled(task: Task) -> None:
+    label = random_label(task)
+    logits = random_logits(task, label)
+    metric = task.metric()
+    metric.update(logits, label)
+    expected = {name: float(value) for name, value in metric.compute().items()}
+    for other in (copy.deepcopy(metric), pickle.loads(pickle.dumps(metric))):
+        assert {name: float(value) for name, value in other.compute().items()} == expected
+    metric.reset()
+    metric.update(logits, label)
+    assert {name: float(value) for name, value in metric.compute().items()} == expected
+
+
+def test_metric_states_are_exact_types_and_summed(task: Task) -> None:
+    metric = task.metric()
+    states = metric.metric_state
+    assert states
+    assert all(state.dtype in (torch.int64, torch.float64) for state in states.values())
+    assert all(metric._reductions[name] is not None for name in states)
+
+
+def test_inputs_are_not_changed(task: Task) -> None:
+    label = random_label(task)
+    logits = random_logits(task, label)
+    logits_before, label_before = logits.clone(), label.clone()
+    metric = task.metric()
+    metric.update(logits, label)
+    metric.compute()
+    task.loss(logits, label)
+    task.decode(logits)
+    for i in range(len(label)):
+        task.flip(label[i])
+        task.rescale(label[i], 1.7)
+        task.finish(label[i])
+    assert torch.equal(logits, logits_before)
+    assert torch.equal(label, label_before)
+
+
+def test_all_ignored_has_zero_loss_with_a_gradient_path(task: Task) -> None:
+    label = task.missing((12, 16))[None].repeat(2, 1, 1, 1)
+    logits = random_logits(task, label).requires_grad_()
+    loss = task.loss(logits, label)
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.count_nonzero(logits.grad) == 0
+
+
+def test_ignored_pixels_get_no_gradient_and_valid_ones_do(task: Task) -> None:
+    label = random_label(task)
+    logits = random_logits(task, label).requires_grad_()
+    task.loss(logits, label).backward()
+    touched = (logits.grad != 0).any(1, keepdim=True)
+    assert torch.equal(touched, task.valid(label))
+
+
+def test_parts_with_joint_counts_add_up_to_the_joined_loss(task: Task) -> None:
+    label = random_label(task, batch=4)
+    label[0] = task.ignore
+    label[2, :, 5:] = task.ignore
+    logits = random_logits(task, label).double().requires_grad_()
+    joined = task.loss(logits, label)
+    (whole,) = torch.autograd.grad(joined, logits)
+    parts = (slice(0, 1), slice(1, 3), slice(3, 4))
+    counts = sum(task.counts(label[part]) for part in parts)
+    assert torch.equal(counts, task.counts(label))
+    total = sum(task.loss(logits[part], label[part], counts) for part in parts)
+    (split,) = torch.autograd.grad(total, logits)
+    torch.testing.assert_close(total, joined, rtol=1e-12, atol=0)
+    torch.testing.assert_close(split, whole, rtol=1e-12, atol=1e-15)
+
+
+def test_gradient_of_the_loss_equals_finite_differences(task: Task) -> None:
+    label = random_label(task, batch=2, size=(3, 4))
+    logits = random_logits(task, label).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: task.loss(x, label), logits)
+
+
+def test_loss_is_computed_in_float32_under_autocast(task: Task) -> None:
+    label = random_label(task)
+    logits = random_logits(task, label).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = task.loss(logits, label)
+    assert loss.dtype == torch.float32
+    assert loss.item() == task.loss(logits.float(), label).item()
+    half, full = scores(task, [(logits, label)]), scores(task, [(logits.float(), label)])
+    assert half == full
+
+
+def test_flip_twice_is_the_identity(task: Task) -> None:
+    label = random_label(task, batch=1)[0]
+    once = task.flip(label)
+    assert not torch.equal(once, label)
+    assert torch.equal(task.flip(once), label)
+    assert torch.equal(task.valid(once), task.valid(label).flip(-1))
+
+
+def test_labels_keep_their_type_and_their_ignored_pixels(task: Task) -> None:
+    label = random_label(task, batch=1)[0]
+    for moved in (task.flip(label), task.rescale(label, 0.6), task.finish(label), task.resample(label, (24, 36))):
+        assert moved.dtype == task.label_dtype
+        assert torch.equal(task.valid(moved).sum(), task.valid(label).sum())
+    missing = task.missing((5, 6))
+    assert missing.shape == (task.label_channels, 5, 6) and missing.dtype == task.label_dtype
+    for moved in (task.flip(missing), task.rescale(missing, 0.6), task.finish(missing)):
+        assert not task.valid(moved).any()
+
+
+def test_decode_of_perfect_logits_is_the_truth(task: Task) -> None:
+    label = random_label(task)
+    predicted = task.decode(perfect_logits(task, label))
+    for i in range(len(label)):
+        valid = task.valid(label[i])[0]
+        truth = task.truth(label[i])
+        assert predicted[i].shape == truth.shape
+        torch.testing.assert_close(predicted[i][valid].double(), truth[valid].double(), rtol=0, atol=1e-4)
+
+
+def test_saved_prediction_reads_back(task: Task, tmp_path) -> None:
+    label = random_label(task, batch=1)
+    prediction = task.decode(random_logits(task, label))[0].numpy()
+    path = tmp_path / "label.png"
+    task.save_png(prediction, path)
+    back = task.read(path)
+    assert back.shape == (task.label_channels, *label.shape[-2:]) and back.dtype == task.label_dtype
+    if task.name in ("sal", "edge"):
+        assert np.array_equal(back[0].numpy() == 1, prediction >= 0.5)
+    else:
+        step = {"depth": 0.0005, "normals": 0.5 / 127.5}.get(task.name, 0)
+        assert np.abs(task.truth(back).numpy() - prediction.astype(float)).max() <= step + 1e-6
+
+
+def test_picture_shows_the_prediction_and_greys_the_rest(task: Task) -> None:
+    label = random_label(task, batch=1)
+    prediction = task.decode(random_logits(task, label))[0].numpy()
+    valid = task.valid(label)[0, 0].numpy()
+    whole = task.draw(prediction)
+    picture = task.draw(prediction, valid=valid, reference=task.truth(label[0]).numpy())
+    for image in (whole, picture):
+        assert image.shape == (*label.shape[-2:], 3) and image.dtype == np.uint8
+    assert len(np.unique(whole.reshape(-1, 3), axis=0)) > 1
+    assert (picture[~valid] == 128).all()
+    assert (picture[valid] != 128).any()
+
+
+@pytest.mark.parametrize("damage", ["absent", "folder", "empty", "text", "truncated", "jpeg", "rgba"])
+def test_bad_files_are_label_errors_that_name_the_file(task: Task, damage: str, tmp_path) -> None:
+    path = tmp_path / "label.png"
+    good = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 4), np.uint8))
+    if damage == "folder":
+        path.mkdir()
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "text":
+        path.write_text("not an image")
+    elif damage == "jpeg":
+        good.convert("RGB" if task.name == "normals" else "L").save(path, format="JPEG")
+    elif damage == "rgba":
+        good.save(path)
+    elif damage == "truncated":
+        label = random_label(task, batch=1, size=(64, 64))
+        task.save_png(task.decode(random_logits(task, label))[0].numpy(), path)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(LabelError, match=r"label\.png"):
+        task.read(path)
+
+
+def test_an_implausibly_large_file_is_refused_before_it_is_decoded(task: Task, tmp_path) -> None:
+    path = tmp_path / "label.png"
+    label = random_label(task, batch=1, size=(8, 8))
+    task.save_png(task.decode(random_logits(task, label))[0].numpy(), path)
+    data = bytearray(path.read_bytes())
+    for side in (12_000, 60_000):
+        data[16:24] = side.to_bytes(4, "big") * 2
+        data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+        path.write_bytes(data)
+        with pytest.raises(LabelError, match="implausibly large"):
+            task.read(path)
+
+
+def test_labels_of_real_images(task: Task, shared, tmp_path) -> None:
+    labels = map(task.read, sorted((shared / "data" / "mosaic" / "val" / task.name).iterdir()))
+    for label in islice((label for label in labels if task.valid(label).any()), 2):
+        assert label.dtype == task.label_dtype
+        task.save_png(task.truth(label).numpy(), tmp_path / "again.png")
+        difference = (task.read(tmp_path / "again.png").double() - label.double()).abs()
+        assert difference[task.valid(label).expand_as(label)].max() <= 1e-6
+        found = scores(task, [(perfect_logits(task, label[None]), label[None])])[task.score]
+        assert found == pytest.approx(perfect_score(task, label), abs=1e-4)
+
+
+def perfect_score(task: Task, label: torch.Tensor) -> float:
+    """A perfect prediction's score on one image: classes absent from it count as 0 in mIoU."""
+    best = PERFECT[task.name][task.score]
+    if task.score != "mIoU":
+        return best
+    return best * len(label[task.valid(label)].unique()) / task.channels
+
+
+def test_the_task_package_needs_no_extra() -> None:
+    code = (
+        "import sys, pamm.tasks; "
+        "print([m for m in ('torchmetrics', 'scipy', 'skimage', 'lightning', 'lightning_fabric') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
