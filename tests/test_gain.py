@@ -1,0 +1,122 @@
+"""The multi-task gain, on the published tables."""
+
+from __future__ import annotations
+
+import pytest
+
+from pamm.gain import baselines, multi_task_gain, paper_tables
+from pamm.tasks import TASKS
+
+PRINTED_UNIT = 0.01
+"""Printed gains have two decimals, rounded by one paper and cut off by the other: less than one unit away."""
+
+ROWS = [(table, row) for table in paper_tables() for row in table.rows]
+PRINTED = [(table, row) for table, row in ROWS if row.gain is not None]
+
+
+def name(value) -> str:
+    return getattr(value, "method", None) or f"{value.paper} {value.number} {value.dataset}"
+
+
+def gain(table, row) -> float:
+    return multi_task_gain(row.scores, baselines()[table.baseline].scores)
+
+
+@pytest.mark.parametrize(("table", "row"), PRINTED, ids=name)
+def test_every_printed_gain_follows_from_its_row_unless_listed(table, row) -> None:
+    agrees = abs(gain(table, row) - row.gain) < PRINTED_UNIT
+    assert agrees == (row.recomputed is None)
+    if row.recomputed is not None:
+        assert gain(table, row) == pytest.approx(row.recomputed, abs=PRINTED_UNIT / 2)
+
+
+def test_the_rows_whose_printed_gain_does_not_follow() -> None:
+    listed = {
+        (t.paper, t.number, t.dataset, r.method, r.gain, r.recomputed) for t, r in ROWS if r.recomputed is not None
+    }
+    assert listed == {
+        ("PAMM", "I", "nyud", "MQTransformer", 3.04, 1.95),
+        ("PAMM", "I", "nyud", "M³ViT", -1.65, -3.42),
+        ("PAMM", "V", "pascal", "top-15", -0.82, -0.66),
+    }
+
+
+def test_every_table_and_row_is_there() -> None:
+    sizes = {(t.paper, t.number, t.dataset): len(t.rows) for t in paper_tables()}
+    assert sizes == {
+        ("PAMM", "I", "pascal"): 12,
+        ("PAMM", "I", "nyud"): 13,
+        ("PAMM", "II", "pascal"): 3,
+        ("PAMM", "III", "pascal"): 4,
+        ("PAMM", "IV", "pascal"): 4,
+        ("PAMM", "V", "pascal"): 8,
+        ("PAMM", "VI", "pascal"): 3,
+        ("PAMM", "VII", "pascal"): 4,
+        ("PAMM", "VIII", "pascal"): 3,
+        ("MTMamba", "1", "nyud"): 9,
+        ("MTMamba", "1", "pascal"): 9,
+        ("MTMamba", "2", "nyud"): 6,
+        ("MTMamba", "3", "nyud"): 2,
+        ("MTMamba", "4", "nyud"): 2,
+        ("MTMamba", "5", "nyud"): 3,
+        ("MTMamba", "6", "nyud"): 4,
+    }
+    assert len(PRINTED) == 63
+
+
+@pytest.mark.parametrize("table", paper_tables(), ids=name)
+def test_tables_speak_of_known_tasks_in_their_units(table) -> None:
+    assert set(table.tasks) <= set(TASKS)
+    if table.baseline:
+        assert baselines()[table.baseline].dataset == table.dataset
+        assert set(baselines()[table.baseline].scores) == set(table.tasks)
+    for row in table.rows:
+        for task, score in row.scores.items():
+            low, high = {"depth": (0.3, 1), "normals": (10, 25)}.get(task, (30, 100))
+            assert low < score < high
+
+
+def test_the_same_model_has_the_same_scores_in_every_table() -> None:
+    """PAMM's ViT-B model stands in seven tables, MTMamba's in six."""
+    pamm = [r.scores for t, r in ROWS if t.paper == "PAMM" and r.scores.get("semseg") == 79.12]
+    assert len(pamm) == 8
+    assert all(scores == pamm[0] for scores in pamm)
+    full = [r.scores for t, r in ROWS if t.paper == "MTMamba" and r.scores.get("depth") == 0.5066]
+    assert len(full) == 6
+    assert all(value == full[0][task] for scores in full for task, value in scores.items())
+
+
+def test_baselines_by_name() -> None:
+    named = baselines()
+    assert named["pamm-table-1-pascal"].scores["edge"] == 71.32
+    assert named["mtmamba-nyud-single-task"].scores["semseg"] == 54.32
+    assert {n for n in named if "single-task" in n} == {
+        "mtmamba-nyud-single-task",
+        "prism-pascal-vit-l-single-task",
+        "prism-pascal-vit-b-single-task",
+        "prism-nyud-vit-b-single-task",
+    }
+    mlore = {"semseg": 81.41, "human_parts": 70.52, "sal": 84.90, "normals": 13.51, "edge": 75.42}
+    assert multi_task_gain(mlore, named["prism-pascal-vit-l-single-task"].scores) == pytest.approx(0.16, abs=0.005)
+    plus = {"semseg": 57.01, "depth": 0.4818, "normals": 18.27, "edge": 79.40}
+    assert multi_task_gain(plus, named["mtmamba-nyud-single-task"].scores) == pytest.approx(4.82, abs=0.01)
+
+
+def test_gain_by_hand() -> None:
+    higher = {"a": True, "b": False}
+    assert multi_task_gain({"a": 110, "b": 4}, {"a": 100, "b": 5, "c": 7}, higher) == pytest.approx((10 + 20) / 2)
+    assert multi_task_gain({"a": 100, "b": 6}, {"a": 100, "b": 5}, higher) == pytest.approx(-10)
+
+
+@pytest.mark.parametrize(
+    ("row", "baseline", "message"),
+    [
+        ({}, {"a": 1}, "at least one task"),
+        ({"a": 1, "b": 2}, {"a": 1}, "no score in the baseline for b"),
+        ({"a": 1}, {"a": 0}, "score is 0 for a"),
+        ({"z": 1}, {"z": 1}, "no direction in higher_is_better for z"),
+    ],
+)
+def test_impossible_gains_name_the_task(row, baseline, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        multi_task_gain(row, baseline, {"a": True, "b": True})
