@@ -1,5 +1,12 @@
 """The selective scan: engines against the reference, outputs and every gradient; the reference against algebra."""
 
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -211,6 +218,23 @@ def test_same_bits_every_time(engine, per_order):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("per_order", [False, True], ids=["shared", "per-order"])
+@pytest.mark.skipif("native" not in RUNNING, reason="no C compiler here")
+def test_same_bits_for_any_number_of_threads(per_order):
+    inputs, orders = problem(2, 3, 4, (6, 8), 70, 16, per_order=per_order)
+    threads = torch.get_num_threads()
+    results = []
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        with torch.no_grad():
+            values = [inputs[name].abs() if name == "delta" else inputs[name] for name in NAMES[:5]]
+            y, kept = torch.ops.pamm.selective_scan(*values, orders, "native", True)
+            results.append((y, *torch.ops.pamm.selective_scan_backward(y, *values, orders, kept, "native")))
+    torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(a.isfinite().all() and torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
 def test_raster_orders_of_mtmamba():
     inputs, _ = problem(1, 2, 4, (5, 6), 6, 4, per_order=True)
     orders = row_column_orders(5, 6)
@@ -229,13 +253,76 @@ def test_registration_as_an_operator(engine, per_order):
     torch.library.opcheck(torch.ops.pamm.selective_scan.default, (*tensors, orders, engine, True))
 
 
+@pytest.mark.parametrize("engine", RUNNING)
+def test_compiles_to_one_graph(engine):
+    inputs, orders = problem(**CASES["odd"])
+
+    def function(**values):
+        return selective_scan(**values, orders=orders, engine=engine)
+
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(**inputs), function(**inputs))
+
+
+def test_shapes_without_values():
+    inputs, orders = problem(**CASES["odd"])
+    y = selective_scan(**{name: value.to("meta") for name, value in inputs.items()}, orders=orders)
+    assert (y.shape, y.device.type) == (inputs["x"].shape, "meta")
+
+
+def in_fresh_process(code, **environment):
+    """Run code after the imports of this file in another interpreter; returns its standard output."""
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    setting = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "2", **environment}
+    command = [sys.executable, "-c", f"from test_selective_scan import *\n{code}"]
+    return subprocess.run(command, env=setting, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64") or "native" not in RUNNING, reason="needs a C compiler for x86"
+)
+@pytest.mark.parametrize("narrower", ["-mno-avx512f", "-mno-avx"])
+def test_kernel_of_older_processors(narrower, tmp_path):
+    """Vectors of 8 channels (AVX2) and of 4 (SSE, NEON), freshly compiled into an empty cache."""
+    code = (
+        "for per_order in (False, True):\n"
+        "    inputs, orders = problem(**CASES['odd'], per_order=per_order)\n"
+        "    assert_close(run(inputs, orders, 'native'), run(in_double(inputs), orders, 'reference'), FLOAT32_TOLERANCE)\n"
+        "print(explain()[0].reason)\n"
+    )
+    lanes = in_fresh_process(code, CC=f"cc {narrower}", XDG_CACHE_HOME=str(tmp_path))
+    assert {"-mno-avx512f": "8 channels per vector", "-mno-avx": "4 channels per vector"}[narrower] in lanes
+    assert len(list((tmp_path / "pamm").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [
+        ("no-such-compiler", "no C compiler 'no-such-compiler' found; install gcc or clang"),
+        ("false", "'false .*' failed"),
+    ],
+    ids=["absent", "broken"],
+)
+def test_without_a_compiler_the_step_engine_runs(compiler, reason, tmp_path):
+    code = "print(choose('cpu', torch.float32), explain()[0])"
+    printed = in_fresh_process(code, CC=compiler, XDG_CACHE_HOME=str(tmp_path))
+    assert printed.startswith("step ")
+    assert re.search(reason, printed)
+
+
+def test_native_engine_says_what_it_refuses():
+    inputs, orders = problem(**CASES["odd"], dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"scan engine 'native' cannot run this: .*(float64|compiler)"):
+        selective_scan(**inputs, orders=orders, engine="native")
+
+
 # -- choosing an engine, and errors -------------------------------------------------------------------------------------
 
 
 def test_automatic_choice_takes_any_input():
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         inputs, orders = problem(**CASES["odd"], dtype=dtype)
-        assert choose(inputs["x"], inputs["delta"]) in ENGINES
+        assert choose("cpu", dtype) in ENGINES
         assert selective_scan(**inputs, orders=orders).dtype == dtype
 
 
@@ -247,13 +334,12 @@ def test_explain_gives_a_reason_for_every_engine():
 
 
 def test_environment_variable_replaces_the_automatic_choice(monkeypatch):
-    inputs, _ = problem(**CASES["odd"])
     monkeypatch.setenv("PAMM_SCAN_ENGINE", "reference")
-    assert choose(inputs["x"], inputs["delta"]) == "reference"
-    assert choose(inputs["x"], inputs["delta"], "step") == "step"
+    assert choose("cpu", torch.float32) == "reference"
+    assert choose("cpu", torch.float32, "step") == "step"
     monkeypatch.setenv("PAMM_SCAN_ENGINE", "cuda")
     with pytest.raises(ValueError, match=r"PAMM_SCAN_ENGINE=cuda: unknown scan engine; known engines: auto, .*step"):
-        choose(inputs["x"], inputs["delta"])
+        choose("cpu", torch.float32)
 
 
 def test_unknown_engine_names_the_known_ones():

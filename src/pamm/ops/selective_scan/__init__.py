@@ -8,15 +8,16 @@ The environment variable PAMM_SCAN_ENGINE replaces the automatic choice.
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pamm.ops.selective_scan import reference, step
+from pamm.ops.selective_scan import native, reference, step
 
-ENGINES = {"step": step}
+ENGINES = {"native": native, "step": step}
 """Engines of the operator, the preferred first. "reference" is known beside them and chosen only by name."""
 
 VARIABLE = "PAMM_SCAN_ENGINE"
@@ -69,8 +70,8 @@ def selective_scan(
     """
     _validate(x, delta, A, B, C, D, orders, delta_bias)
     orders = orders.to(x.device)
-    with torch.autocast(x.device.type, enabled=False):
-        name = choose(x, delta, engine)
+    with _without_autocast(x.device.type):
+        name = choose(x.device.type, x.dtype, engine)
         if name == "reference":
             _check_orders(orders)
             return reference.selective_scan(x, delta, A, B, C, D, orders, delta_bias, softplus)
@@ -86,19 +87,22 @@ def selective_scan(
         return torch.addcmul(y, values, skip[:, None, None, :]).to(x.dtype)
 
 
-def choose(x: Tensor, delta: Tensor, engine: str = "auto") -> str:
-    """Name of the engine for these inputs: `engine`, else that of PAMM_SCAN_ENGINE, else the first that takes them.
+@torch.compiler.assume_constant_result
+def choose(device: str, dtype: torch.dtype, engine: str = "auto") -> str:
+    """Name of the engine for inputs on this kind of device ("cpu", "cuda", …) and of this dtype.
+
+    It is `engine` unless "auto", else the one PAMM_SCAN_ENGINE names, else the first that takes such inputs.
 
     Raises ValueError for an unknown engine and for a named one that cannot run here or does not take these inputs.
     """
     name = os.environ.get(VARIABLE, "auto") if engine == "auto" else engine
     if name == "auto":
-        return next(name for name in ENGINES if _objection(name, x, delta) is None)
+        return next(name for name in ENGINES if _objection(name, device, dtype) is None)
     known = (*ENGINES, "reference")
     if name not in known:
         source = f"{VARIABLE}={name}" if engine == "auto" else f"engine='{name}'"
         raise ValueError(f"{source}: unknown scan engine; known engines: auto, {', '.join(known)}")
-    objection = _objection(name, x, delta)
+    objection = _objection(name, device, dtype)
     if objection is not None:
         raise ValueError(f"scan engine '{name}' cannot run this: {objection}; use engine='auto' or unset {VARIABLE}")
     return name
@@ -113,10 +117,14 @@ def explain() -> list[EngineStatus]:
     return [*rows, EngineStatus("reference", True, "the definition in torch, for comparisons; never chosen by itself")]
 
 
-def _objection(name: str, x: Tensor, delta: Tensor) -> str | None:
+def _without_autocast(device: str) -> AbstractContextManager:
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+def _objection(name: str, device: str, dtype: torch.dtype) -> str | None:
     if name == "reference":
         return None
-    return ENGINES[name].unavailable() or ENGINES[name].refuses(x, delta)
+    return ENGINES[name].unavailable() or ENGINES[name].refuses(device, dtype)
 
 
 def _validate(
@@ -189,7 +197,7 @@ def _(x, delta, A, B, C, orders, engine, keep):
 def _scan_backward(
     dy: Tensor, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, orders: Tensor, kept: Tensor, engine: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x.device.type):
         return ENGINES[engine].backward(dy, x, delta, A, B, C, orders, kept)
 
 

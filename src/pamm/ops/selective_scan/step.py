@@ -28,8 +28,8 @@ def unavailable() -> str | None:
     return None
 
 
-def refuses(x: Tensor, delta: Tensor) -> str | None:
-    """Why this engine does not take these inputs, or None."""
+def refuses(device: str, dtype: torch.dtype) -> str | None:
+    """Why this engine does not take inputs on this kind of device and of this dtype, or None."""
     return None
 
 
