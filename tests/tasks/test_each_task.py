@@ -75,6 +75,7 @@ class TestClassMaps:
         assert picture.tolist() == voc
         everything = create_task("semseg").draw(np.arange(255, dtype=np.uint8)[None])
         assert len(np.unique(everything[0], axis=0)) == 255
+        assert [128, 128, 128] not in everything[0].tolist()
 
     def test_a_palette_png_gives_its_indices(self, tmp_path) -> None:
         index = np.array([[0, 1, 20], [255, 5, 0]], np.uint8)
@@ -210,6 +211,11 @@ class TestBoundary:
         thresholds = np.arange(1, 100, dtype=np.float32) / 100
         expected = f_measures(logits.sigmoid().numpy()[valid], label.numpy()[valid] == 1, thresholds, 1.0)
         assert computed(task, logits, label)["maxF_pixel"] == pytest.approx(100 * max(expected), rel=1e-9)
+
+    def test_a_probability_equal_to_a_threshold_reaches_it(self) -> None:
+        logits = torch.tensor([[[[0.0, -0.01]]]])
+        label = torch.tensor([[[[1, 0]]]], dtype=torch.uint8)
+        assert computed(create_task("edge"), logits, label)["maxF_pixel"] == 100
 
     def test_extreme_logits_stay_finite(self) -> None:
         task = create_task("edge")

@@ -88,12 +88,16 @@ def grey_picture(values: np.ndarray, valid: np.ndarray | None) -> np.ndarray:
 
 
 def class_palette() -> np.ndarray:
-    """(256, 3) uint8 colours of PASCAL VOC: an index's bits dealt in turn to red, green and blue; 255 mid-grey."""
+    """(256, 3) uint8 colours of PASCAL VOC: an index's bits dealt in turn to red, green and blue; 255 mid-grey.
+
+    Index 7 (VOC's car) is mid-grey there, the colour of pixels that are not drawn, and blue here.
+    """
     index = np.arange(256)
     colours = np.zeros((256, 3), np.uint8)
     for level in range(8):
         for channel in range(3):
             colours[:, channel] |= (((index >> (3 * level + channel)) & 1) << (7 - level)).astype(np.uint8)
+    colours[7] = 70, 130, 220
     colours[255] = GREY
     return colours
 
