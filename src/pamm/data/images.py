@@ -19,7 +19,8 @@ MAX_PIXELS = 100_000_000
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 """File names that data folders take for photographs."""
 
-_OPENING = threading.Lock()
+_GLOBALS = threading.Lock()
+"""Held while a global of Pillow or of Python's warnings is changed."""
 
 
 class ImageError(ValueError):
@@ -35,22 +36,21 @@ def read_image(
     CMYK are converted; of an animation the first frame is read. `exif` turns the picture as its EXIF orientation says,
     which is how every viewer shows it. Raises ImageError for anything that is not a whole picture of at most `max_pixels`.
     """
-    with _decoding(source):
-        picture = _open(source, max_pixels)
-        if exif:
-            picture = ImageOps.exif_transpose(picture)
-        return np.array(_to_rgb(picture, _name(source)))
+    with _decoding(source), _opened(source, max_pixels) as picture:
+        picture.load()
+        turned = _turn(picture) if exif else picture
+        return np.array(_to_rgb(turned, _name(source)))
 
 
 def image_size(path: Path) -> tuple[int, int]:
     """(H, W) of a picture as stored, from its header alone. Raises ImageError."""
-    with _decoding(path), _open(path, None) as picture:
+    with _decoding(path), _opened(path, None) as picture:
         return picture.height, picture.width
 
 
 def read_values(path: Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Label picture → its stored values, (H, W) or (H, W, channels), palette indices as such. Raises ImageError."""
-    with _decoding(path), _open(path, max_pixels) as picture:
+    with _decoding(path), _opened(path, max_pixels) as picture:
         return np.array(picture)
 
 
@@ -60,25 +60,39 @@ def _name(source: str | os.PathLike[str] | BinaryIO) -> str:
     return str(getattr(source, "name", "the image"))
 
 
-def _open(source: str | os.PathLike[str] | BinaryIO, max_pixels: int | None) -> Image.Image:
+@contextmanager
+def _opened(source: str | os.PathLike[str] | BinaryIO, max_pixels: int | None) -> Iterator[Image.Image]:
     """Read the header only, and refuse by our own limit, whose message says how to raise it.
 
     Pillow's limit is a global of its module and warns below its double; it is lifted while the header is parsed.
     """
-    with _OPENING, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _GLOBALS, _silence():
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
             picture = Image.open(source)
-            picture.getexif()
         finally:
             Image.MAX_IMAGE_PIXELS = limit
-    if max_pixels is not None and picture.width * picture.height > max_pixels:
-        raise ImageError(
-            f"{_name(source)} has {picture.height} x {picture.width} = {picture.width * picture.height:,} pixels; the "
-            f"limit is {max_pixels:,}. Shrink or tile the picture, or pass a larger max_pixels."
-        )
-    return picture
+    with picture:
+        pixels = picture.width * picture.height
+        if max_pixels is not None and pixels > max_pixels:
+            raise ImageError(
+                f"{_name(source)} has {picture.height} x {picture.width} = {pixels:,} pixels; the limit is "
+                f"{max_pixels:,}. Shrink or tile the picture, or pass a larger max_pixels."
+            )
+        yield picture
+
+
+def _turn(picture: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation; Pillow warns of damaged EXIF data, without which the picture is still whole."""
+    with _GLOBALS, _silence():
+        return ImageOps.exif_transpose(picture)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 @contextmanager

@@ -186,11 +186,12 @@ def hsv_to_rgb(hue: np.ndarray, saturation: np.ndarray, value: np.ndarray) -> np
     low = light * (1 - saturation) * 255
     falling = light * (1 - saturation * fraction) * 255
     rising = light * (1 - saturation * (1 - fraction)) * 255
-    planes = (value, *(plane.astype(np.uint8) for plane in (low, falling, rising)))
-    return np.stack([np.choose(order[sextant], planes) for order in _SEXTANTS])
+    planes = np.stack([value, *(plane.astype(np.uint8) for plane in (low, falling, rising))])
+    pixels = np.arange(hue.size).reshape(hue.shape)
+    return np.stack([planes.take(order[sextant] * hue.size + pixels) for order in _SEXTANTS])
 
 
-_SEXTANTS = np.array([[0, 2, 1, 1, 3, 0], [3, 0, 0, 2, 1, 1], [1, 1, 3, 0, 0, 2]], np.uint8)
+_SEXTANTS = np.array([[0, 2, 1, 1, 3, 0], [3, 0, 0, 2, 1, 1], [1, 1, 3, 0, 0, 2]])
 """Red, green, blue in each sixth of the hue circle: 0 the value, 1 the lowest, 2 falling, 3 rising."""
 
 

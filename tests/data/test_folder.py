@@ -1,0 +1,196 @@
+"""Folder data sets: the real mosaic, and every way in which a folder can be wrong."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pamm.data import DataError, dataset_options, open_dataset
+from pamm.data.inspect import format_inspection, inspect_dataset
+from pamm.experiment import DataConfig
+from pamm.tasks import create_task
+
+YAML = """
+splits: {train: 3, val: 1}
+tasks:
+  semseg: {classes: [sky, tree, road]}
+  sal: {}
+labelled:
+  train: {semseg: 2, sal: 1}
+"""
+
+
+def write(path, values):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(values, np.uint8)).save(path)
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Three training images, two with a class map, one with a mask; one validation image without labels."""
+    random = np.random.default_rng(0)
+    root = tmp_path / "mine"
+    for split, count in (("train", 3), ("val", 1)):
+        for index in range(count):
+            write(root / split / "images" / f"{index}.png", random.integers(0, 256, (20, 30, 3)))
+    for index in range(2):
+        write(root / "train" / "semseg" / f"{index}.png", random.integers(0, 3, (20, 30)))
+    write(root / "train" / "sal" / "2.png", np.full((20, 30), 255))
+    (root / "dataset.yaml").write_text(YAML)
+    return root
+
+
+def open_split(root, split="train", names=("semseg", "sal")):
+    config = DataConfig(name="folder", root=str(root))
+    options = dataset_options(config)
+    return open_dataset(config, split, {name: create_task(name, **options[name]) for name in names})
+
+
+def read_all(dataset):
+    return [dataset[index] for index in range(len(dataset))]
+
+
+def test_each_image_comes_with_the_labels_it_has(root):
+    dataset = open_split(root)
+    samples = read_all(dataset)
+    assert [sample.id for sample in samples] == ["0", "1", "2"]
+    assert [set(sample.labels) for sample in samples] == [{"semseg"}, {"semseg"}, {"sal"}]
+    assert dataset.labelled() == {"semseg": 2, "sal": 1}
+    first = samples[0]
+    assert first.image.shape == (3, 20, 30) and first.image.dtype == torch.uint8 and first.size == (20, 30)
+    stored = np.asarray(Image.open(root / "train" / "images" / "0.png"))
+    np.testing.assert_array_equal(first.image.permute(1, 2, 0), stored)
+    np.testing.assert_array_equal(
+        first.labels["semseg"][0], np.asarray(Image.open(root / "train" / "semseg" / "0.png"))
+    )
+    assert [set(s.labels) for s in read_all(open_split(root, "val"))] == [set()]
+    assert [set(s.labels) for s in read_all(open_split(root, names=["sal"]))] == [set(), set(), {"sal"}]
+
+
+def test_without_description_folders_named_like_tasks_count_and_classes_must_be_told(root):
+    (root / "dataset.yaml").unlink()
+    with pytest.raises(DataError, match=r"class names of 'semseg'.*dataset\.yaml.*classes: \["):
+        open_split(root)
+    for path in (root / "train" / "semseg").iterdir():
+        path.unlink()
+    (root / "train" / "semseg").rmdir()
+    assert dataset_options(DataConfig(root=str(root))) == {"sal": {}}
+    assert len(open_split(root, names=["sal"])) == 3
+
+
+def test_labels_decide_whether_the_exif_orientation_holds(root):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = root / "train" / "images" / "0.png"
+    Image.open(path).save(path, exif=exif)
+    assert open_split(root)[0].size == (20, 30)
+    write(root / "train" / "semseg" / "0.png", np.zeros((30, 20)))
+    assert open_split(root)[0].size == (30, 20)
+    os.unlink(root / "train" / "semseg" / "0.png")
+    (root / "dataset.yaml").write_text(YAML.replace("semseg: 2", "semseg: 1"))
+    assert open_split(root)[0].size == (30, 20)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def text(content):
+    return lambda root: (root / "dataset.yaml").write_text(content)
+
+
+BROKEN = {
+    "truncated image": (lambda r: truncate(r / "train/images/0.png"), r"images/0\.png is not a whole picture"),
+    "empty image": (lambda r: (r / "train/images/0.png").write_bytes(b""), r"images/0\.png is empty"),
+    "empty label": (lambda r: (r / "train/semseg/0.png").write_bytes(b""), r"semseg/0\.png .*0 bytes"),
+    "label of another size": (
+        lambda r: write(r / "train/semseg/0.png", np.zeros((21, 30))),
+        r"semseg/0\.png is 21 x 30 .* images/0\.png is 20 x 30|semseg/0\.png is 21 x 30 .*20 x 30",
+    ),
+    "class out of range": (
+        lambda r: write(r / "train/semseg/0.png", np.full((20, 30), 3)),
+        r"semseg/0\.png.*3.*3 classes",
+    ),
+    "label without image": (lambda r: write(r / "train/semseg/9.png", np.zeros((20, 30))), r"no image .*9\.png"),
+    "label as jpeg": (
+        lambda r: [p.rename(p.with_suffix(".jpg")) for p in (r / "train/semseg").iterdir()],
+        r"semseg holds 0\.jpg, 1\.jpg.*\.png or \.npy",
+    ),
+    "two images of one name": (
+        lambda r: write(r / "train/images/0.bmp", np.zeros((20, 30, 3))),
+        r"both 0\.bmp and 0\.png",
+    ),
+    "image lost": (
+        lambda r: (r / "train/images/2.png").unlink() or (r / "train/sal/2.png").unlink(),
+        "found 2 .*states 3",
+    ),
+    "labels lost": (lambda r: (r / "train/semseg/1.png").unlink(), "semseg: labels: found 1 files, .*states 2"),
+    "no images": (lambda r: [p.unlink() for p in (r / "train/images").iterdir()], "no image"),
+    "no split": (
+        lambda r: (r / "train").rename(r / "training"),
+        r"no folder .*train/images.*Splits found: training, val",
+    ),
+    "not yaml": (text("tasks: {"), r"dataset\.yaml is not a readable YAML file"),
+    "no tasks": (text("splits: {train: 3}"), "no mapping 'tasks'"),
+    "misspelt key": (text(YAML.replace("splits", "split")), "unknown key 'split'.*Did you mean 'splits'"),
+    "unknown task": (text("tasks: {sky: {}}"), "unknown task 'sky'; known tasks"),
+    "unknown option": (text("tasks: {sal: {colour: 1}}"), "does not take these options"),
+    "options no mapping": (text("tasks: {sal: 3}"), "must be mappings"),
+    "count no number": (text("tasks: {sal: {}}\nsplits: {train: many}"), "whole numbers"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_whatever_is_wrong_is_one_data_error_with_the_name_of_the_file(root, kind):
+    damage, message = BROKEN[kind]
+    damage(root)
+    with pytest.raises(DataError, match=message):
+        read_all(open_split(root, names=["semseg", "sal"]))
+
+
+def test_missing_root_and_unlabelled_task():
+    with pytest.raises(DataError, match=r"data\.root is not set"):
+        dataset_options(DataConfig(root=None))
+    with pytest.raises(DataError, match="no folder /nowhere"):
+        dataset_options(DataConfig(root="/nowhere"))
+
+
+def test_a_task_without_labels_is_named(root):
+    with pytest.raises(DataError, match="no labels for task 'depth'; it has: semseg, sal"):
+        open_dataset(DataConfig(root=str(root)), "train", {"depth": create_task("depth")})
+
+
+def test_inspection_counts_and_collects(root):
+    config = DataConfig(root=str(root))
+    train, val = inspect_dataset(config, deep=True)
+    assert (train.images, train.labels, train.problems) == (3, {"semseg": 2, "sal": 1}, [])
+    assert (train.smallest, train.largest) == ((20, 30), (20, 30))
+    assert (val.images, val.labels) == (1, {"semseg": 0, "sal": 0})
+    write(root / "train" / "semseg" / "0.png", np.full((20, 30), 7))
+    truncate(root / "train" / "images" / "2.png")
+    assert inspect_dataset(config)[0].problems == []
+    problems = inspect_dataset(config, deep=True)[0].problems
+    assert len(problems) == 2 and "0.png" in problems[0] and "2.png" in problems[1]
+    assert "problem: " in format_inspection(inspect_dataset(config, deep=True))
+    (root / "val" / "images" / "0.png").unlink()
+    assert "no image" in inspect_dataset(config)[1].problems[0]
+
+
+def test_the_mosaic_of_real_images_reads_whole(shared):
+    root = shared / "data" / "mosaic"
+    before = sorted(path.name for path in root.iterdir())
+    config = DataConfig(root=str(root))
+    train, val = inspect_dataset(config)
+    assert (train.images, val.images) == (593, 236)
+    assert train.labels == {"semseg": 244, "human_parts": 14, "sal": 200, "edge": 100, "depth": 49, "normals": 49}
+    assert train.problems == val.problems == []
+    dataset = open_split(root, "val", names=tuple(train.labels))
+    for index in range(0, len(dataset), 12):
+        sample = dataset[index]
+        for name, label in sample.labels.items():
+            assert tuple(label.shape[-2:]) == sample.size and label.dtype == dataset.tasks[name].label_dtype
+    assert sorted(path.name for path in root.iterdir()) == before
+    assert Path(dataset.image_path(0)).is_file()
