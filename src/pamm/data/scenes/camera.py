@@ -56,6 +56,7 @@ def choose(rng: Generator, room: Room, geometry: Geometry, size: tuple[int, int]
         goal = np.array([*(rng.uniform(-0.35, 0.35, 2) * room.size[:2]), rng.uniform(0.4, 1.3)])
         if rng.random() < 0.6:
             things = [thing for thing in room.things if thing.salient or thing.label == "person"]
+            things += [thing for thing in things if thing.salient]
             goal = 0.5 * goal + 0.5 * things[rng.integers(len(things))].world((0, 0, 0.6))
         if np.linalg.norm(goal[:2] - place[:2]) < 1.0:
             continue
@@ -72,12 +73,6 @@ def _score(camera: Camera, geometry: Geometry, shape: tuple[int, int]) -> float:
     part = geometry.part[hit.triangle]
     shares = np.bincount(geometry.label[part], minlength=len(CLASSES)) / len(part)
     salient = float(geometry.salient[part].mean())
-    score = (
-        0.6 * np.count_nonzero(shares > 0.01) + 60 * min(salient, 0.05) + 8 * min(shares[CLASSES.index("person")], 0.15)
-    )
-    return (
-        score
-        - 8 * float(hit.distance.min() < 0.55)
-        - 6 * max(float(np.max(shares)) - 0.5, 0.0)
-        - 20 * max(salient - 0.2, 0)
-    )
+    score = 0.6 * np.count_nonzero(shares > 0.01) + 8 * min(shares[CLASSES.index("person")], 0.15)
+    score += 4 * float(salient > 0.008) + 60 * min(salient, 0.05) - 20 * max(salient - 0.2, 0.0)
+    return score - 8 * float(hit.distance.min() < 0.55) - 6 * max(float(np.max(shares)) - 0.5, 0.0)

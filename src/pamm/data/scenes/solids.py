@@ -227,7 +227,7 @@ def tube(path: np.ndarray, radius: float, surface: Surface, *, sections: int = 8
 
 
 def prism(outline: np.ndarray, depth: float, centre: Vector, surface: Surface, *, rotation: np.ndarray) -> Part:
-    """A star-shaped outline (P, 2) in the x-z plane, thickened along y."""
+    """A star-shaped outline (P, 2), from x towards z around the origin of the x-z plane, thickened along y."""
     count = len(outline)
     flat = np.stack([outline[:, 0], np.zeros(count), outline[:, 1]], -1)
     offset = np.array([0, depth / 2, 0])
@@ -235,10 +235,10 @@ def prism(outline: np.ndarray, depth: float, centre: Vector, surface: Surface, *
     front_next, back_next = np.roll(front, -1, axis=0), np.roll(back, -1, axis=0)
     triangles = np.concatenate(
         [
-            np.stack([hub + offset, front, front_next], 1),
-            np.stack([hub - offset, back_next, back], 1),
-            np.stack([front, back, front_next], 1),
-            np.stack([front_next, back, back_next], 1),
+            np.stack([hub + offset, front_next, front], 1),
+            np.stack([hub - offset, back, back_next], 1),
+            np.stack([front, front_next, back], 1),
+            np.stack([front_next, back_next, back], 1),
         ]
     )
     normal = np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
