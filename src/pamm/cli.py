@@ -142,13 +142,13 @@ def demo(arguments: list[str]) -> int:
 @command("train a recipe, or go on where its run stopped")
 def train(arguments: list[str]) -> int:
     experiment, plain = parse_experiment("train", arguments)
-    from pamm.report import format_table
     from pamm.train import train as run
 
     out = plain.out or Path("runs") / experiment.name
     result = run(experiment, out, progress=not plain.quiet)
     if is_first_process():
         from pamm.build import create_tasks
+        from pamm.report import format_table
 
         print(format_table([(experiment.name, result.row)], create_tasks(experiment)))
         print(f"{result.protocol}\nrun folder: {out}")

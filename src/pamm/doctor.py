@@ -66,7 +66,7 @@ def _engines() -> None:
 
     print("  selective scan engines, fastest first:")
     for row in explain():
-        print(f"    {row.name:<12} {'available' if row.available else 'not available'}: {row.reason}")
+        print(f"    {row.engine:<12} {'available' if row.available else 'not available'}: {row.reason}")
 
 
 def _imports(name: str) -> bool:

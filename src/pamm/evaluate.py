@@ -70,10 +70,10 @@ class LossMean:
         """One image, (1, channels, H, W) and (1, c, H, W); loss balancing, where a task has it, is per image."""
         count = self.task.counts(label)[0].cpu()
         if count > 0:
-            self.sums += torch.stack([self.task.loss(logits, label).double().cpu() * count, count])
+            self.sums += torch.stack([self.task.loss(logits, label).double().cpu() * count, count.double()])
 
     def compute(self, device: torch.device) -> float:
-        sums = self.sums.to(device, torch.float64 if device.type != "mps" else torch.float32)
+        sums = self.sums.to(device)
         if world_size() > 1:
             dist.all_reduce(sums)
         return float(sums[0] / sums[1]) if sums[1] > 0 else math.nan
@@ -94,7 +94,8 @@ def evaluate(
     neighbours. Values are rounded to 6 significant digits, below which the order of float32 sums shows.
     """
     device = torch.device(device)
-    metrics = {name: task.metric().to(device) for name, task in tasks.items()}
+    home = device if device.type != "mps" else torch.device("cpu")  # sums are float64, which MPS lacks
+    metrics = {name: task.metric().to(home) for name, task in tasks.items()}
     losses = {name: LossMean(task) for name, task in tasks.items()}
     was_training = model.training
     model.eval()
@@ -106,7 +107,7 @@ def evaluate(
                     metrics[name].update(logits[name], labels[name])
                     for one, label in zip(logits[name].split(1), labels[name].split(1), strict=True):
                         losses[name].update(one, label)
-        return {name: _row(metrics[name], losses[name], device) for name in tasks}
+        return {name: _row(metrics[name], losses[name], home) for name in tasks}
     finally:
         model.train(was_training)
 

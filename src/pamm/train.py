@@ -12,7 +12,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,31 +59,28 @@ def train(experiment: Experiment, out: Path, *, progress: bool = True) -> Evalua
 
     Raises ConfigError, DataError, CheckpointError, TrainingError. A SIGTERM saves and exits with code 143.
     """
+    loop, loader = create_loop(experiment, out)
+    return loop.run(loader, progress=progress and loop.fabric.is_global_zero)
+
+
+def create_loop(experiment: Experiment, out: Path) -> tuple[Loop, Iterable[list[Batch]]]:
+    """Everything a run needs, at the step where it starts or goes on, and the batches of its remaining steps."""
     config = experiment.train
     fabric = launch(config)
     start_folder(fabric, experiment, out)
     tasks = create_tasks(experiment)
     data = open_dataset(experiment.data, "train", tasks)
     torch.manual_seed(config.seed)
-    model = build_model(experiment.model, tasks, experiment.data.size)
-    optimizer = create_optimizer(model, config)
-    network = model
-    model, optimizer = fabric.setup(network, optimizer)
+    network = build_model(experiment.model, tasks, experiment.data.size)
+    model, optimizer = fabric.setup(network, create_optimizer(network, config))
     state = {"step": 0, "best": math.inf, "best_step": -1}
     if (out / "last").exists():
         saved = load_training(out / "last", network)
         optimizer.load_state_dict(saved.pop("optimizer"))
         state = saved
     loop = Loop(fabric, experiment, out, network, model, optimizer, tasks, state)
-    loader = train_loader(
-        data,
-        TrainTransform(tasks, experiment.data, config.seed),
-        config,
-        rank=fabric.global_rank,
-        world=fabric.world_size,
-        start_step=state["step"],
-    )
-    return loop.run(loader, progress=progress and fabric.is_global_zero)
+    place = {"rank": fabric.global_rank, "world": fabric.world_size, "start_step": state["step"]}
+    return loop, train_loader(data, TrainTransform(tasks, experiment.data, config.seed), config, **place)
 
 
 def start_folder(fabric: Fabric, experiment: Experiment, out: Path) -> None:
@@ -139,7 +136,7 @@ def joint_counts(
 ) -> tuple[dict[str, Tensor], bool]:
     """The loss counts of every task over all parts and processes, and whether any process was told to stop."""
     counts = [sum(task.counts(part.labels[name]) for part in parts) for name, task in tasks.items()]
-    flat = torch.cat([*counts, torch.tensor([float(stop)], dtype=torch.float64, device=counts[0].device)])
+    flat = torch.cat([*counts, torch.tensor([int(stop)], device=counts[0].device)])
     flat = fabric.all_reduce(flat, reduce_op="sum")
     pieces = flat.split([len(c) for c in counts] + [1])
     return dict(zip(tasks, pieces[:-1], strict=True)), bool(pieces[-1] > 0)
@@ -163,6 +160,7 @@ class Loop:
         self.network, self.model, self.optimizer, self.tasks, self.state = network, model, optimizer, tasks, state
         self.weights = torch.tensor([task.weight for task in tasks.values()], device=fabric.device)
         self.told_to_stop = False
+        self.reported = state["step"], time.perf_counter()
         self.log = Log(out, state["step"]) if fabric.is_global_zero else None
 
     def run(self, loader: Any, *, progress: bool) -> Evaluation:
@@ -192,17 +190,15 @@ class Loop:
         self.told_to_stop = True
 
     def _one_step(self, parts: list[Batch], bar: tqdm) -> None:
-        started = time.perf_counter()
         step, config = self.state["step"], self.config
         lr = learning_rate(config, step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         losses, stop = self.update(parts)
         self.state["step"] = step = step + 1
-        seconds = time.perf_counter() - started
-        if step % config.log_every == 0 or step == config.steps:
-            self._report(step, losses, lr, seconds, bar)
         bar.update()
+        if step % config.log_every == 0 or step == config.steps:
+            self._report(step, losses, lr, bar)
         evaluated = config.eval_every and step % config.eval_every == 0 and step < config.steps
         if evaluated:
             self.validate()
@@ -247,10 +243,12 @@ class Loop:
             return (self.weights * local).sum()
         return (self.weights * local / (joined + 1e-8) * labelled).sum() / parts  # ∇ Σ w·log(L + 1e-8)
 
-    def _report(self, step: int, losses: Tensor, lr: float, seconds: float, bar: tqdm) -> None:
+    def _report(self, step: int, losses: Tensor, lr: float, bar: tqdm) -> None:
         values = dict(zip(self.tasks, losses.tolist(), strict=True))
         self._check(values)
-        rate = self.config.batch / seconds
+        now = time.perf_counter()
+        rate = self.config.batch * (step - self.reported[0]) / (now - self.reported[1])
+        self.reported = step, now
         bar.set_postfix_str(
             f"{rate:.1f} images/s, lr {lr:.1e}, " + ", ".join(f"{n} {v:.3f}" for n, v in values.items()), refresh=False
         )

@@ -47,7 +47,7 @@ class Saliency(Task):
 
     def counts(self, label: Tensor) -> Tensor:
         """(valid pixels, negative pixels): the second gives the class weights."""
-        return torch.stack([(label != self.ignore).sum(), (label == 0).sum()]).double()
+        return torch.stack([(label != self.ignore).sum(), (label == 0).sum()])
 
     def loss(self, logits: Tensor, label: Tensor, counts: Tensor | None = None) -> Tensor:
         counts = self.counts(label) if counts is None else counts

@@ -92,12 +92,12 @@ class Task(ABC):
         return (label != self.ignore).any(-3, keepdim=True)
 
     def counts(self, label: Tensor) -> Tensor:
-        """(B, c, H, W) → float64 vector of sums that normalise the loss, the number of valid pixels first.
+        """(B, c, H, W) → int64 vector of sums that normalise the loss, the number of valid pixels first.
 
         Sums over several batches or processes give the counts of their union, so that a loss split over processes or
         micro-batches adds up to the loss of the joined batch.
         """
-        return self.valid(label).sum(dtype=torch.float64)[None]
+        return self.valid(label).sum()[None]
 
     @abstractmethod
     def loss(self, logits: Tensor, label: Tensor, counts: Tensor | None = None) -> Tensor:

@@ -1,0 +1,102 @@
+"""The configuration: strict, complete, written and read without loss."""
+
+import subprocess
+import sys
+
+import pytest
+
+from pamm.experiment import ConfigError, Experiment, TaskConfig, dump, from_dict, load, to_dict
+from pamm.recipes import RECIPES, VARIANTS, get_recipe
+
+
+@pytest.mark.parametrize("name", [*RECIPES, *(f"pascal-pamm-b+{v}" for v in VARIANTS)])
+def test_every_recipe_survives_its_file(name, tmp_path):
+    experiment = get_recipe(name)
+    dump(experiment, tmp_path / "experiment.yaml")
+    assert load(tmp_path / "experiment.yaml") == experiment
+    assert experiment.name == name
+
+
+def test_every_variant_changes_the_experiment():
+    base = get_recipe("pascal-pamm-b").model
+    derived = [get_recipe(f"pascal-pamm-b+{v}").model for v in VARIANTS]
+    assert all(model != base for model in derived)
+    assert len(set(derived)) == len(derived)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "facts"),
+    [
+        ("pascal-pamm-l", {"data.size": [512, 512], "model.decoder.state_size": 64, "train.lr": 2e-5}),
+        ("pascal-pamm-b", {"model.backbone.taps": [3, 6, 9, 12], "tasks.edge.options.positive_weight": 0.95}),
+        ("nyud-pamm-l", {"data.size": [448, 576], "model.backbone.taps": [6, 12, 18, 24], "train.lr": 1e-5}),
+        (
+            "nyud-pamm-b",
+            {"model.decoder.state_size": 16, "tasks.edge.options.positive_weight": 0.88, "train.clip": 10.0},
+        ),
+    ],
+)
+def test_recipes_hold_the_papers_settings(recipe, facts):
+    shared = {
+        "train.steps": 40_000,
+        "train.batch": 6,
+        "train.optimizer": "adam",
+        "train.weight_decay": 1e-6,
+        "train.power": 0.9,
+        "model.decoder.experts.count": 15,
+        "model.decoder.experts.top_k": 9,
+        "tasks.normals.weight": 10.0,
+        "tasks.edge.weight": 50.0,
+    }
+    for path, expected in (shared | facts).items():
+        node = to_dict(get_recipe(recipe))
+        for key in path.split("."):
+            node = node[key]
+        assert node == expected, path
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"trian": {}}, r"unknown key 'trian'\. Did you mean 'train'\? Known keys: name, tasks, data, model, train"),
+        ({"train": {"step": 3}}, r"unknown key 'train\.step'\. Did you mean 'steps'"),
+        ({"train": {"steps": "many"}}, r"train\.steps: found 'many' \(str\), expected int"),
+        ({"train": {"steps": True}}, r"train\.steps: found True \(bool\), expected int"),
+        ({"data": {"size": [512]}}, r"data\.size: found 1 values \[512\], expected 2"),
+        ({"data": {"name": "kitti"}}, r"data\.name: found 'kitti', expected one of 'nyud'"),
+        ({"tasks": {"edge": {"weight": "x"}}}, r"tasks\.edge\.weight: found 'x' \(str\), expected float"),
+        ({"model": [1]}, r"model\.?: expected a mapping"),
+    ],
+)
+def test_a_wrong_configuration_is_named(values, message):
+    with pytest.raises(ConfigError, match=message):
+        from_dict(Experiment, values)
+
+
+def test_whole_numbers_are_accepted_where_a_real_one_is_meant():
+    assert from_dict(TaskConfig, {"weight": 2}).weight == 2.0
+
+
+@pytest.mark.parametrize("text", ["a: [1", "\tname: x"])
+def test_a_broken_file_is_told(text, tmp_path):
+    (tmp_path / "e.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="not a readable YAML file"):
+        load(tmp_path / "e.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("pascal-pam-b", "Did you mean 'pascal-pamm-b'"),
+        ("demo+no-prior", "Did you mean 'no-priors'"),
+        ("", "unknown recipe ''"),
+    ],
+)
+def test_an_unknown_recipe_is_told(name, message):
+    with pytest.raises(ConfigError, match=message):
+        get_recipe(name)
+
+
+def test_configuration_imports_no_torch():
+    code = "import sys, pamm.experiment, pamm.recipes, pamm.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

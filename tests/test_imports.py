@@ -1,0 +1,104 @@
+"""The directory listing is the architecture: which room may use which, and what importing costs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pamm
+
+SOURCE = Path(pamm.__file__).parent
+
+MAY_USE = {
+    "tasks": set(),
+    "ops": set(),
+    "nn": {"ops"},
+    "data": {"tasks", "experiment"},
+    "models": {"nn", "ops", "tasks", "experiment", "checkpoint"},
+    "experiment": set(),
+    "recipes": {"experiment"},
+    "gain": {"tasks"},
+    "build": {"data", "models", "tasks", "experiment", "recipes"},
+    "checkpoint": {"models", "experiment"},
+    "evaluate": {"models", "data", "tasks", "nn", "checkpoint", "experiment", "recipes"},
+    "log": set(),
+    "train": {"build", "checkpoint", "data", "evaluate", "experiment", "log", "models", "tasks"},
+}
+"""Room → the rooms it may import. Rooms not listed here (the command line and what serves it) may use all."""
+
+
+def imports_of(file: Path) -> set[str]:
+    """The rooms of this package that a file imports, anywhere in it."""
+    rooms = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        rooms |= {name.split(".")[1] for name in names if name.startswith("pamm.")}
+    return rooms
+
+
+@pytest.mark.parametrize("room", MAY_USE)
+def test_arrows(room):
+    files = [SOURCE / f"{room}.py"] if (SOURCE / f"{room}.py").exists() else sorted((SOURCE / room).rglob("*.py"))
+    assert files
+    for file in files:
+        assert imports_of(file) - {room} <= MAY_USE[room], file.name
+
+
+@pytest.mark.parametrize(("package", "home"), [("lightning_fabric", "train.py"), ("tyro", "cli.py")])
+def test_a_framework_is_imported_in_one_file(package, home):
+    users = [
+        file.name
+        for file in SOURCE.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if (isinstance(node, ast.ImportFrom) and (node.module or "").startswith(package))
+        or (isinstance(node, ast.Import) and any(alias.name.startswith(package) for alias in node.names))
+    ]
+    allowed = {home} | ({"evaluate.py"} if package == "lightning_fabric" else set())  # there for its type alone
+    assert set(users) <= allowed and home in users
+
+
+@pytest.mark.parametrize("module", ["pamm.tasks", "pamm.data", "pamm.models.registry", "pamm.predict", "pamm.ops"])
+def test_the_base_install_suffices(module):
+    """Prediction and models need none of the extras."""
+    extras = [
+        "lightning_fabric",
+        "torchmetrics",
+        "skimage",
+        "tensorboard",
+        "trimesh",
+        "embreex",
+        "scipy",
+        "cv2",
+        "triton",
+    ]
+    block = f"import sys; sys.modules.update(dict.fromkeys({extras!r})); import {module}"
+    done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", pamm.__all__)
+def test_public_names(name):
+    assert getattr(pamm, name).__doc__
+
+
+def test_import_is_lazy():
+    code = "import sys, pamm; sys.exit(bool({'torch', 'numpy', 'timm'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_an_unknown_name_is_told():
+    with pytest.raises(AttributeError, match="no attribute 'Predicter'; it has: .*Predictor"):
+        _ = pamm.Predicter
+
+
+def test_help_does_not_wait_for_torch():
+    """The budgets are 0.3 s and 0.5 s; what keeps them is that nothing heavy is imported."""
+    code = "import sys; from pamm.cli import main; main(['--help']); sys.exit('torch' in sys.modules or 'tyro' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "doctor" in done.stdout

@@ -1,0 +1,211 @@
+"""Training: exact resumption, several processes as one, and a loop that learns."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pamm.experiment import ConfigError, TrainConfig, dump
+from pamm.train import create_loop, create_optimizer, learning_rate, train
+from tiny import experiment
+
+TESTS = Path(__file__).parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+
+
+@pytest.fixture(scope="session")
+def rooms(tmp_path_factory) -> str:
+    """Cache of the synthetic data that the tests of this session share."""
+    return str(tmp_path_factory.mktemp("synthetic"))
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "pamm", *map(str, arguments)]
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess:
+    return subprocess.run(command(*arguments), capture_output=True, text=True, check=False, env=ENVIRONMENT)
+
+
+def written(settings, folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    dump(settings, folder / "given.yaml")
+    return folder / "given.yaml"
+
+
+def wait_for_step(process: subprocess.Popen, log: Path, step: int) -> None:
+    """Wait until the process has logged `step`."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None, f"ended before step {step}: {process.communicate()}"
+        if log.exists() and any(f'"step": {step},' in line for line in log.read_text().splitlines()):
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"no step {step} within two minutes")
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_same_bits(rooms, tmp_path):
+    given = written(experiment(rooms, steps=30, save_every=7, workers=1), tmp_path)
+    whole = run("train", given, "--out", tmp_path / "whole", "--quiet")
+    assert whole.returncode == 0, whole.stderr
+    killed = subprocess.Popen(
+        command("train", given, "--out", tmp_path / "killed", "--quiet"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=ENVIRONMENT,
+    )
+    wait_for_step(killed, tmp_path / "killed/log.jsonl", 17)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    saved = torch.load(tmp_path / "killed/last/training.pt", weights_only=True)["step"]
+    assert 7 <= saved < 30
+    resumed = run("train", given, "--out", tmp_path / "killed", "--quiet")
+    assert resumed.returncode == 0, resumed.stderr
+    one, two = (load_file(tmp_path / name / "last/model.safetensors") for name in ("whole", "killed"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert (tmp_path / "whole/results.json").read_text().replace("whole", "killed") == (
+        tmp_path / "killed/results.json"
+    ).read_text()
+    steps = [json.loads(line) for line in (tmp_path / "killed/log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in steps if entry["kind"] == "train"] == list(range(1, 31))
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_exits(rooms, tmp_path):
+    given = written(experiment(rooms, steps=500, save_every=1000), tmp_path)
+    process = subprocess.Popen(
+        command("train", given, "--out", tmp_path / "run", "--quiet"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=ENVIRONMENT,
+    )
+    wait_for_step(process, tmp_path / "run/log.jsonl", 3)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert 3 <= torch.load(tmp_path / "run/last/training.pt", weights_only=True)["step"] < 500
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["sum", "log_sum"])
+def test_two_processes_step_as_one_on_the_joined_batch(rooms, tmp_path, scheme):
+    results = []
+    for devices in (1, 2):
+        out = tmp_path / f"{devices}.pt"
+        done = subprocess.run(
+            [sys.executable, str(TESTS / "joined_step.py"), rooms, str(devices), scheme, str(out)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=ENVIRONMENT,
+        )
+        assert done.returncode == 0, done.stderr
+        results.append(torch.load(out, weights_only=True))
+    one, two = results
+    torch.testing.assert_close(one["losses"], two["losses"], rtol=1e-6, atol=1e-6)
+    norm = torch.stack([g.norm() for g in one["gradients"].values()]).norm()
+    for name, gradient in one["gradients"].items():
+        assert (gradient - two["gradients"][name]).abs().max() <= 1e-6 * max(1.0, norm), name
+    # Adam's first step is lr·sign(gradient): weights are compared where the gradient is more than rounding noise
+    for name, gradient in one["gradients"].items():
+        clear = gradient.abs() > 1e-5
+        assert (one["weights"][name] - two["weights"][name])[clear].abs().sum() <= 1e-6 * clear.sum()
+    for name in one["weights"]:
+        if "running" in name:
+            torch.testing.assert_close(one["weights"][name], two["weights"][name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_evaluation_is_the_same_for_any_batch_size_and_number_of_processes(rooms, tmp_path):
+    settings = experiment(rooms, steps=2)
+    train(settings, tmp_path / "run", progress=False)
+    results = []
+    for batch, devices in ((1, 1), (3, 1), (8, 1), (2, 2)):
+        out = tmp_path / f"{batch}_{devices}.json"
+        done = run(
+            *("eval", tmp_path / "run", "--batch", batch, "--devices", devices, "--out", out),
+            *("--accelerator", "cpu", "--workers", 0),
+        )
+        assert done.returncode == 0, done.stderr
+        results.append(json.loads(out.read_text()))
+    assert all(result == results[0] for result in results)
+    assert results[0]["images"] == 5
+    assert set(results[0]["results"]) == set(settings.tasks)
+    trained = json.loads((tmp_path / "run/results.json").read_text())
+    assert trained["results"] == results[0]["results"]
+
+
+def test_training_lowers_every_loss(rooms, tmp_path):
+    settings = experiment(rooms, steps=60, batch=8, warmup=5, lr=2e-3, optimizer="adamw")
+    train(settings, tmp_path, progress=False)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    losses = [{k: v for k, v in line.items() if k.startswith("loss/")} for line in lines if line["kind"] == "train"]
+    for name in settings.tasks:
+        first = sum(entry[f"loss/{name}"] for entry in losses[:5]) / 5
+        last = sum(entry[f"loss/{name}"] for entry in losses[-10:]) / 10
+        assert last < 0.95 * first, f"{name}: {first} → {last}"
+    assert (tmp_path / "best/model.safetensors").exists()
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_folder_with_another_experiment_is_refused(rooms, tmp_path):
+    train(experiment(rooms, steps=1), tmp_path, progress=False)
+    with pytest.raises(ConfigError, match=r"holds another experiment \(train\.lr: 0\.001 there, 0\.002 here\).*--out"):
+        train(experiment(rooms, steps=1, lr=2e-3), tmp_path, progress=False)
+    train(experiment(rooms, steps=1, log_every=5), tmp_path, progress=False)  # does not enter the result
+
+
+def test_the_schedule_is_poly_as_torchs():
+    config = TrainConfig(steps=50, lr=0.1, power=0.9)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=50, power=0.9)
+    for step in range(50):
+        assert learning_rate(config, step) == pytest.approx(schedule.get_last_lr()[0], rel=1e-9)
+        optimizer.step()
+        schedule.step()
+    warm = [learning_rate(TrainConfig(steps=10**9, lr=1.0, warmup=3), step) for step in range(5)]
+    assert warm == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0], rel=1e-6)
+
+
+def test_weight_decay_spares_norms_biases_and_state_space_parameters(rooms, tmp_path):
+    loop, _ = create_loop(experiment(rooms), tmp_path)
+    names = {id(p): name for name, p in loop.network.named_parameters()}
+    loop.log.close()
+    decayed, exempt = (
+        {names[id(p)] for p in g["params"]} for g in create_optimizer(loop.network, loop.config).param_groups
+    )
+    assert decayed | exempt == set(names.values()) and not decayed & exempt
+    for part in ("A_log", ".D", "delta_bias", "prior", "norm.", "norm1.", "bias"):
+        assert not [name for name in decayed if part in name], part
+    assert "decoder.pame.0.expand.weight" in decayed and "heads.depth.conv.weight" in decayed
+
+
+def test_the_log_sum_gradient_is_that_of_the_sum_of_logarithms(rooms, tmp_path):
+    settings = experiment(rooms)
+    settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, scheme="log_sum"))
+    loop, _ = create_loop(settings, tmp_path)
+    loop.log.close()
+    losses = torch.rand(6, requires_grad=True)
+    labelled = torch.tensor([True, True, False, True, True, True])
+    ours = torch.autograd.grad(loop.total(losses, losses.detach(), labelled, 1), losses)[0]
+    plain = torch.autograd.grad((loop.weights * torch.log(losses + 1e-8) * labelled).sum(), losses)[0]
+    torch.testing.assert_close(ours, plain)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_the_remedy(rooms, tmp_path):
+    from pamm.train import TrainingError
+
+    with pytest.raises(TrainingError, match=r"not finite at step .*--train\.lr"):
+        train(experiment(rooms, steps=8, lr=1e30, clip=None), tmp_path, progress=False)
