@@ -105,12 +105,12 @@ def _decoding(source: str | os.PathLike[str] | BinaryIO) -> Iterator[None]:
         raise
     except FileNotFoundError:
         raise ImageError(f"no file {name}") from None
-    except (IsADirectoryError, PermissionError) as error:
+    except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
         raise ImageError(f"{name} cannot be opened: {error.strerror}. Give a picture file that you may read.") from None
     except MemoryError:
         raise ImageError(f"{name} does not fit into memory. Shrink or tile the picture.") from None
     except Exception as error:
-        if isinstance(source, (str, os.PathLike)) and os.path.getsize(source) == 0:
+        if isinstance(source, (str, os.PathLike)) and os.path.isfile(source) and os.path.getsize(source) == 0:
             raise ImageError(f"{name} is empty (0 bytes). Copy or download it again.") from None
         raise ImageError(
             f"{name} is not a whole picture ({error}). Copy or download it again, or convert it to PNG or JPEG."

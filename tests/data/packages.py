@@ -1,0 +1,69 @@
+"""Small data sets in the packaging of the published archives, made from real files where there are any."""
+
+import os
+
+import numpy as np
+from PIL import Image
+from scipy.io import savemat
+
+
+def write_png(path, values):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(values)).save(path)
+    return path
+
+
+def write_ids(path, ids):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{id}\n" for id in ids))
+
+
+def snapshot(root):
+    """Every file with its size and time of change: what must be the same when something was only read."""
+    found = {}
+    for folder, _, names in os.walk(root):
+        for name in names:
+            stat = os.stat(os.path.join(folder, name))
+            found[os.path.join(folder, name)] = (stat.st_size, stat.st_mtime_ns)
+    return found
+
+
+def make_nyud(root, frame, ids=("0001", "0002", "0003")):
+    """The NYUDv2 packaging around one real frame (colour, and depth in millimetres)."""
+    random = np.random.default_rng(0)
+    colour, depth = (np.asarray(Image.open(frame / name)) for name in ("images.png", "depth.png"))
+    size = depth.shape
+    for id in ids:
+        write_png(root / "images" / f"{id}.png", colour)
+        write_png(root / "segmentation" / f"{id}.png", random.integers(0, 41, size, dtype=np.uint8))
+        write_png(root / "normals" / f"{id}.png", random.integers(0, 256, (*size, 3), dtype=np.uint8))
+        write_png(root / "edge" / f"{id}.png", (random.random(size) < 0.1) * np.uint8(255))
+        (root / "depth").mkdir(exist_ok=True)
+        np.save(root / "depth" / f"{id}.npy", (depth / 1000).astype(np.float32))
+    write_ids(root / "gt_sets" / "train.txt", ids[:-1])
+    write_ids(root / "gt_sets" / "val.txt", ids[-1:])
+
+
+def make_pascal(root, parts, ids, size_of):
+    """The PASCALContext packaging around real images and real PASCAL-Part annotations."""
+    random = np.random.default_rng(0)
+    for folder in ("JPEGImages", "human_parts"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    (root / "pascal-context" / "trainval").mkdir(parents=True)
+    for id in ids:
+        (root / "JPEGImages" / f"{id}.jpg").write_bytes((parts / f"{id}.jpg").read_bytes())
+        (root / "human_parts" / f"{id}.mat").write_bytes((parts / f"{id}.mat").read_bytes())
+        height, width = size_of(id)
+        blocks = np.kron(random.integers(1, 460, (height // 40 + 1, width // 40 + 1)), np.ones((40, 40)))
+        label_map = blocks[:height, :width].astype(np.uint16)
+        savemat(root / "pascal-context" / "trainval" / f"{id}.mat", {"LabelMap": label_map})
+        semseg = random.integers(0, 21, (height, width), dtype=np.uint8)
+        semseg[:5] = 255
+        write_png(root / "semseg" / "pascal-context" / f"{id}.png", semseg)
+        saliency = random.integers(0, 256, (height, width), dtype=np.uint8)
+        saliency[0, :2] = (127, 128)
+        write_png(root / "sal_distill" / f"{id}.png", saliency)
+        normals = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        write_png(root / "normals_distill" / f"{id}.png", normals)
+    write_ids(root / "ImageSets" / "Context" / "train.txt", ids[:-2])
+    write_ids(root / "ImageSets" / "Context" / "val.txt", ids[-2:])
