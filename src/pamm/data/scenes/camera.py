@@ -25,7 +25,8 @@ class Camera:
     def rays(self, size: tuple[int, int], samples: int = 1) -> np.ndarray:
         """(H·W·samples², 3) world directions through the pixels, whose parameter along the ray is the depth.
 
-        The samples of a pixel are consecutive, on a regular grid in it; a single one goes through its centre.
+        The samples of a pixel are consecutive, on a regular grid in it; a single one goes through its centre. Not a
+        matrix product: those differ in the last bit with the number of threads.
         """
         height, width = size
         offset = (np.arange(samples) + 0.5) / samples
@@ -33,7 +34,7 @@ class Camera:
         columns = (np.arange(width)[:, None] + offset).reshape(1, width, 1, samples)
         scale = 2 * self.tangent / max(size)
         grid = np.broadcast_arrays((columns - width / 2) * scale, (height / 2 - rows) * scale, -1.0)
-        return np.stack([axis.reshape(-1) for axis in grid], -1) @ self.axes
+        return np.einsum("nx,xy->ny", np.stack([axis.reshape(-1) for axis in grid], -1), self.axes)
 
 
 def look(place: np.ndarray, target: np.ndarray, roll: float, tangent: float) -> Camera:

@@ -75,13 +75,18 @@ class Geometry:
         shift = shift - np.einsum("pij,pj->pi", linear, np.array([thing.position for thing, _ in parts]))
         self.frame = np.concatenate([linear, shift[:, :, None]], axis=2).astype(np.float32)
 
-    def cast(self, origin: np.ndarray, directions: np.ndarray) -> Hits:
-        """First hits of rays (N, 3) from one point; the distance is computed in float64 on the triangle's plane."""
+    def cast(self, origin: np.ndarray, directions: np.ndarray, exact: bool = True) -> Hits:
+        """First hits of rays (N, 3) from one point.
+
+        exact: compute the distance in float64 on the triangle's plane; else it is Embree's, to float32 rounding.
+        """
         rays = directions.astype(np.float32)
         starts = np.empty_like(rays)
         starts[:] = origin
         found = self.embree.run(starts, rays, output=True)
-        triangle = found["primID"]
+        triangle, weights = found["primID"], np.stack([found["u"], found["v"]], -1)
+        if not exact:
+            return Hits(triangle, weights, found["tfar"])
         slope = np.einsum("nx,nx->n", directions, self.flat[triangle])
         return Hits(
             triangle, np.stack([found["u"], found["v"]], -1), (self.height - self.flat @ origin)[triangle] / slope

@@ -12,6 +12,9 @@ from pamm.data.scenes.surfaces import Generator, albedo
 SAMPLES = 2
 """The image averages SAMPLES² rays per pixel; labels come from the ray through the pixel's centre."""
 
+BLOCK = 4096
+"""Pixels shaded at a time: their arrays stay in the processor's cache."""
+
 
 def scene(rng: Generator, size: tuple[int, int]) -> dict[str, np.ndarray]:
     """A random scene of the given (H, W).
@@ -36,7 +39,7 @@ def scene(rng: Generator, size: tuple[int, int]) -> dict[str, np.ndarray]:
         "sal": geometry.salient[part][None],
         "edge": boundaries(geometry.thing[part])[None],
         "depth": hits.distance.reshape(1, *size).astype(np.float32),
-        "normals": np.ascontiguousarray((normals @ camera.axes.T).T.reshape(3, *size), np.float32),
+        "normals": np.ascontiguousarray(np.einsum("nx,yx->yn", normals, camera.axes).reshape(3, *size), np.float32),
     }
 
 
@@ -59,18 +62,30 @@ def photograph(
 
     `seen` (lights + 1, H, W): the share of every light, and of the light from everywhere, that reaches a pixel.
     """
-    rays = camera.rays(size, SAMPLES)
-    hits = geometry.cast(camera.place, rays)
+    rays = camera.rays(size, SAMPLES).astype(np.float32)
+    seen = seen.reshape(len(seen), -1)
+    pixels = seen.shape[1]
+    radiance = np.empty((pixels, 3), np.float32)
+    for first in range(0, pixels, BLOCK):
+        block = slice(first, first + BLOCK)
+        samples = rays[first * SAMPLES**2 : (first + BLOCK) * SAMPLES**2]
+        shares = np.repeat(seen[:, block], SAMPLES**2, axis=1)
+        radiance[block] = _radiance(room, geometry, camera, samples, shares).reshape(-1, SAMPLES**2, 3).mean(axis=1)
+    return _develop(rng, radiance.reshape(*size, 3))
+
+
+def _radiance(room: Room, geometry: Geometry, camera: Camera, rays: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """Light (N, 3) that comes to the camera along rays (N, 3), with the `shares` (lights + 1, N) that reach the scene."""
+    hits = geometry.cast(camera.place, rays, exact=False)
     part = geometry.part[hits.triangle]
     normal = geometry.normals(hits, rays).astype(np.float32)
     point = (camera.place + rays * hits.distance[:, None]).astype(np.float32)
     frame = geometry.frame[part]
     pattern = np.einsum("nij,nj->ni", frame[:, :, :3], point) + frame[:, :, 3]
     base = albedo(geometry.code[part], pattern, geometry.first[part], geometry.second[part])
-    shares = np.repeat(seen.reshape(len(seen), -1), SAMPLES**2, axis=1)
     gloss = geometry.gloss[part]
     glossy = np.flatnonzero(gloss)
-    view = -rays[glossy].astype(np.float32)
+    view = -rays[glossy]
     view /= np.sqrt(np.einsum("nx,nx->n", view, view))[:, None]
     light = (shares[-1] * (0.8 + 0.2 * normal[:, 2]))[:, None] * room.ambient.astype(np.float32)
     light += geometry.emit[part][:, None]
@@ -85,7 +100,7 @@ def photograph(
         highlight += (np.maximum(aligned, 0) ** 32 * strength[glossy])[:, None] * power
     radiance = base * light
     radiance[glossy] += gloss[glossy, None] * highlight
-    return _develop(rng, radiance.reshape(*size, SAMPLES**2, 3).mean(axis=2))
+    return radiance
 
 
 def _incident(lamp: Light, point: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -95,7 +110,7 @@ def _incident(lamp: Light, point: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     towards /= np.sqrt(square)[:, None]
     strength = 1 / (square + 0.25)
     if lamp.facing.any():
-        strength *= np.maximum(towards @ -lamp.facing.astype(np.float32), 0)
+        strength *= np.maximum(np.einsum("nx,x->n", towards, -lamp.facing.astype(np.float32)), 0)
     return towards, strength
 
 

@@ -229,8 +229,8 @@ def _decorate(rng: Generator, room: Room) -> None:
         if free and rng.random() < 0.4:
             thing, seat = seats[free.pop()]
             people.append(person(rng, seat).placed(*thing.position, thing.yaw))
-        elif room.scatter(rng, figure := person(rng)):
-            people.append(room.things.pop() if room.things[-1] is figure else figure)
+        elif room.scatter(rng, person(rng)):
+            people.append(room.things.pop())
     room.things += people
     treasure = props.salient(rng)
     if len(stage):

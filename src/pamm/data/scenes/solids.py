@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -108,15 +109,15 @@ def _ring(thickness: float) -> Shape:
 
 
 @cache
-def _frustum(taper: float) -> Shape:
+def _frustum(taper: float, sections: int) -> Shape:
     """A cone's stump of height 1 and radius 1 at the bottom, `taper` at the top; smooth side, flat ends."""
     import trimesh
 
     outline = [[1, 0], [taper, 1]]
-    side = _smooth(trimesh.creation.revolve(outline, sections=20))
-    ends = [trimesh.creation.revolve([[0, 0], [1, 0]], sections=20)]
+    side = _smooth(trimesh.creation.revolve(outline, sections=sections))
+    ends = [trimesh.creation.revolve([[0, 0], [1, 0]], sections=sections)]
     if taper > 0:
-        ends.append(trimesh.creation.revolve([[taper, 1], [0, 1]], sections=20))
+        ends.append(trimesh.creation.revolve([[taper, 1], [0, 1]], sections=sections))
     return _joined([side, *map(_flat, ends)])
 
 
@@ -125,7 +126,7 @@ def _pill() -> Shape:
     """A capsule with the radius 1 and the ends' centres at z = ±1."""
     import trimesh
 
-    angles = np.linspace(0, np.pi / 2, 4)
+    angles = np.linspace(0, np.pi / 2, 3)
     upper = np.stack([np.cos(angles), 1 + np.sin(angles)], -1)
     upper[-1, 0] = 0
     outline = np.concatenate([upper[::-1] * [1, -1], upper])
@@ -153,8 +154,10 @@ def _part(
 ) -> Part:
     """The shape scaled per axis, rotated, then moved to `centre`."""
     vertices, faces, normals = shape
-    vertices, normals = vertices * np.asarray(scale), normals / np.asarray(scale)
-    normals = normals / np.sqrt(np.einsum("fcx,fcx->fc", normals, normals))[..., None]
+    vertices = vertices * np.asarray(scale)
+    if shape is not _cube():
+        normals = normals / np.asarray(scale)
+        normals = normals / np.sqrt(np.einsum("fcx,fcx->fc", normals, normals))[..., None]
     if rotation is not None:
         vertices, normals = vertices @ rotation.T, normals @ rotation.T
     return Part(vertices + np.asarray(centre), faces, normals, surface, human)
@@ -174,14 +177,14 @@ def ellipsoid(
 
 def cylinder(radius: float, height: float, base: Vector, surface: Surface, *, taper: float = 1.0) -> Part:
     """An upright cylinder standing on `base`; the top's radius is `taper` (rounded to 0.1) times the bottom's."""
-    return _part(_frustum(round(taper, 1)), surface, (radius, radius, height), base)
+    return _part(_frustum(round(taper, 1), 20 if radius > 0.06 else 10), surface, (radius, radius, height), base)
 
 
 def cone(base: Vector, tip: Vector, radius: float, surface: Surface) -> Part:
     """A cone from the centre of its base to its tip."""
     axis = np.asarray(tip, float) - base
     length = float(np.linalg.norm(axis))
-    return _part(_frustum(0.0), surface, (radius, radius, length), base, _upright(axis / length))
+    return _part(_frustum(0.0, 10), surface, (radius, radius, length), base, _upright(axis / length))
 
 
 def torus(radius: float, thickness: float, centre: Vector, surface: Surface, *, rotation: np.ndarray) -> Part:
@@ -202,10 +205,11 @@ def capsule(start: Vector, end: Vector, radius: float, surface: Surface, *, huma
 
 def _upright(axis: np.ndarray) -> np.ndarray:
     """(3, 3) rotation that takes z to the unit vector `axis`."""
-    other = np.array([1.0, 0, 0]) if abs(axis[0]) < 0.9 else np.array([0, 1.0, 0])
-    first = np.cross(other, axis)
-    first /= np.linalg.norm(first)
-    return np.stack([first, np.cross(axis, first), axis], axis=1)
+    x, y, z = axis.tolist()
+    side = math.hypot(x, y)
+    if side < 1e-9:
+        return np.diag([1.0, math.copysign(1, z), math.copysign(1, z)])
+    return np.array([[-y / side, -x * z / side, x], [x / side, -y * z / side, y], [0, side, z]])
 
 
 def tube(path: np.ndarray, radius: float, surface: Surface, *, sections: int = 8) -> Part:
