@@ -93,7 +93,7 @@ def test_import_is_lazy():
 
 
 def test_an_unknown_name_is_told():
-    with pytest.raises(AttributeError, match="no attribute 'Predicter'; it has: .*Predictor"):
+    with pytest.raises(AttributeError, match=r"no attribute 'Predicter'; it has: .*Predictor"):
         _ = pamm.Predicter
 
 

@@ -78,9 +78,9 @@ def create_loop(experiment: Experiment, out: Path) -> tuple[Loop, Iterable[list[
         saved = load_training(out / "last", network)
         optimizer.load_state_dict(saved.pop("optimizer"))
         state = saved
-    loop = Loop(fabric, experiment, out, network, model, optimizer, tasks, state)
     place = {"rank": fabric.global_rank, "world": fabric.world_size, "start_step": state["step"]}
-    return loop, train_loader(data, TrainTransform(tasks, experiment.data, config.seed), config, **place)
+    loader = train_loader(data, TrainTransform(tasks, experiment.data, config.seed), config, **place)
+    return Loop(fabric, experiment, out, network, model, optimizer, tasks, state), loader
 
 
 def start_folder(fabric: Fabric, experiment: Experiment, out: Path) -> None:

@@ -36,10 +36,9 @@ class ViT(nn.Module):
         """(B, 3, H, W) normalised image → one (B, C, H/patch, W/patch) map per tap. Raises ValueError for other sizes."""
         height, width = image.shape[-2:]
         if height % self.patch or width % self.patch:
-            up = [-(-side // self.patch) * self.patch for side in (height, width)]
             raise ValueError(
                 f"image of {height}×{width} pixels: both sides must be multiples of the patch, {self.patch}; "
-                f"pad it to {up[0]}×{up[1]}, or use pamm.Predictor, which takes any size"
+                f"pad it to {_padded(height, width, self.patch)}, or use pamm.Predictor, which takes any size"
             )
         indices = [tap - 1 for tap in self.taps]
         stages = self.vit.forward_intermediates(image, indices=indices, output_fmt="NLC", intermediates_only=True)
@@ -75,5 +74,15 @@ def create_backbone(config: BackboneConfig, image_size: tuple[int, int]) -> ViT:
         raise ConfigError(
             f"backbone '{config.name}' is a {type(vit).__name__}, expected a plain timm VisionTransformer"
         )
+    patch = vit.patch_embed.patch_size[0]
+    if image_size[0] % patch or image_size[1] % patch:
+        raise ConfigError(
+            f"data.size: found {image_size[0]}×{image_size[1]}, expected multiples of the patch, {patch}; "
+            f"for example {_padded(*image_size, patch)}"
+        )
     join_drop_paths(vit)
     return ViT(vit, config.taps)
+
+
+def _padded(height: int, width: int, patch: int) -> str:
+    return "×".join(str(-(-side // patch) * patch) for side in (height, width))

@@ -67,7 +67,7 @@ class Task(ABC):
         """(c, h, w) label → (c, H, W) by nearest neighbour, source index ⌊i·h/H⌋ (as OpenCV's INTER_NEAREST)."""
         rows = (torch.arange(size[0]) * label.shape[-2] / size[0]).long()
         columns = (torch.arange(size[1]) * label.shape[-1] / size[1]).long()
-        return label[..., rows[:, None], columns]
+        return label.index_select(-2, rows).index_select(-1, columns)
 
     def flip(self, label: Tensor) -> Tensor:
         """Mirror a (c, H, W) label left to right, values included (a normal's x changes sign)."""
