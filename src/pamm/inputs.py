@@ -1,0 +1,120 @@
+"""What can be predicted: an image in any form; files, folders and globs of images, and names for what is made of them."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterable, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from pamm.data.images import IMAGE_SUFFIXES, ImageError, _to_rgb, read_image
+
+ImageLike = str | os.PathLike[str] | BinaryIO | Image.Image | np.ndarray | Tensor
+
+
+class PredictError(ValueError):
+    """An input or an output of a prediction that cannot be used; the message tells what was found and the remedy."""
+
+
+def to_array(image: ImageLike) -> np.ndarray:
+    """Any accepted image → (H, W, 3) uint8 RGB. Raises ImageError, PredictError."""
+    if isinstance(image, Image.Image):
+        return _from_picture(image)
+    if isinstance(image, (str, os.PathLike)) or hasattr(image, "read"):
+        return read_image(image)
+    if isinstance(image, Tensor):
+        layout, kinds = "a (3, H, W) or (1, H, W) uint8 tensor", (torch.uint8,)
+        array = image.detach().cpu().movedim(0, -1) if image.ndim == 3 else image
+    elif isinstance(image, np.ndarray):
+        layout, kinds = "an (H, W, 3) RGB or (H, W) grey array of uint8 or uint16", (np.uint8, np.uint16)
+        array = image[..., None] if image.ndim == 2 else image
+    else:
+        raise PredictError(f"found {type(image).__name__}, expected a path, a PIL image, an array or a tensor")
+    if array.ndim != 3 or array.shape[2] not in (1, 3) or 0 in array.shape or array.dtype not in kinds:
+        raise PredictError(
+            f"found {image.dtype} values of shape {tuple(image.shape)}, expected {layout}. Multiply values in 0..1 by 255 "
+            "and convert them to uint8; drop an alpha channel"
+        )
+    array = np.asarray(array)
+    if array.dtype == np.uint16:
+        array = ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    return np.ascontiguousarray(np.broadcast_to(array, (*array.shape[:2], 3)))
+
+
+def _from_picture(picture: Image.Image) -> np.ndarray:
+    try:
+        return np.array(_to_rgb(ImageOps.exif_transpose(picture), "the image"))
+    except ImageError:
+        raise
+    except Exception as error:  # Pillow decodes only now, and its decoders raise many kinds
+        raise ImageError(f"the image cannot be decoded ({error}); its file is damaged") from None
+
+
+def expand_inputs(patterns: Sequence[str | Path]) -> list[Path]:
+    """Files, folders and globs → the images they mean, each once, in the order given.
+
+    A folder means the images directly in it, sorted; "photos/**/*.jpg" reaches into subfolders. Of a glob's files those
+    with an image's suffix are taken; a file given by its name is taken whatever its suffix. Raises PredictError for a
+    pattern that matches no image.
+    """
+    found: dict[Path, Path] = {}
+    for pattern in patterns:
+        for path in _expand(os.path.expanduser(pattern)):
+            found.setdefault(path.resolve(), path)
+    return list(found.values())
+
+
+def _expand(pattern: str) -> list[Path]:
+    path = Path(pattern)
+    if path.is_file():
+        return [path]
+    listed = path.iterdir() if path.is_dir() else map(Path, glob.iglob(pattern, recursive=True))
+    try:
+        files = sorted(p for p in listed if p.suffix.lower() in IMAGE_SUFFIXES and p.name[0] != "." and p.is_file())
+    except PermissionError:
+        raise PredictError(f"{path} may not be read: change its permissions") from None
+    if files:
+        return files
+    known = ", ".join(IMAGE_SUFFIXES)
+    if path.is_dir():
+        raise PredictError(f"no image in the folder {path} ({known}); for its subfolders write '{path}/**/*.jpg'")
+    if glob.has_magic(pattern):
+        raise PredictError(f"no image ({known}) matches '{pattern}'")
+    raise PredictError(f"no file, folder or glob '{pattern}'; give images, folders of images, or e.g. 'photos/*.jpg'")
+
+
+def file_names(paths: Sequence[Path]) -> list[str]:
+    """A different name for each path: its stem; where stems are equal, also its suffix and the folders that tell it apart.
+
+    Names that differ in case only count as equal, since some file systems take them for one.
+    """
+    whole = list(dict.fromkeys(path.absolute() for path in paths))
+    same = _repeated((path.parent, path.stem) for path in whole)
+    short = [f"{p.stem}_{p.suffix[1:]}" if i in same else p.stem for i, p in enumerate(whole)]
+    names = short
+    for depth in range(1, max((len(path.parts) for path in whole), default=1) - 1):
+        same = _repeated(names)
+        names = ["_".join((*p.parts[1:-1][-depth:], short[i])) if i in same else names[i] for i, p in enumerate(whole)]
+    same = _repeated(names)
+    name_of = {path: short[i] if i in same else names[i] for i, path in enumerate(whole)}
+    taken: dict[str, str] = {}
+    for path in paths:
+        name = name_of[path.absolute()]
+        name = next(n for k in count(1) if (n := name if k == 1 else f"{name}_{k}").casefold() not in taken)
+        taken[name.casefold()] = name
+    return list(taken.values())
+
+
+def _repeated(keys: Iterable[Any]) -> set[int]:
+    """Indices of the keys that occur more than once, letter case apart."""
+    places: dict[str, list[int]] = {}
+    for i, key in enumerate(keys):
+        places.setdefault(str(key).casefold(), []).append(i)
+    return {i for group in places.values() if len(group) > 1 for i in group}

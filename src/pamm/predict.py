@@ -1,0 +1,324 @@
+"""Any image in, maps at its size out; and the files of a whole batch of images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from pamm.checkpoint import load_model
+from pamm.data.images import ImageError
+from pamm.data.transforms import normalize
+from pamm.inputs import ImageLike, PredictError, expand_inputs, file_names, to_array
+from pamm.models.model import MultiTaskModel
+from pamm.pictures import SheetRow, compose_sheet, contact_sheet, save_sheet, sheet_row
+from pamm.tasks import Task
+
+FORMATS = {"png": "{task}/{stem}.png", "npy": "arrays/{task}/{stem}.npy", "picture": "pictures/{task}/{stem}.png"}
+"""Kind of output → its place in the output folder."""
+
+SHEET = "contact_sheet.jpg"
+SHEET_ROWS = 16
+"""A contact sheet shows this many images at most, the first ones."""
+
+STRIP_VALUES = 2**24
+"""Values that are resized and decoded, or drawn, at once: what bounds the memory for a large image."""
+
+
+class Maps(Mapping[str, np.ndarray]):
+    """The predictions for one image: task name → array in the task's unit, at the image's size.
+
+    semseg, human_parts: (H, W) uint8 class index. depth: (H, W) float32 metres. normals: (H, W, 3) float32 unit vectors.
+    sal, edge: (H, W) float32 probability. `image` is the (H, W, 3) uint8 RGB they belong to, turned by its EXIF
+    orientation; `name` is its file's stem, or "image".
+    """
+
+    def __init__(
+        self,
+        image: np.ndarray,
+        maps: Mapping[str, np.ndarray],
+        tasks: Mapping[str, Task],
+        *,
+        source: Path | None = None,
+    ):
+        self.image = image
+        self.tasks = {name: tasks[name] for name in maps}
+        self.source = source
+        self.name = source.stem if source else "image"
+        self._maps = dict(maps)
+
+    def __getitem__(self, task: str) -> np.ndarray:
+        if task not in self._maps:
+            raise KeyError(f"no map '{task}'; the model predicts {', '.join(self._maps)}")
+        return self._maps[task]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._maps)
+
+    def __len__(self) -> int:
+        return len(self._maps)
+
+    def __repr__(self) -> str:
+        height, width = self.image.shape[:2]
+        return f"Maps({self.name!r}, {height}×{width}: {', '.join(self._maps)})"
+
+    def draw(self, task: str, *, step: int = 1) -> np.ndarray:
+        """The task's picture, (H, W, 3) uint8; with `step` of every step-th row and column only."""
+        whole = self[task]
+        values = whole[::step, ::step]
+        rows = max(1, STRIP_VALUES // 8 // values.shape[1])
+        strips = [values[top : top + rows] for top in range(0, len(values), rows)]
+        return np.concatenate([self.tasks[task].draw(strip, reference=whole) for strip in strips])
+
+    def save(
+        self, folder: str | Path, *, stem: str | None = None, formats: Sequence[str] = tuple(FORMATS)
+    ) -> list[Path]:
+        """Write every map into `folder` and return the files.
+
+        png: <folder>/<task>/<stem>.png, which the task reads back (the layout of a folder data set).
+        npy: <folder>/arrays/<task>/<stem>.npy, the array as it is. picture: <folder>/pictures/<task>/<stem>.png.
+        Files of an earlier prediction are replaced. Raises PredictError for an unknown format, where a file would replace
+        the predicted image or the labels beside it, and where nothing can be written.
+        """
+        folder, stem = Path(folder).expanduser(), self.name if stem is None else stem
+        _check_formats(formats)
+        if stem in ("", ".", "..") or "/" in stem or os.sep in stem:
+            raise PredictError(f"stem is {stem!r}, expected a file name without folders and suffix")
+        targets = [(f, task, folder / FORMATS[f].format(task=task, stem=stem)) for f in formats for task in self]
+        self._protect(folder, [path for _, _, path in targets], labels="png" in formats)
+        for kind, task, path in targets:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._write(kind, task, path)
+            except OSError as error:
+                raise PredictError(
+                    f"{path} cannot be written ({error.strerror or error}); choose another folder"
+                ) from None
+        return [path for _, _, path in targets]
+
+    def _write(self, kind: str, task: str, path: Path) -> None:
+        if kind == "png":
+            self.tasks[task].save_png(self[task], path)
+        elif kind == "npy":
+            np.save(path, self[task])
+        else:
+            Image.fromarray(self.draw(task)).save(path)
+
+    def _protect(self, folder: Path, targets: Iterable[Path], *, labels: bool) -> None:
+        """Raise PredictError where saving would replace the image itself or, if files named as `labels` come, its labels."""
+        if self.source is None or not self.source.exists():
+            return
+        if any(path.exists() and path.samefile(self.source) for path in targets):
+            raise PredictError(
+                f"saving into {folder} would replace the image {self.source} itself; choose another folder"
+            )
+        if labels and self.source.resolve().parent == (folder / "images").resolve():
+            raise PredictError(
+                f"{folder} is the data set that {self.source} belongs to: predictions would replace its labels; choose "
+                "another folder"
+            )
+
+
+class Predictor:
+    """A network that takes any image.
+
+    source: what `pamm.load_model` takes (run folder, saved model, hub repository), or a model. device: "auto" (a given
+    model's own; else CUDA, Apple's MPS or the CPU, the first there is) or a torch device. longest_side: pixels to which
+    an image's longer side is shrunk for the network, default the longer side of the size the network was built for.
+
+    An image is shrunk with antialiasing where its longer side exceeds `longest_side`, and never enlarged: a network
+    learns the scale its images have. It is padded to multiples of the patch with the mean colour, itself in the centre;
+    the logits are cropped, resized bilinearly to the image's own size and decoded there. Memory beside the maps does not
+    grow with the image. Raises PredictError for a senseless argument, and what `load_model` raises.
+    """
+
+    def __init__(
+        self,
+        source: str | Path | MultiTaskModel,
+        *,
+        device: str | torch.device = "auto",
+        longest_side: int | None = None,
+    ):
+        if longest_side is not None and longest_side < 1:
+            raise PredictError(f"longest_side is {longest_side}, expected a number of pixels, e.g. 512")
+        given = isinstance(source, nn.Module)
+        chosen = _choose_device(device, next(source.parameters()).device if given else None)
+        self.model = (source if given else load_model(source)).to(chosen)
+        self.device = chosen
+        self.longest_side = longest_side or max(self.model.image_size)
+
+    @property
+    def tasks(self) -> dict[str, Task]:
+        """The tasks the network predicts, in order."""
+        return self.model.tasks
+
+    def __call__(self, image: ImageLike) -> Maps:
+        """One image → its maps. Raises ImageError for a file that is no image, PredictError for other senseless input.
+
+        image: a path or an open file; a PIL image (its EXIF orientation is applied); an (H, W, 3) RGB or (H, W) grey array
+        of uint8 or uint16 (0..65535); a (3, H, W) or (1, H, W) uint8 tensor.
+        """
+        pixels = to_array(image)
+        source = Path(image) if isinstance(image, (str, os.PathLike)) else None
+        return Maps(pixels, self._predict(pixels), self.tasks, source=source)
+
+    def many(self, images: Iterable[ImageLike]) -> Iterator[Maps]:
+        """The maps of one image after the other; an image is read when its maps are asked for."""
+        return map(self, images)
+
+    @torch.inference_mode()
+    def _predict(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        shown = shrink(pixels, self.longest_side)
+        frame, top, left = pad(normalize(shown.transpose(2, 0, 1))[None], self.model.backbone.patch)
+        rows, columns = slice(top, top + shown.shape[0]), slice(left, left + shown.shape[1])
+        with _evaluating(self.model):
+            logits = self.model(frame.to(self.device))
+        size = pixels.shape[:2]
+        return {name: decode(task, logits[name][..., rows, columns], size) for name, task in self.tasks.items()}
+
+
+def shrink(pixels: np.ndarray, longest_side: int) -> np.ndarray:
+    """(H, W, 3) uint8 → its longer side at most `longest_side`, in proportion, antialiased; no side below 1 pixel."""
+    height, width = pixels.shape[:2]
+    factor = longest_side / max(height, width)
+    if factor >= 1:
+        return pixels
+    size = max(1, round(width * factor)), max(1, round(height * factor))
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
+
+
+def pad(frame: Tensor, patch: int) -> tuple[Tensor, int, int]:
+    """(1, 3, H, W) → zeros around it up to multiples of `patch`, and the row and column of its first pixel there."""
+    height, width = frame.shape[-2:]
+    top, left = -height % patch // 2, -width % patch // 2
+    sides = (left, -width % patch - left, top, -height % patch - top)
+    return F.pad(frame, sides), top, left
+
+
+def decode(task: Task, logits: Tensor, size: tuple[int, int]) -> np.ndarray:
+    """(1, channels, h, w) logits → the prediction at `size`, in strips of rows, so that the resized logits stay small."""
+    height, width = size
+    rows = max(1, STRIP_VALUES // (logits.shape[1] * width))
+    prediction: np.ndarray | None = None
+    for top in range(0, height, rows):
+        strip = resize_rows(logits, size, range(top, min(top + rows, height)))
+        part = task.decode(strip)[0].cpu().numpy()
+        if prediction is None:
+            prediction = np.empty((height, *part.shape[1:]), part.dtype)
+        prediction[top : top + rows] = part
+    return prediction
+
+
+def resize_rows(logits: Tensor, size: tuple[int, int], rows: range) -> Tensor:
+    """These rows of (1, C, h, w) resized bilinearly to `size` (half-pixel centres)."""
+    height = logits.shape[-2]
+    if tuple(logits.shape[-2:]) == tuple(size):
+        return logits[..., rows.start : rows.stop, :]
+    position = (torch.arange(rows.start, rows.stop, dtype=torch.float64) + 0.5) * (height / size[0]) - 0.5
+    position = position.clamp(0, height - 1)
+    above = position.long()
+    weight = (position - above)[:, None].to(logits)
+    above = above.to(logits.device)
+    lines = torch.lerp(logits[..., above, :], logits[..., (above + 1).clamp(max=height - 1), :], weight)
+    return F.interpolate(lines, size=(len(rows), size[1]), mode="bilinear", align_corners=False)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for the time of a prediction, so that a model can be looked at in the middle of its training."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _choose_device(device: str | torch.device, own: torch.device | None) -> torch.device:
+    if device == "auto":
+        kinds = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        return own or torch.device(next(kind for kind, there in kinds.items() if there))
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        told = (str(error).splitlines() or ["no reason given"])[0]
+        raise PredictError(f"device '{device}' cannot be used here ({told}); use --device auto or cpu") from None
+    return chosen
+
+
+def _check_formats(formats: Sequence[str]) -> None:
+    for kind in [formats] if isinstance(formats, str) else formats:
+        if kind not in FORMATS or isinstance(formats, str):
+            raise PredictError(f"found {formats!r} for the formats, expected a list of some of: {', '.join(FORMATS)}")
+
+
+@dataclass
+class Summary:
+    """What became of a batch of images."""
+
+    done: list[Path] = field(default_factory=list)
+    failed: list[tuple[Path, str]] = field(default_factory=list)
+    """Image and the reason why it has no maps."""
+    sheet: Path | None = None
+    """The contact sheet, if one was written."""
+
+
+def predict_files(
+    predictor: Predictor,
+    paths: Iterable[str | Path],
+    out: str | Path,
+    *,
+    formats: Sequence[str] = tuple(FORMATS),
+    sheet: bool = True,
+    progress: bool | None = None,
+) -> Summary:
+    """Predict every image into `out` (see `Maps.save`), going on after a bad one.
+
+    Images of one stem keep apart by what differs in their paths. `sheet`: also <out>/contact_sheet.jpg, at most 300 kB,
+    of the first 16 images. progress: None shows a bar on a terminal. Raises PredictError for an unknown format or an `out`
+    that is no folder; the failures of single images are in the summary.
+    """
+    paths, out = [Path(path) for path in paths], Path(out).expanduser()
+    _check_formats(formats)
+    if out.exists() and not out.is_dir():
+        raise PredictError(f"{out} is a file; give a folder for the predictions")
+    summary, rows = Summary(), list[SheetRow]()
+    hidden = None if progress is None else not progress
+    for path, name in tqdm(list(zip(paths, file_names(paths), strict=True)), "predict", unit="image", disable=hidden):
+        try:
+            maps = predictor(path)
+            maps.save(out, stem=name, formats=formats)
+        except (ImageError, PredictError) as error:
+            summary.failed.append((path, str(error)))
+        except (MemoryError, torch.OutOfMemoryError):
+            summary.failed.append((path, "out of memory; shrink the image, or choose a smaller longest side"))
+        else:
+            summary.done.append(path)
+            if sheet and len(rows) < SHEET_ROWS:
+                rows.append(sheet_row(name, maps))
+    if rows:
+        out.mkdir(parents=True, exist_ok=True)
+        summary.sheet = save_sheet(compose_sheet(rows), out / SHEET)
+    return summary
+
+
+__all__ = [
+    "ImageLike",
+    "Maps",
+    "PredictError",
+    "Predictor",
+    "Summary",
+    "contact_sheet",
+    "expand_inputs",
+    "predict_files",
+]
