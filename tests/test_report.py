@@ -1,0 +1,156 @@
+"""Tables with the right digits and arrows; a page that holds the numbers, names its protocol and finds its pictures."""
+
+import math
+from html.parser import HTMLParser
+from urllib.parse import unquote
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pamm.data.transforms import normalize
+from pamm.report import Figure, figure_from, format_table, markdown_table, write_report
+from pamm.tasks import create_task
+
+TASKS = {
+    "semseg": create_task("semseg", classes=["sky", "tree & bush"]),
+    "depth": create_task("depth"),
+    "normals": create_task("normals"),
+}
+ROWS = [
+    (
+        "untrained",
+        {
+            "semseg": {"mIoU": 3.512, "pixel_accuracy": 9.1, "IoU/sky": 0.0, "IoU/tree & bush": 7.024},
+            "depth": {"RMSE": 1.25},
+            "normals": {"mErr": math.nan},
+        },
+    ),
+    (
+        "trained <1>",
+        {
+            "semseg": {"mIoU": 45.678, "pixel_accuracy": 81.25, "IoU/sky": 61.5, "IoU/tree & bush": 29.856},
+            "depth": {"RMSE": 0.48184, "abs_rel": 0.1},
+        },
+    ),
+]
+
+
+class Page(HTMLParser):
+    """Text, images and open elements of a page."""
+
+    VOID = ("meta", "img", "br")
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.words, self.images, self.tags = [], [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        if tag == "img":
+            self.images.append(dict(attributes))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.words.append(data.strip())
+
+
+def test_text_table_is_aligned_with_arrows_and_four_digits():
+    assert format_table(ROWS, TASKS, gains=[None, 12.3456]).splitlines() == [
+        "             semseg mIoU ↑  depth RMSE ↓  normals mErr ↓   Δ % ↑",
+        "-----------  -------------  ------------  --------------  ------",
+        "untrained             3.51        1.2500               –       –",
+        "trained <1>          45.68        0.4818               –  +12.35",
+    ]
+
+
+def test_markdown_table_marks_the_best_and_keeps_its_columns():
+    assert markdown_table([("a|b", ROWS[0][1]), ROWS[1]], TASKS).splitlines() == [
+        "|  | semseg mIoU ↑ | depth RMSE ↓ | normals mErr ↓ |",
+        "|---|---:|---:|---:|",
+        "| a\\|b | 3.51 | 1.2500 | – |",
+        "| trained <1> | **45.68** | **0.4818** | – |",
+    ]
+
+
+def test_a_table_without_rows_and_one_with_too_few_gains():
+    assert "semseg mIoU" in format_table([], TASKS)
+    with pytest.raises(ValueError, match="1 gains for 2 rows"):
+        format_table(ROWS, TASKS, gains=[1.0])
+
+
+def pictures(*names: str, shade: int) -> dict[str, np.ndarray]:
+    return {name: np.full((12, 20, 3), shade + i, np.uint8) for i, name in enumerate(names)}
+
+
+def test_report_holds_the_numbers_and_its_pictures(tmp_path):
+    image = np.full((12, 20, 3), 7, np.uint8)
+    figures = [
+        Figure("street/1 <a>.jpg", image, pictures(*TASKS, shade=50), pictures("depth", shade=90)),
+        Figure("street 1 _a_.jpg", image, pictures(*TASKS, shade=60), pictures(*TASKS, shade=70)),
+    ]
+    path = write_report(
+        tmp_path / "run",
+        title="Rooms & <script>alert(1)</script>",
+        rows=ROWS,
+        tasks=TASKS,
+        protocol="synthetic val split, 5 images, frame 48×64",
+        figures=figures,
+        extra={"seconds": 12, "<i>": "<u>"},
+        gains=[None, 3.0],
+    )
+    text = path.read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.open == [] and "script" not in page.tags and "u" not in page.tags
+    words = page.words
+    expected = ["Rooms & <script>alert(1)</script>", "synthetic val split, 5 images, frame 48×64", "trained <1>", "<u>"]
+    assert set(expected) <= set(words)
+    for number in ("3.51", "45.68", "1.2500", "0.4818", "+3.00", "81.25", "61.50", "29.86", "0.1000"):
+        assert number in words, number
+    assert words.count("no label") == 2
+    assert "http" not in text
+    assert len(page.images) == 2 * 4 + 4
+    sources = [unquote(image["src"]) for image in page.images]
+    assert len({source.casefold() for source in sources}) == len(sources)
+    shades = []
+    for source in sources:
+        with Image.open(path.parent / source) as picture:
+            assert picture.size == (20, 12)
+            shades.append(int(np.asarray(picture)[0, 0, 0]))
+    assert sorted(shades) == [7, 7, 50, 51, 52, 60, 61, 62, 70, 71, 72, 90]
+    stem = "street_1_a_.jpg"
+    assert {f"pictures/{stem}_depth_prediction.png", f"pictures/{stem}_depth_truth.png"} <= set(sources)
+
+
+def test_report_without_figures_and_extra(tmp_path):
+    page = Page(write_report(tmp_path, title="t", rows=ROWS, tasks=TASKS, protocol="p").read_text(encoding="utf-8"))
+    assert page.images == [] and "Pictures" not in page.words
+
+
+def test_figure_shows_the_image_and_comparable_pictures():
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 6, 8), dtype=np.uint8)
+    depth = torch.linspace(1, 3, 48).reshape(1, 6, 8)
+    depth[:, :2] = 0
+    labels = {"depth": depth, "normals": torch.full((3, 6, 8), 255.0)}
+    semseg = torch.zeros(2, 6, 8)
+    semseg[1, :, 4:] = 1
+    wrong = depth.clone()
+    wrong[:, 5] = 9
+    logits = {"semseg": semseg, "depth": wrong, "normals": torch.ones(3, 6, 8)}
+    figure = figure_from(normalize(pixels), labels, logits, TASKS, "one")
+    assert np.array_equal(figure.image, pixels.transpose(1, 2, 0))
+    assert list(figure.predictions) == list(TASKS) and list(figure.truths) == ["depth"]
+    assert np.all(figure.truths["depth"][:2] == 128)
+    # the wrong prediction must not stretch the scale that it shares with the truth
+    assert np.array_equal(figure.predictions["depth"][2:5], figure.truths["depth"][2:5])
+    assert not np.array_equal(figure.predictions["depth"][5], figure.truths["depth"][5])
+    colours = TASKS["semseg"].draw(np.array([[0, 1]], np.uint8))[0]
+    assert np.array_equal(figure.predictions["semseg"][0, [0, 7]], colours)
