@@ -122,6 +122,16 @@ def test_prediction_is_the_same_every_time_and_leaves_a_training_model_training(
         predictor.model.eval()
 
 
+def test_a_model_trains_after_it_predicted(predictor):
+    """Nothing that is kept between calls, at a size not seen before, may come from a mode that autograd refuses."""
+    predictor(photo(56, 24))
+    logits = predictor.model(torch.zeros(1, 3, 56, 24))
+    sum(x.sum() for x in logits.values()).backward()
+    gradients = [parameter.grad for parameter in predictor.model.heads.parameters()]
+    predictor.model.zero_grad()
+    assert all(gradient is not None for gradient in gradients)
+
+
 def test_a_saved_model_predicts_what_the_model_did(predictor, tmp_path):
     predictor.model.save_pretrained(tmp_path / "model")
     assert same(Predictor(tmp_path / "model", device="cpu")(photo(30, 40)), predictor(photo(30, 40)))

@@ -175,7 +175,7 @@ class Predictor:
         """The maps of one image after the other; an image is read when its maps are asked for."""
         return map(self, images)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _predict(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
         shown = shrink(pixels, self.longest_side)
         frame, top, left = pad(normalize(shown.transpose(2, 0, 1))[None], self.model.backbone.patch)

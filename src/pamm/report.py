@@ -119,7 +119,7 @@ class Figure:
     truths: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def figure_from(
     image: Tensor, labels: Mapping[str, Tensor], logits: Mapping[str, Tensor], tasks: Mapping[str, Task], id: str
 ) -> Figure:
