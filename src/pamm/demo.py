@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def run_demo(experiment: Experiment, out: Path, *, progress: bool = True) -> Pat
     started = time.perf_counter()
     tasks = create_tasks(experiment)
     for split in ("train", "val"):
-        open_dataset(experiment.data, split, tasks).prepare(progress=progress)
+        open_dataset(experiment.data, split, tasks).prepare(progress=progress, workers=os.cpu_count() or 1)
     torch.manual_seed(experiment.train.seed)
     untrained = evaluate_split(launch(experiment.train), create_model(experiment), experiment, tasks)
     made = time.perf_counter()

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 
 EXTRAS = {
     "train": ["lightning_fabric", "torchmetrics", "scipy", "skimage", "tensorboard"],
-    "demo": ["trimesh", "embreex", "scipy"],
+    "demo": ["trimesh", "embreex", "scipy", "skimage"],
 }
 """Extra → the modules it brings."""
 

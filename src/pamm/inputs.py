@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from pamm.data.images import IMAGE_SUFFIXES, ImageError, _to_rgb, read_image
+from pamm.data.images import IMAGE_SUFFIXES, ImageError, to_rgb, read_image
 
 ImageLike = str | os.PathLike[str] | BinaryIO | Image.Image | np.ndarray | Tensor
 
@@ -50,7 +50,7 @@ def to_array(image: ImageLike) -> np.ndarray:
 
 def _from_picture(picture: Image.Image) -> np.ndarray:
     try:
-        return np.array(_to_rgb(ImageOps.exif_transpose(picture), "the image"))
+        return np.array(to_rgb(ImageOps.exif_transpose(picture), "the image"))
     except ImageError:
         raise
     except Exception as error:  # Pillow decodes only now, and its decoders raise many kinds

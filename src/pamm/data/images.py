@@ -39,7 +39,7 @@ def read_image(
     with _decoding(source), _opened(source, max_pixels) as picture:
         picture.load()
         turned = _turn(picture) if exif else picture
-        return np.array(_to_rgb(turned, _name(source)))
+        return np.array(to_rgb(turned, _name(source)))
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -117,7 +117,7 @@ def _decoding(source: str | os.PathLike[str] | BinaryIO) -> Iterator[None]:
         ) from None
 
 
-def _to_rgb(picture: Image.Image, name: str) -> Image.Image:
+def to_rgb(picture: Image.Image, name: str) -> Image.Image:
     if picture.mode.startswith("I"):
         values = np.asarray(picture)
         if values.min() < 0 or values.max() > 65535:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,16 +13,16 @@ from pamm.nn.joined import JoinedBatchNorm2d
 
 
 @lru_cache(maxsize=64)
-def shifted_upsampling(length: int, scale: int) -> Tensor:
+def shifted_upsampling(length: int, scale: int) -> np.ndarray:
     """(length·scale, 3·length) float32: the three matrices of bilinear upsampling followed by a shift of −1, 0, 1, side by side.
 
     Column block k holds the upsampled row X + k − 1 for every output row X; rows outside the large map are zero, as the
     zero padding of a 3×3 convolution on it.
     """
     identity = torch.eye(length)[None]
-    up = F.interpolate(identity, scale_factor=scale, mode="linear", align_corners=False)[0].T  # (length·scale, length)
-    padded = F.pad(up, (0, 0, 1, 1))
-    return torch.cat([padded[k : k + len(up)] for k in range(3)], dim=1)
+    up = F.interpolate(identity, scale_factor=scale, mode="linear", align_corners=False)[0].T.numpy()
+    padded = np.pad(up, ((1, 1), (0, 0)))  # (length·scale + 2, length)
+    return np.concatenate([padded[k : k + len(up)] for k in range(3)], axis=1)
 
 
 def upsampled_conv3x3(x: Tensor, weight: Tensor, scale: int) -> Tensor:
@@ -35,8 +36,8 @@ def upsampled_conv3x3(x: Tensor, weight: Tensor, scale: int) -> Tensor:
     batch, channels, height, width = x.shape
     taps = weight.permute(2, 0, 3, 1).reshape(-1, channels)  # rows (ky, o, kx)
     small = F.conv2d(x, taps[:, :, None, None]).view(batch, 3, -1, 3, height, width)
-    across = shifted_upsampling(width, scale).to(small)
-    down = shifted_upsampling(height, scale).to(small)
+    across = torch.from_numpy(shifted_upsampling(width, scale)).to(small)
+    down = torch.from_numpy(shifted_upsampling(height, scale)).to(small)
     wide = small.transpose(3, 4).reshape(batch, 3, -1, height, 3 * width) @ across.T  # (B, 3, O, h, W)
     return down @ wide.transpose(1, 2).reshape(batch, -1, 3 * height, wide.shape[-1])
 

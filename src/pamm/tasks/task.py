@@ -115,7 +115,7 @@ class Task(ABC):
 
     @abstractmethod
     def decode(self, logits: Tensor) -> Tensor:
-        """(B, channels, H, W) logits → (B, H, W) or (B, H, W, 3) prediction in the task's unit."""
+        """(B, channels, H, W) logits → (B, H, W) or (B, H, W, 3) prediction in the task's unit, pixel by pixel."""
 
     @abstractmethod
     def truth(self, label: Tensor) -> Tensor:
@@ -128,7 +128,8 @@ class Task(ABC):
         """Prediction (H, W) or (H, W, 3) → picture (H, W, 3) uint8.
 
         `valid` (H, W) bool paints the other pixels mid-grey. `reference` is a map whose range of values sets the colour
-        scale, so that a prediction and its truth are comparable (tasks with a fixed scale take no notice).
+        scale, so that a prediction and its truth are comparable (tasks with a fixed scale take no notice). Given it, a
+        strip of rows is drawn as in the whole.
         """
 
     @abstractmethod
