@@ -24,7 +24,8 @@ MAY_USE = {
     "checkpoint": {"models", "experiment"},
     "evaluate": {"models", "data", "tasks", "nn", "checkpoint", "experiment", "recipes"},
     "log": set(),
-    "train": {"build", "checkpoint", "data", "evaluate", "experiment", "log", "models", "tasks"},
+    "memory": set(),
+    "train": {"build", "checkpoint", "data", "evaluate", "experiment", "log", "memory", "models", "tasks"},
 }
 """Room → the rooms it may import. Rooms not listed here (the command line and what serves it) may use all."""
 

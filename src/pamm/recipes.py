@@ -86,17 +86,17 @@ def demo() -> Experiment:
         tasks={
             "semseg": TaskConfig(1.0),
             "depth": TaskConfig(1.0),
-            "human_parts": TaskConfig(1.0),
-            "sal": TaskConfig(1.0),
+            "human_parts": TaskConfig(8.0),
+            "sal": TaskConfig(4.0),
             "normals": TaskConfig(2.0),
             "edge": TaskConfig(10.0, {"positive_weight": 0.85}),
         },
-        data=DataConfig(name="synthetic", size=(96, 128), images=(1200, 60), scale=(0.9, 1.25)),
+        data=DataConfig(name="synthetic", size=(96, 128), images=(1200, 60), scale=(1.0, 1.0), color=False),
         model=ModelConfig(
-            BackboneConfig("vit_tiny_patch16_224", False, (1, 2, 3, 4), 0.0, patch=8, width=128, depth=4, heads=4),
+            BackboneConfig("vit_tiny_patch16_224", False, (2, 4), 0.0, patch=8, width=128, depth=4, heads=4),
             PAMMConfig(width=64, state_size=8),
         ),
-        train=TrainConfig(steps=450, batch=8, optimizer="adamw", lr=1e-3, weight_decay=0.01, warmup=40, eval_every=0),
+        train=TrainConfig(steps=600, batch=8, optimizer="adamw", lr=2e-3, weight_decay=0.05, warmup=40, eval_every=0),
     )
 
 
@@ -106,9 +106,14 @@ def mosaic_pamm() -> Experiment:
     base = demo()
     return replace(
         base,
-        tasks={**base.tasks, "edge": TaskConfig(10.0, {"positive_weight": 0.95})},
+        tasks={
+            **base.tasks,
+            "human_parts": TaskConfig(2.0),
+            "sal": TaskConfig(2.0),
+            "edge": TaskConfig(10.0, {"positive_weight": 0.95}),
+        },
         data=DataConfig(name="folder", root="../shared/data/mosaic", size=(160, 160), fit=True, scale=(0.75, 1.5)),
-        train=replace(base.train, steps=3000, warmup=100, lr=5e-4, eval_every=500),
+        train=replace(base.train, steps=2000, lr=1e-3, warmup=100, eval_every=250),
     )
 
 

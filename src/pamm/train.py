@@ -29,6 +29,7 @@ from pamm.data.transforms import TrainTransform
 from pamm.evaluate import Evaluation, evaluate_split
 from pamm.experiment import ConfigError, Experiment, TrainConfig, dump, load, to_dict
 from pamm.log import Log
+from pamm.memory import keep_memory
 from pamm.models.model import MultiTaskModel
 from pamm.models.registry import build_model
 from pamm.tasks import Task
@@ -51,6 +52,8 @@ def launch(config: TrainConfig) -> Fabric:
         precision=config.precision,
     )
     fabric.launch()
+    if fabric.device.type == "cpu":
+        keep_memory()
     return fabric
 
 

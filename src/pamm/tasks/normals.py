@@ -112,7 +112,7 @@ class Normals(Task):
 
 def encode(normals: np.ndarray) -> np.ndarray:
     """(H, W, 3) in [−1, 1] → uint8."""
-    return to_byte((np.asarray(normals, np.float64) + 1) / 2)
+    return to_byte((np.asarray(normals, np.float32) + 1) / 2)
 
 
 def histogram_median(bins: Tensor) -> Tensor:
