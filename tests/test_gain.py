@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pamm.gain import baselines, multi_task_gain, paper_tables
+from pamm.gain import GainError, baselines, measured_gain, multi_task_gain, paper_tables
 from pamm.tasks import TASKS
 
 PRINTED_UNIT = 0.01
@@ -120,3 +120,27 @@ def test_gain_by_hand() -> None:
 def test_impossible_gains_name_the_task(row, baseline, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         multi_task_gain(row, baseline, {"a": True, "b": True})
+
+
+def test_gain_of_an_evaluation_over_a_named_baseline_leaves_out_what_is_not_comparable():
+    row = {"semseg": {"mIoU": 57.036}, "depth": {"RMSE": 0.5166}, "edge": {"maxF_pixel": 20.0, "loss": 0.1}}
+    gain, tasks = measured_gain(row, "mtmamba-nyud-single-task")
+    assert tasks == ("semseg", "depth")
+    assert gain == pytest.approx((100 * (57.036 - 54.32) / 54.32 + 0) / 2)
+
+
+def test_gain_over_a_file_of_results(tmp_path):
+    path = tmp_path / "before.json"
+    path.write_text('{"results": {"edge": {"maxF_pixel": 20.0}, "sal": {"maxF": null}}}')
+    row = {"edge": {"maxF_pixel": 25.0}, "sal": {"maxF": 3.0}}
+    assert measured_gain(row, str(path)) == (pytest.approx(25.0), ("edge",))
+    path.write_text("[]")
+    with pytest.raises(GainError, match="not a results file"):
+        measured_gain(row, str(path))
+
+
+def test_an_unknown_baseline_names_the_known_ones():
+    with pytest.raises(GainError, match=r"no baseline 'x' .*pamm-table-1-nyud"):
+        measured_gain({"depth": {"RMSE": 0.5}}, "x")
+    with pytest.raises(GainError, match="choose one of the same tasks"):
+        measured_gain({"depth": {"RMSE": 0.5}}, "pamm-table-1-pascal")

@@ -25,7 +25,7 @@ def create_tasks(experiment: Experiment) -> dict[str, Task]:
                 f"the data set '{experiment.data.name}' has no labels for the task '{name}'; it has: {', '.join(described)}"
             )
         try:
-            tasks[name] = create_task(name, **(described[name] | config.options), weight=config.weight)
+            tasks[name] = create_task(name, **(described[name] | config.options | {"weight": config.weight}))
         except ValueError as error:
             raise ConfigError(f"tasks.{name}: {error}") from error
     return tasks

@@ -77,6 +77,17 @@ def usage() -> str:
     )
 
 
+def at_least(smallest: int) -> Callable[[str], int]:
+    """An argparse type: a whole number not below `smallest`."""
+
+    def number(text: str) -> int:
+        if not text.lstrip("-").isdigit() or int(text) < smallest:
+            raise argparse.ArgumentTypeError(f"found '{text}', expected a whole number from {smallest} up")
+        return int(text)
+
+    return number
+
+
 def parser(name: str, **options: object) -> argparse.ArgumentParser:
     """An argument parser for a subcommand, described by its help line."""
     return argparse.ArgumentParser(prog=f"pamm {name}", description=COMMANDS[name][0], allow_abbrev=False, **options)
@@ -162,15 +173,17 @@ def evaluate(arguments: list[str]) -> int:
     own.add_argument("--data", help="recipe or experiment.yaml whose data are measured (default: the run's own)")
     own.add_argument("--root", help="folder of the data set, in place of the configured one")
     own.add_argument("--split", default="val")
-    own.add_argument("--batch", type=int, default=8, help="images per batch; does not change the result")
-    own.add_argument("--devices", type=int, default=1, help="processes; does not change the result")
+    own.add_argument("--batch", type=at_least(1), default=8, help="images per batch; does not change the result")
+    own.add_argument("--devices", type=at_least(1), default=1, help="processes; does not change the result")
     own.add_argument("--accelerator", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    own.add_argument("--workers", type=int, default=2, help="data loading processes")
+    own.add_argument("--workers", type=at_least(0), default=2, help="data loading processes")
+    own.add_argument("--baseline", help="also the gain over a named baseline, or over a JSON file of results")
     own.add_argument("--untrained", action="store_true", help="also the row of the same network with random weights")
     own.add_argument("--out", type=Path, help="write the results to this JSON file")
     plain = own.parse_args(arguments)
     from pamm.evaluate import evaluate_saved
     from pamm.experiment import TrainConfig
+    from pamm.gain import measured_gain
     from pamm.report import format_table
     from pamm.train import launch
 
@@ -185,7 +198,14 @@ def evaluate(arguments: list[str]) -> int:
         untrained=plain.untrained,
     )
     if is_first_process():
-        print(f"{format_table(rows, tasks)}\n{result.protocol}")
+        gains = None
+        if plain.baseline:
+            gains = [None] * len(rows)
+            gains[-1], compared = measured_gain(result.row, plain.baseline)
+            result.model["gain"] = {"over": plain.baseline, "percent": gains[-1], "tasks": list(compared)}
+        print(f"{format_table(rows, tasks, gains=gains)}\n{result.protocol}")
+        if plain.baseline:
+            print(f"Δ over {plain.baseline}, tasks {', '.join(compared)}")
         if plain.out:
             plain.out.parent.mkdir(parents=True, exist_ok=True)
             result.save(plain.out)
@@ -202,7 +222,7 @@ def predict(arguments: list[str]) -> int:
     own.add_argument("inputs", nargs="+", help="images, folders of images or globs")
     own.add_argument("--out", type=Path, default=Path("predictions"))
     own.add_argument("--formats", default="picture,png,npy", help="any of picture,png,npy")
-    own.add_argument("--longest-side", type=int, help="shrink images to this longer side before the network")
+    own.add_argument("--longest-side", type=at_least(1), help="shrink images to this longer side before the network")
     own.add_argument("--device", default="auto")
     own.add_argument("--no-sheet", action="store_true", help="no contact sheet")
     plain = own.parse_args(arguments)
@@ -225,9 +245,13 @@ def data(arguments: list[str]) -> int:
     own.add_argument("--root", help="folder of the data set, in place of the configured one")
     own.add_argument("--deep", action="store_true", help="read every file and list all that is wrong")
     plain = own.parse_args(arguments)
+    from pamm.data import DATASETS
     from pamm.data.inspect import format_inspection, inspect_dataset
 
     config = named_experiment(plain.recipe, plain.root).data
+    if hasattr(DATASETS[config.name], "prepare"):
+        for split in ("train", "val"):
+            DATASETS[config.name].open(config, split, {}).prepare(workers=os.cpu_count() or 1)
     rows = inspect_dataset(config, deep=plain.deep)
     print(format_inspection(rows))
     return 1 if any(row.problems for row in rows) else 0

@@ -25,7 +25,7 @@ from pamm.models.model import MultiTaskModel
 from pamm.models.registry import rebuild_model
 from pamm.nn.joined import world_size
 from pamm.recipes import get_recipe
-from pamm.tasks import Task
+from pamm.tasks import Task, create_task
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -53,8 +53,8 @@ class Evaluation:
         return sum(task.weight * losses[name] for name, task in tasks.items() if not math.isnan(losses[name]))
 
     def save(self, path: Path) -> None:
-        """Write as JSON; NaN becomes null."""
-        row = {t: {k: None if math.isnan(v) else v for k, v in metrics.items()} for t, metrics in self.row.items()}
+        """Write as JSON; a value that is not finite becomes null."""
+        row = {t: {k: v if math.isfinite(v) else None for k, v in metrics.items()} for t, metrics in self.row.items()}
         text = {"protocol": self.protocol, "images": self.images, "model": self.model, "results": row}
         path.write_text(json.dumps(text, indent=1) + "\n")
 
@@ -135,12 +135,17 @@ def evaluate_split(
     batch_size: int = 8,
     progress: bool = False,
 ) -> Evaluation:
-    """Evaluate `model`, which is on the fabric's device, on a split, sharded over the fabric's processes."""
+    """Evaluate `model`, which is on the fabric's device, on a split, sharded over the fabric's processes.
+
+    tasks: what is measured. Labels are read as the data set describes them (its unit), which need not be as the model's.
+    """
     config = experiment.data
-    data = open_dataset(config, split, tasks)
+    described = dataset_options(config)
+    readers = {name: create_task(name, **described[name]) for name in tasks}
+    data = open_dataset(config, split, readers)
     loader = eval_loader(
         data,
-        EvalTransform(tasks, config),
+        EvalTransform(readers, config),
         rank=fabric.global_rank,
         world=fabric.world_size,
         batch_size=batch_size,
@@ -172,21 +177,22 @@ def evaluate_saved(
     Raises CheckpointError, ConfigError, DataError.
     """
     model = load_model(source)
-    experiment = saved_experiment(source, data, root, model)
+    experiment = saved_experiment(source, data, root)
+    tasks = measurable_tasks(model, experiment)
     experiment = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, workers=workers))
     arguments = {"split": split, "batch_size": batch_size, "progress": fabric.is_global_zero and sys.stderr.isatty()}
     rows = []
     if untrained:
         torch.manual_seed(experiment.train.seed)
         blank = rebuild_model(model.settings).to(fabric.device)
-        rows.append(("untrained", evaluate_split(fabric, blank, experiment, model.tasks, **arguments).row))
-    result = evaluate_split(fabric, model.to(fabric.device), experiment, model.tasks, **arguments)
+        rows.append(("untrained", evaluate_split(fabric, blank, experiment, tasks, **arguments).row))
+    result = evaluate_split(fabric, model.to(fabric.device), experiment, tasks, **arguments)
     result = dataclasses.replace(result, model={"source": source})
-    return [*rows, (Path(source).name or source, result.row)], result, model.tasks
+    return [*rows, (Path(source).name or source, result.row)], result, tasks
 
 
-def saved_experiment(source: str, data: str | None, root: str | None, model: MultiTaskModel) -> Experiment:
-    """The experiment whose data a saved model is measured on, checked against the model's tasks. Raises ConfigError."""
+def saved_experiment(source: str, data: str | None, root: str | None) -> Experiment:
+    """The experiment whose data a saved model is measured on: the one named by `data`, or the run's own."""
     if data is not None:
         path = Path(data)
         experiment = load(path) if path.suffix in (".yaml", ".yml") else get_recipe(data)
@@ -200,14 +206,22 @@ def saved_experiment(source: str, data: str | None, root: str | None, model: Mul
         experiment = load(found)
     if root is not None:
         experiment = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, root=root))
-    for name, options in dataset_options(experiment.data).items():
-        if name not in model.tasks:
-            continue
-        own = model.tasks[name].options()
-        if "classes" in options and list(options["classes"]) != list(own["classes"]):
-            raise ConfigError(
-                f"the classes of '{name}' differ: the model has {len(own['classes'])} ({', '.join(own['classes'][:3])}, …), "
-                f"the data set {len(options['classes'])} ({', '.join(options['classes'][:3])}, …); measure on the data the "
-                "model was trained for"
-            )
     return experiment
+
+
+def measurable_tasks(model: MultiTaskModel, experiment: Experiment) -> dict[str, Task]:
+    """The model's tasks for which the data set has labels. Raises ConfigError where there is none or the classes differ."""
+    described = dataset_options(experiment.data)
+    tasks = {name: task for name, task in model.tasks.items() if name in described}
+    if not tasks:
+        raise ConfigError(
+            f"the data set has labels for {', '.join(described)}, the model predicts {', '.join(model.tasks)}: nothing to measure"
+        )
+    for name, task in tasks.items():
+        own, found = task.options().get("classes"), described[name].get("classes")
+        if found is not None and list(found) != list(own):
+            raise ConfigError(
+                f"the classes of '{name}' differ: the model has {len(own)} ({', '.join(own[:3])}, …), the data set "
+                f"{len(found)} ({', '.join(found[:3])}, …); measure on the data the model was trained for"
+            )
+    return tasks

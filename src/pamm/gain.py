@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import yaml
+
+
+class GainError(ValueError):
+    """A gain that cannot be computed; the message tells what is absent and what there is."""
 
 
 @dataclass(frozen=True)
@@ -58,23 +65,23 @@ def multi_task_gain(
 
     Δ = 100/T · Σ_t s_t (row_t − baseline_t) / baseline_t over the T tasks of `row`, s_t = 1 where higher is better and −1
     where lower is. Tasks that only the baseline has are left out. `higher_is_better`: task → bool, by default what the
-    registered tasks say. Raises ValueError for an empty row, a task without baseline or direction, and a baseline of 0.
+    registered tasks say. Raises GainError for an empty row, a task without baseline or direction, and a baseline of 0.
     """
     if higher_is_better is None:
         from pamm.tasks import TASKS
 
         higher_is_better = {name: task.higher_is_better for name, task in TASKS.items()}
     if not row:
-        raise ValueError("the gain needs the score of at least one task; the row has none")
+        raise GainError("the gain needs the score of at least one task; the row has none")
     for known, what in ((baseline, "score in the baseline"), (higher_is_better, "direction in higher_is_better")):
         absent = [task for task in row if task not in known]
         if absent:
-            raise ValueError(
+            raise GainError(
                 f"no {what} for {', '.join(absent)}, only for {', '.join(known)}; add it or leave the task out"
             )
     zero = [task for task in row if baseline[task] == 0]
     if zero:
-        raise ValueError(
+        raise GainError(
             f"the baseline's score is 0 for {', '.join(zero)}, so no relative gain exists; leave the task out"
         )
     gains = [(1 if higher_is_better[t] else -1) * (row[t] - baseline[t]) / baseline[t] for t in row]
@@ -98,6 +105,40 @@ def baselines() -> dict[str, Baseline]:
                 source = f"{table.paper} paper, Table {table.number}, row '{row.method}'"
                 named[entry["baseline"]] = Baseline(source, table.dataset, row.scores)
     return named
+
+
+def measured_gain(row: Mapping[str, Mapping[str, float]], baseline: str) -> tuple[float, tuple[str, ...]]:
+    """Δ of an evaluation's row over a baseline, percent, and the tasks it covers.
+
+    row: task → metric → value. baseline: a name of `baselines()`, or a JSON file of results that `pamm eval --out` wrote.
+    Compared are the tasks whose reported score both have; a boundary score without odsF is not compared with an odsF.
+    Raises GainError, naming the baselines, where there is none of that name or nothing to compare.
+    """
+    from pamm.tasks import TASKS
+
+    scores = {task: values[TASKS[task].score] for task, values in row.items()}
+    if baseline in baselines():
+        metrics = _data()["metrics"]
+        reference = {t: s for t, s in baselines()[baseline].scores.items() if metrics[t] == TASKS[t].score}
+    elif Path(baseline).is_file():
+        reference = _results(Path(baseline))
+    else:
+        raise GainError(f"no baseline '{baseline}' and no results file; known baselines: {', '.join(baselines())}")
+    common = [t for t in scores if reference.get(t) and math.isfinite(scores[t])]
+    if not common:
+        raise GainError(f"the baseline '{baseline}' has no score of {', '.join(scores)}; choose one of the same tasks")
+    return multi_task_gain({t: scores[t] for t in common}, reference), tuple(common)
+
+
+def _results(path: Path) -> dict[str, float | None]:
+    """Task → score of a results file."""
+    from pamm.tasks import TASKS
+
+    try:
+        results = json.loads(path.read_text())["results"]
+        return {task: values[TASKS[task].score] for task, values in results.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise GainError(f"{path} is not a results file of `pamm eval --out` ({error!r})") from error
 
 
 @cache
