@@ -1,10 +1,38 @@
 """Small data sets in the packaging of the published archives, made from real files where there are any."""
 
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from scipy.io import savemat
+
+NOBODY = 65534
+"""A user without rights."""
+
+
+@contextmanager
+def as_user(folder: Path) -> Iterator[None]:
+    """Inside, this process owns the folder and has no more rights than any user, also where the tests run as root."""
+    if os.geteuid() != 0:
+        yield
+        return
+    above = [path for path in folder.parents if path.is_relative_to(tempfile.gettempdir())]
+    modes = {path: path.stat().st_mode for path in above}
+    for path, mode in modes.items():
+        path.chmod(mode | 0o111)
+    for path in (folder, *folder.rglob("*")):
+        os.chown(path, NOBODY, NOBODY, follow_symlinks=False)
+    os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        for path, mode in modes.items():
+            path.chmod(mode)
 
 
 def write_png(path, values):

@@ -4,12 +4,15 @@ import io
 import struct
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from data.packages import as_user
 from pamm.data.images import ImageError, image_size, read_image, read_values
+from pamm.tasks import LabelError, create_task
 
 GRADIENT = np.add.outer(np.arange(30, dtype=np.uint8) * 3, np.arange(40, dtype=np.uint8))
 
@@ -127,6 +130,59 @@ def test_empty_absent_and_foreign_files_are_errors(tmp_path):
             image_size(tmp_path / name)
     with pytest.raises(ImageError, match="the image is not a whole picture"):
         read_image(io.BytesIO(b"no picture"))
+
+
+def test_broken_links_and_impossible_paths_are_told(tmp_path):
+    (tmp_path / "link.png").symlink_to("gone.png")
+    (tmp_path / "file.png").touch()
+    for path, message in (
+        (tmp_path / "link.png", r"link\.png is a broken link to gone\.png\. Restore"),
+        (tmp_path / "absent.png", r"no file .*absent\.png\. Check the path"),
+        (tmp_path / ("x" * 300 + ".png"), "cannot be opened: File name too long"),
+        (tmp_path / "file.png" / "a.png", "cannot be opened: Not a directory"),
+    ):
+        for read in (read_image, read_values, image_size):
+            with pytest.raises(ImageError, match=message):
+                read(path)
+
+
+def test_a_picture_that_may_not_be_read_is_told(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    path = save(folder / "a.png", Image.fromarray(GRADIENT))
+    with as_user(folder):
+        path.chmod(0)
+        with pytest.raises(ImageError, match=r"a\.png may not be read: change the permissions"):
+            read_image(path)
+
+
+def test_a_picture_without_pixels_is_refused(tmp_path):
+    path = tmp_path / "none.png"
+    data = bytearray(save(path, Image.fromarray(GRADIENT)).read_bytes())
+    data[16:24] = bytes(8)
+    data[29:33] = struct.pack(">I", zlib.crc32(bytes(data[12:29])))
+    path.write_bytes(data)
+    for read in (read_image, read_values, image_size):
+        with pytest.raises(ImageError, match=r"none\.png is not a whole picture"):
+            read(path)
+
+
+def test_images_and_labels_have_one_limit_in_any_number_of_threads(tmp_path):
+    """A label is judged by its header, whatever other threads do to Pillow's own limit in the meantime."""
+    huge, small = huge_png(tmp_path / "huge.png", 10_001), save(tmp_path / "small.png", Image.fromarray(GRADIENT))
+    before = Image.MAX_IMAGE_PIXELS
+
+    def attempt(index):
+        if index % 2:
+            return read_image(small).shape
+        with pytest.raises(LabelError, match=r"implausibly large for a label: 10001 x 10001 .*100,000,000"):
+            create_task("sal").read(huge)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(attempt, range(400))) == [None, (30, 40, 3)] * 200
+    with pytest.raises(ImageError, match="the limit is 100,000,000"):
+        read_image(huge)
+    assert before == Image.MAX_IMAGE_PIXELS
 
 
 def test_values_of_unknown_range_are_refused(tmp_path):

@@ -93,6 +93,11 @@ def test_depth_that_is_no_number_is_ignored(root):
     assert (label[0, 0, :3] == 0).all() and torch.isfinite(label).all()
 
 
+def test_one_bit_boundaries_are_read(root):
+    write_png(root / "edge" / "0001.png", np.eye(425, 560, dtype=bool))
+    np.testing.assert_array_equal(open_split(root)[0].labels["edge"][0], np.eye(425, 560))
+
+
 def lose(root, *names):
     for name in names:
         (root / name).unlink()
@@ -116,9 +121,17 @@ BROKEN = {
     "grey normals": (lambda r: write_png(r / "normals/0001.png", np.zeros((425, 560), np.uint8)), "8-bit RGB normals"),
     "truncated depth": (
         lambda r: (r / "depth/0001.npy").write_bytes((r / "depth/0001.npy").read_bytes()[:500]),
-        r"depth/0001\.npy is not a whole NumPy file",
+        r"depth/0001\.npy is not a whole \.npy file .*unpack it again",
     ),
-    "empty depth": (lambda r: (r / "depth/0001.npy").write_bytes(b""), r"depth/0001\.npy is not a whole NumPy file"),
+    "empty depth": (lambda r: (r / "depth/0001.npy").write_bytes(b""), r"depth/0001\.npy is not a whole \.npy file"),
+    "depth in an archive": (
+        lambda r: np.savez(r / "a", np.ones((425, 560))) or (r / "a.npz").rename(r / "depth/0001.npy"),
+        r"depth/0001\.npy is not a whole \.npy file .*unpack it again",
+    ),
+    "boundaries 0 and 1": (
+        lambda r: write_png(r / "edge/0001.png", np.eye(425, 560, dtype=np.uint8)),
+        r"edge/0001\.png holds the values 0 and 1 only, expected 0\.\.255",
+    ),
     "depth of text": (lambda r: np.save(r / "depth/0001.npy", np.array(["a"])), r"depth/0001\.npy holds .*metres"),
     "truncated image": (
         lambda r: (r / "images/0001.png").write_bytes((r / "images/0001.png").read_bytes()[:5000]),
@@ -137,7 +150,7 @@ def test_whatever_is_wrong_is_one_data_error(root, kind):
 
 def test_pickled_depth_runs_no_code(root):
     np.save(root / "depth" / "0001.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    with pytest.raises(DataError, match=r"depth/0001\.npy is not a whole NumPy file"):
+    with pytest.raises(DataError, match=r"depth/0001\.npy is not a whole \.npy file"):
         open_split(root)[0]
 
 

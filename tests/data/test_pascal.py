@@ -135,6 +135,12 @@ def test_labels_of_another_size_are_resized(root):
     np.testing.assert_array_equal(sample.labels["semseg"][0], expected)
 
 
+def test_one_bit_saliency_is_read(root):
+    mask = np.eye(*image_size(root / "JPEGImages" / f"{PEOPLE[0]}.jpg"), dtype=bool)
+    write_png(root / "sal_distill" / f"{PEOPLE[0]}.png", mask)
+    np.testing.assert_array_equal(open_split(root)[0].labels["sal"][0], mask)
+
+
 def cached(root):
     return sorted((root.parent / "cache").rglob("*.png"))
 
@@ -203,6 +209,10 @@ BROKEN = {
     "class out of range": (
         lambda r: write_png(r / f"semseg/pascal-context/{PEOPLE[0]}.png", np.full((213, 320), 21, np.uint8)),
         "holds the value 21, expected 0..20 or 255",
+    ),
+    "saliency 0 and 1": (
+        lambda r: write_png(r / f"sal_distill/{PEOPLE[0]}.png", np.eye(375, 500, dtype=np.uint8)),
+        rf"sal_distill/{PEOPLE[0]}\.png holds the values 0 and 1 only",
     ),
     "list empty": (lambda r: write_ids(r / "ImageSets/Context/train.txt", []), "lists no image"),
     "lists lost": (

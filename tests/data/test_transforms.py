@@ -154,16 +154,18 @@ def test_crop_is_redrawn_while_one_class_dominates():
     label = torch.full((1, 64, 960), 3, dtype=torch.uint8)
     label[..., 700:] = 5
 
-    def share(task):
-        """Of 100 crops, those in which both classes cover more than a quarter."""
-        sample = Sample("a", make_sample(64, 960).image, {task: label}, (64, 960))
-        transform = TrainTransform(make_tasks(task), STILL)
-        crops = [transform(sample, 0, index).labels[task] for index in range(100)]
-        return np.mean([0.25 < float((crop == 3).float().mean()) < 0.75 for crop in crops])
+    def crop(task, *lefts):
+        """Left edge of the crop that stays, and the number of draws, where the generator hands out `lefts`."""
+        script = Script(*(number for left in lefts for number in (0, left)))
+        box = TrainTransform(make_tasks(task), STILL)._draw_box((64, 960), {task: label}, script)
+        return box[1], len(lefts) - len(script.numbers) // 2
 
-    one_draw = 48 / 865
-    assert share("human_parts") == pytest.approx(one_draw, abs=0.08)
-    assert share("semseg") == pytest.approx(1 - (1 - one_draw) ** 11, abs=0.15)
+    mixed, dominated = 650, 0
+    assert crop("semseg", mixed, dominated) == (mixed, 1)
+    assert crop("semseg", dominated, dominated, mixed, dominated) == (mixed, 3)
+    assert crop("semseg", 628, 629, 630) == (629, 2)  # 72 and 71 of its 96 columns are class 3
+    assert crop("semseg", *range(20)) == (10, 11)
+    assert crop("human_parts", dominated, mixed) == (dominated, 1)
 
 
 def test_crop_without_class_label_needs_none():

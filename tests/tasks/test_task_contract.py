@@ -16,7 +16,9 @@ import torch
 from PIL import Image
 from task_cases import PERFECT, perfect_logits, random_label, random_logits
 
-from pamm.tasks import TASKS, LabelError, Task, create_task
+from data.packages import as_user
+from pamm.tasks import TASKS, LabelError, NonFiniteError, Task, create_task
+from pamm.tasks.task import nearest_index
 
 
 @pytest.fixture(params=sorted(TASKS))
@@ -36,6 +38,41 @@ def test_options_are_json_and_rebuild_the_task(task: Task) -> None:
     again = create_task(task.name, **(options | {"weight": 2.5}))
     assert again.options() == task.options() | {"weight": 2.5}
     assert again.channels == task.channels
+
+
+@pytest.mark.parametrize("weight", [-1, float("nan"), float("inf")])
+def test_impossible_weights_are_refused(task: Task, weight: float) -> None:
+    with pytest.raises(ValueError, match=f"task '{task.name}': weight is {weight}, expected a number of 0 or more"):
+        create_task(task.name, weight=weight)
+    assert create_task(task.name, weight=0).weight == 0
+
+
+def test_labels_are_png_files_or_others_the_task_reads(task: Task) -> None:
+    assert task.suffixes[0] == ".png"
+    assert all(suffix == suffix.lower() and suffix.startswith(".") for suffix in task.suffixes)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_output_that_is_not_finite_has_no_score(task: Task, value: float, dtype: torch.dtype) -> None:
+    label = random_label(task)
+    logits = random_logits(task, label).to(dtype)
+    logits[0, 0, 0, :2] = value
+    metric = task.metric()
+    with pytest.raises(NonFiniteError, match=rf"output for '{task.name}' is not finite: 2 of {logits.numel()} values"):
+        metric.update(logits, label)
+    assert all(not state.any() for state in metric.metric_state.values())
+
+
+def test_nearest_neighbours_are_exact() -> None:
+    for old, new in [(3, 7), (41, 100), (425, 1000), (560, 1679), (12_289, 24_577), (20_000_003, 17)]:
+        assert nearest_index(old, new).tolist() == [i * old // new for i in range(new)]
+
+
+def test_resampling_takes_the_nearest_neighbour_exactly(task: Task) -> None:
+    label = random_label(task, batch=1, size=(12_289, 3))[0]
+    rows, columns = [i * 12_289 // 24_577 for i in range(24_577)], [i * 3 // 7 for i in range(7)]
+    assert torch.equal(task.resample(label, (24_577, 7)), label[:, rows][:, :, columns])
 
 
 def test_perfect_prediction_has_the_perfect_score(task: Task) -> None:
@@ -224,6 +261,18 @@ def test_picture_shows_the_prediction_and_greys_the_rest(task: Task) -> None:
     assert len(np.unique(whole.reshape(-1, 3), axis=0)) > 1
     assert (picture[~valid] == 128).all()
     assert (picture[valid] != 128).any()
+
+
+def test_a_label_that_may_not_be_read_is_not_to_be_written_again(task: Task, tmp_path) -> None:
+    folder = tmp_path / "labels"
+    folder.mkdir()
+    for suffix in task.suffixes:
+        (folder / f"label{suffix}").touch()
+    with as_user(folder):
+        for path in folder.iterdir():
+            path.chmod(0)
+            with pytest.raises(LabelError, match=r"label\.\w+ may not be read: change the permissions"):
+                task.read(path)
 
 
 @pytest.mark.parametrize("damage", ["absent", "folder", "empty", "text", "truncated", "jpeg", "rgba"])

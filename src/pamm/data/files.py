@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
+import unicodedata
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pamm.data.images import ImageError, read_image
+from pamm.data.images import ImageError, read_image, read_values
 from pamm.data.sample import DataError, Dataset, Sample
 from pamm.tasks import LabelError, Task
+from pamm.tasks.task import nearest_index
 
 if TYPE_CHECKING:
     from pamm.experiment import DataConfig
@@ -62,7 +65,7 @@ class PackagedDataset(FileDataset):
         """Raise DataError unless every id has a file in one of the places: folder, suffix, folder, suffix, ..."""
         found: set[str] = set()
         for folder, suffix in zip(places[::2], places[1::2], strict=True):
-            found |= {name.removesuffix(suffix) for name in _names(self.root / folder) if name.endswith(suffix)}
+            found |= {name.removesuffix(suffix) for name in names_in(self.root / folder) if name.endswith(suffix)}
         absent = [id for id in self.ids if id not in found]
         if absent:
             expected = " or ".join(f"{a}/{absent[0]}{b}" for a, b in zip(places[::2], places[1::2], strict=True))
@@ -103,8 +106,8 @@ def root_of(config: DataConfig, kind: str) -> Path:
     """The configured root folder. Raises DataError where none is set or it does not exist."""
     if config.root is None:
         raise DataError(f"data.root is not set: give the folder that holds {kind}, e.g. --data.root ~/data")
-    root = Path(config.root).expanduser()
-    if not root.is_dir():
+    root = Path(os.path.expanduser(config.root))
+    if not is_folder(root):
         raise DataError(f"no folder {root}: data.root must name the folder that holds {kind}")
     return root
 
@@ -113,10 +116,10 @@ def package_root(config: DataConfig, folder: str, lists: str, archive: str) -> P
     """The folder that holds `lists`: data.root or `folder` in it. Raises DataError naming what is there instead."""
     root = root_of(config, f"{folder}/ (unpacked from {archive})")
     for candidate in (root, root / folder):
-        if (candidate / lists).is_dir():
+        if is_folder(candidate / lists):
             return candidate
     raise DataError(
-        f"{root} holds neither {lists}/ nor {folder}/{lists}/, but {preview(_names(root)) or 'nothing'}. "
+        f"{root} holds neither {lists}/ nor {folder}/{lists}/, but {preview(names_in(root)) or 'nothing'}. "
         f"Unpack {archive} there, or set data.root to the folder that holds {folder}/."
     )
 
@@ -145,14 +148,18 @@ def read_ids(path: Path) -> list[str]:
 
 
 def files_by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
-    """Stem → file, sorted, of files with one of `suffixes`. Raises DataError where two files share a stem."""
+    """Stem → file, sorted, of files with one of `suffixes`. Raises DataError where two files share a stem.
+
+    Stems are in Unicode's composed form: systems write the same accent as one character or as two.
+    """
     files: dict[str, Path] = {}
-    for name in _names(folder):
+    for name in names_in(folder):
         path = folder / name
         if path.suffix.lower() in suffixes and not name.startswith("."):
-            if path.stem in files:
-                raise DataError(f"{folder} holds both {files[path.stem].name} and {name}. Keep one of the two files.")
-            files[path.stem] = path
+            stem = unicodedata.normalize("NFC", path.stem)
+            if stem in files:
+                raise DataError(f"{folder} holds both {files[stem].name} and {name}. Keep one of the two files.")
+            files[stem] = path
     return files
 
 
@@ -165,7 +172,7 @@ def preview(names: Iterable[str], count: int = 5) -> str:
 
 def nearest(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """(h, w, ...) → (H, W, ...) by nearest neighbour, source index ⌊i·h/H⌋."""
-    rows, columns = (np.arange(size[i]) * values.shape[i] // size[i] for i in (0, 1))
+    rows, columns = (nearest_index(values.shape[i], size[i]) for i in (0, 1))
     return values if values.shape[:2] == size else values[rows[:, None], columns]
 
 
@@ -192,6 +199,22 @@ def plane(values: np.ndarray, path: Path, highest: int, *extra: int) -> np.ndarr
     return values.astype(np.uint8)
 
 
+def read_mask(path: Path) -> np.ndarray:
+    """Mask picture → (H, W) bool: a 1-bit picture as it is, of 8 bits the values above 127. Raises DataError.
+
+    8-bit values of 0 and 1 alone are refused: as levels of grey they would all be black.
+    """
+    values = read_values(path)
+    if values.dtype == np.bool_:
+        return values
+    mask = plane(values, path, 255)
+    if mask.max() == 1:
+        raise DataError(
+            f"{path} holds the values 0 and 1 only, expected 0..255. Unpack it again, or multiply it by 255."
+        )
+    return mask > 127
+
+
 def cache_folder(name: str) -> Path:
     """Where results that can be computed again are kept: $XDG_CACHE_HOME/pamm/`name`, by default under ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pamm" / name
@@ -208,11 +231,27 @@ def write_atomically(path: Path, content: bytes) -> None:
         return
 
 
-def _names(folder: Path) -> list[str]:
-    """Sorted names in a folder; none where it is absent."""
+def is_folder(path: Path) -> bool:
+    """Whether a folder is there. Raises DataError where that cannot be told: a forbidden path, an over-long name."""
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from None
+
+
+def names_in(folder: Path) -> list[str]:
+    """Sorted names in a folder; none where it is absent. Raises DataError where it may not be read."""
     try:
         return sorted(os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError):
         return []
-    except PermissionError:
-        raise DataError(f"{folder} may not be read: change its permissions") from None
+    except (OSError, ValueError) as error:
+        raise _unreadable(folder, error) from None
+
+
+def _unreadable(path: Path, error: OSError | ValueError) -> DataError:
+    if isinstance(error, PermissionError):
+        return DataError(f"{path} may not be read: change its permissions, or those of the folders it lies in.")
+    return DataError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}). Correct the path.")

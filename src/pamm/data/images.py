@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import errno
 import os
-import threading
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,14 +12,13 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
-MAX_PIXELS = 100_000_000
-"""Pictures with more pixels are refused before they are decoded."""
+from pamm.tasks.pictures import MAX_PIXELS, open_picture, quiet
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 """File names that data folders take for photographs."""
 
-_GLOBALS = threading.Lock()
-"""Held while a global of Pillow or of Python's warnings is changed."""
+_NO_FILE = (errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
+"""Of the system's errors, those that a path causes, not the content of its file."""
 
 
 class ImageError(ValueError):
@@ -62,17 +60,8 @@ def _name(source: str | os.PathLike[str] | BinaryIO) -> str:
 
 @contextmanager
 def _opened(source: str | os.PathLike[str] | BinaryIO, max_pixels: int | None) -> Iterator[Image.Image]:
-    """Read the header only, and refuse by our own limit, whose message says how to raise it.
-
-    Pillow's limit is a global of its module and warns below its double; it is lifted while the header is parsed.
-    """
-    with _GLOBALS, _silence():
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-        try:
-            picture = Image.open(source)
-        finally:
-            Image.MAX_IMAGE_PIXELS = limit
-    with picture:
+    """The picture with its header read; one with more than `max_pixels` is refused."""
+    with open_picture(source) as picture:
         pixels = picture.width * picture.height
         if max_pixels is not None and pixels > max_pixels:
             raise ImageError(
@@ -84,15 +73,8 @@ def _opened(source: str | os.PathLike[str] | BinaryIO, max_pixels: int | None) -
 
 def _turn(picture: Image.Image) -> Image.Image:
     """Apply the EXIF orientation; Pillow warns of damaged EXIF data, without which the picture is still whole."""
-    with _GLOBALS, _silence():
+    with quiet():
         return ImageOps.exif_transpose(picture)
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 @contextmanager
@@ -104,12 +86,18 @@ def _decoding(source: str | os.PathLike[str] | BinaryIO) -> Iterator[None]:
     except ImageError:
         raise
     except FileNotFoundError:
-        raise ImageError(f"no file {name}") from None
-    except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
-        raise ImageError(f"{name} cannot be opened: {error.strerror}. Give a picture file that you may read.") from None
+        if os.path.islink(name):
+            raise ImageError(
+                f"{name} is a broken link to {os.readlink(name)}. Restore that file, or remove the link."
+            ) from None
+        raise ImageError(f"no file {name}. Check the path, or copy the file there again.") from None
     except MemoryError:
         raise ImageError(f"{name} does not fit into memory. Shrink or tile the picture.") from None
+    except PermissionError:
+        raise ImageError(f"{name} may not be read: change the permissions of the file or of its folder.") from None
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _NO_FILE:
+            raise ImageError(f"{name} cannot be opened: {error.strerror}. Give the path of a picture file.") from None
         if isinstance(source, (str, os.PathLike)) and os.path.isfile(source) and os.path.getsize(source) == 0:
             raise ImageError(f"{name} is empty (0 bytes). Copy or download it again.") from None
         raise ImageError(

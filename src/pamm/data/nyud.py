@@ -10,6 +10,7 @@ NYUDv2/edge/<id>.png                0 or 255
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -19,10 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pamm.data.files import PackagedDataset, check_tasks, decode_normals, nearest, package_root, plane
+from pamm.data.files import PackagedDataset, check_tasks, decode_normals, nearest, package_root, plane, read_mask
 from pamm.data.images import read_values
 from pamm.data.sample import DataError, register_dataset
 from pamm.tasks import Task
+from pamm.tasks.depth import read_array
 
 if TYPE_CHECKING:
     from pamm.experiment import DataConfig
@@ -68,7 +70,7 @@ class NYUD(PackagedDataset):
 
     def check_packaging(self) -> None:
         first = self.root / "images" / f"{self.ids[0]}.jpg"
-        if first.is_file() and not first.with_suffix(".png").is_file():
+        if os.path.isfile(first) and not os.path.isfile(first.with_suffix(".png")):
             raise DataError(
                 f"{self.root} is another packaging of NYUD-v2 (NYUD_MT.tgz, with {first.name} and .npy edges and "
                 "normals), whose images and sizes differ. Use NYUDv2.tar.gz, with images/<id>.png."
@@ -85,7 +87,7 @@ def _read_semseg(path: Path, size: tuple[int, int]) -> Tensor:
 
 
 def _read_edge(path: Path, size: tuple[int, int]) -> Tensor:
-    return torch.from_numpy(nearest(plane(read_values(path), path, 255) > 127, size).astype(np.uint8))[None]
+    return torch.from_numpy(nearest(read_mask(path), size).astype(np.uint8))[None]
 
 
 def _read_normals(path: Path, size: tuple[int, int]) -> Tensor:
@@ -93,18 +95,7 @@ def _read_normals(path: Path, size: tuple[int, int]) -> Tensor:
 
 
 def _read_depth(path: Path, size: tuple[int, int]) -> Tensor:
-    try:
-        depth = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path} is not a whole NumPy file ({error}). Unpack it again.") from None
-    if depth.ndim == 3 and depth.shape[2] == 1:
-        depth = depth[..., 0]
-    if depth.ndim != 2 or depth.dtype.kind not in "fiu":
-        raise DataError(
-            f"{path} holds {depth.dtype} values of shape {depth.shape}, expected (H, W) metres. Unpack it again."
-        )
-    depth = np.where(np.isfinite(depth) & (depth > 0), depth, 0).astype(np.float32)
-    return torch.from_numpy(nearest(depth, size))[None]
+    return torch.from_numpy(nearest(read_array(path, remedy="unpack it again"), size))[None]
 
 
 _READERS = {"semseg": _read_semseg, "depth": _read_depth, "normals": _read_normals, "edge": _read_edge}

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -36,6 +37,7 @@ from pamm.data.files import (
     nearest,
     package_root,
     plane,
+    read_mask,
     write_atomically,
 )
 from pamm.data.images import ImageError, read_values
@@ -138,7 +140,7 @@ class PascalContext(PackagedDataset):
 
     def read_label(self, name: str, id: str, size: tuple[int, int]) -> Tensor:
         files = [self.root / a / f"{id}{b}" for a, b in zip(_FILES[name][::2], _FILES[name][1::2], strict=True)]
-        path = next((file for file in files if file.is_file()), files[0])
+        path = next((file for file in files if os.path.isfile(file)), files[0])
         if name == "normals":
             return self._read_normals(path, id, size)
         return torch.from_numpy(nearest(_READERS[name](path), size))[None]
@@ -186,7 +188,7 @@ def _read_semseg(path: Path) -> np.ndarray:
 
 
 def _read_saliency(path: Path) -> np.ndarray:
-    return (plane(read_values(path), path, 255) > 127).astype(np.uint8)
+    return read_mask(path).astype(np.uint8)
 
 
 def _read_human_parts(path: Path) -> np.ndarray:

@@ -49,35 +49,26 @@ class Boundary(Task):
         return read_mask(path)
 
     def loss(self, logits: Tensor, label: Tensor, counts: Tensor | None = None) -> Tensor:
-        return mean_over(self._total(logits, label), self.counts(label) if counts is None else counts)
-
-    def _total(self, logits: Tensor, label: Tensor) -> Tensor:
-        """Sum of the weighted cross entropy over valid pixels."""
         logits, positive = full_precision(logits), label == 1
         weight = torch.where(positive, self.positive_weight, 1 - self.positive_weight) * (label != self.ignore)
-        return -(weight * F.logsigmoid(torch.where(positive, logits, -logits))).sum()
+        total = -(weight * F.logsigmoid(torch.where(positive, logits, -logits))).sum()
+        return mean_over(total, self.counts(label) if counts is None else counts)
 
     def metric(self) -> Metric:
-        """maxF_pixel: largest F1 over 99 thresholds, percent, and `loss`: the training loss, over the whole set.
+        """maxF_pixel: largest F1 over 99 thresholds for the whole set, percent.
 
         A predicted pixel is right only where the label marks that very pixel, without the tolerance, thinning and
         matching of the benchmark's odsF: it is far lower than odsF and not comparable with it.
         """
-        empty = {
-            "bins": torch.zeros(2, len(THRESHOLDS) + 1, dtype=torch.int64),
-            "total": torch.zeros((), dtype=torch.float64),
-        }
-        return sum_metric(self._measure, self._scores, empty)
+        empty = {"bins": torch.zeros(2, len(THRESHOLDS) + 1, dtype=torch.int64)}
+        return sum_metric(self.name, self._measure, self._scores, empty)
 
     def _measure(self, logits: Tensor, label: Tensor) -> Sums:
         probability, valid = full_precision(logits).sigmoid(), label != self.ignore
-        return {
-            "bins": threshold_counts(probability, label == 1, valid, THRESHOLDS),
-            "total": self._total(logits.double(), label),
-        }
+        return {"bins": threshold_counts(probability, label == 1, valid, THRESHOLDS)}
 
     def _scores(self, sums: Sums) -> Sums:
-        return {"maxF_pixel": best_f_measure(sums["bins"], 1.0), "loss": sums["total"] / sums["bins"].sum()}
+        return {"maxF_pixel": best_f_measure(sums["bins"], 1.0)}
 
     def decode(self, logits: Tensor) -> Tensor:
         return full_precision(logits)[:, 0].sigmoid()

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from pamm.tasks.metrics import Sums, sum_metric
-from pamm.tasks.pictures import colour_map, paint, read_png
+from pamm.tasks.pictures import check_readable, colour_map, paint, read_png
 from pamm.tasks.scores import full_precision, mean_over
 from pamm.tasks.task import LabelError, Task, register
 
@@ -36,6 +36,7 @@ class Depth(Task):
     score = "RMSE"
     higher_is_better = False
     ignore = 0
+    suffixes = (".png", ".npy")
     label_dtype = torch.float32
     channels = 1
 
@@ -53,7 +54,7 @@ class Depth(Task):
 
         In a `.npy` every value that is not a positive finite number is unknown.
         """
-        if Path(path).suffix == ".npy":
+        if Path(path).suffix.lower() == ".npy":
             return torch.from_numpy(read_array(Path(path)))[None]
         steps = read_png(
             path, ("I;16", "I;16B", "I"), f"a 16-bit grey PNG of depth, one step a {self.unit}, 0 = unknown"
@@ -77,7 +78,7 @@ class Depth(Task):
             name: torch.zeros((), dtype=torch.float64) for name in ("square", "log_square", "relative", "relative2")
         }
         counts = {"close": torch.zeros(3, dtype=torch.int64), "count": torch.zeros((), dtype=torch.int64)}
-        return sum_metric(self._measure, self._scores, empty | counts)
+        return sum_metric(self.name, self._measure, self._scores, empty | counts)
 
     def _measure(self, logits: Tensor, label: Tensor) -> Sums:
         valid = self.valid(label)
@@ -126,19 +127,18 @@ class Depth(Task):
         Image.fromarray(steps.astype(np.uint16)).save(path, format="PNG")
 
 
-def read_array(path: Path) -> np.ndarray:
-    """`.npy` of float metres, (H, W) or (H, W, 1) → (H, W) float32, 0 where unknown. Raises LabelError."""
-    expected = "a .npy array of float metres, (H, W)"
-    if not path.is_file():
-        raise LabelError(f"no label file {path}: expected {expected}; write it, or leave the image without this label")
+def read_array(path: Path, *, remedy: str = "write it again, or leave the image without this label") -> np.ndarray:
+    """`.npy` of float metres, (H, W) or (H, W, 1) → (H, W) float32, 0 where unknown. Raises LabelError, which ends in `remedy`."""
+    expected = "expected a .npy array of float metres, (H, W)"
+    check_readable(path, f"{expected}; {remedy}")
     try:  # mapped, not read, so that a damaged header cannot ask for all memory
-        values = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, OverflowError) as error:
-        raise LabelError(f"{path} cannot be read ({error}); write it again as {expected}") from None
+        values = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # NumPy's parser of headers raises many kinds
+        raise LabelError(f"{path} is not a whole .npy file ({error}), {expected}; {remedy}") from None
     if values.ndim == 3 and values.shape[-1] == 1:
         values = values[..., 0]
     if values.ndim != 2 or values.dtype.kind != "f" or 0 in values.shape:
-        raise LabelError(f"{path} holds {values.dtype} of shape {values.shape}, expected {expected}; convert it")
+        raise LabelError(f"{path} holds {values.dtype} of shape {values.shape}, {expected}; {remedy}")
     with np.errstate(over="ignore"):
         values = values.astype(np.float32)
     return np.where(np.isfinite(values) & (values > 0), values, np.float32(0))

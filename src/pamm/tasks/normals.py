@@ -74,7 +74,7 @@ class Normals(Task):
             "close": torch.zeros(len(BOUNDS), dtype=torch.int64),
             "bins": torch.zeros(round(180 / BIN), dtype=torch.int64),
         }
-        return sum_metric(self._measure, self._scores, empty)
+        return sum_metric(self.name, self._measure, self._scores, empty)
 
     def _measure(self, logits: Tensor, label: Tensor) -> Sums:
         valid = self.valid(label)[:, 0]

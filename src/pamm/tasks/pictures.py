@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -11,6 +16,12 @@ from PIL import Image
 from torch import Tensor
 
 from pamm.tasks.task import LabelError
+
+MAX_PIXELS = 100_000_000
+"""Pictures with more pixels, images and labels alike, are refused before they are decoded."""
+
+_GLOBALS = threading.Lock()
+"""Held while a global of Pillow or of Python's warnings is changed."""
 
 GREY = 128
 """Level of pixels that are not drawn."""
@@ -23,18 +34,11 @@ def read_png(path: Path, modes: tuple[str, ...], expected: str) -> np.ndarray:
     Raises LabelError for a file that is absent, empty, damaged, not a PNG, of another mode or implausibly large.
     """
     path = Path(path)
-    if not path.is_file():
-        raise LabelError(f"no label file {path}: expected {expected}; write it, or leave the image without this label")
+    check_readable(path, f"expected {expected}; write it, or leave the image without this label")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                check_png(image, path, modes, expected)
-                return np.array(image)
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise LabelError(
-            f"{path} is implausibly large for a label ({error}); shrink it together with its image"
-        ) from None
+        with open_picture(path) as image:
+            check_png(image, path, modes, expected)
+            return np.array(image)
     except LabelError:
         raise
     except Exception as error:  # Pillow's decoders raise many kinds; every one means an unreadable file
@@ -45,14 +49,58 @@ def read_png(path: Path, modes: tuple[str, ...], expected: str) -> np.ndarray:
         ) from None
 
 
+def check_readable(path: Path, remedy: str) -> None:
+    """Raise LabelError unless the file can be opened; the message tells what is in the way."""
+    try:
+        with open(path, "rb"):
+            return
+    except FileNotFoundError:
+        what = f"{path} is a broken link" if os.path.islink(path) else f"no label file {path}"
+        raise LabelError(f"{what}: {remedy}") from None
+    except PermissionError:
+        raise LabelError(f"{path} may not be read: change the permissions of the file or of its folder") from None
+    except (OSError, ValueError) as error:
+        raise LabelError(f"{path} cannot be opened ({getattr(error, 'strerror', None) or error}): {remedy}") from None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without Pillow's warnings, and alone: for what reads or changes a global of Pillow or of Python's warnings."""
+    with _GLOBALS, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def open_picture(source: str | os.PathLike[str] | BinaryIO) -> Iterator[Image.Image]:
+    """Read a picture's header, not its pixels, whatever size it tells; the caller judges the size (`MAX_PIXELS`).
+
+    Pillow's own limit is a global of its module, which warns below its double; it is lifted while the header is parsed,
+    in one thread at a time. Raises what Pillow raises.
+    """
+    with quiet():
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            picture = Image.open(source)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+    with picture:
+        yield picture
+
+
 def check_png(image: Image.Image, path: Path, modes: tuple[str, ...], expected: str) -> None:
-    """Raise LabelError unless `image` is a PNG of one of the modes."""
+    """Raise LabelError unless `image` is a PNG of one of the modes and of at most `MAX_PIXELS`, by its header."""
     if image.format != "PNG":
         raise LabelError(f"{path} is a {image.format} file, expected {expected}; convert the original label to PNG")
     if image.mode not in modes:
         raise LabelError(
             f"{path} has Pillow mode {image.mode} ({', '.join(image.getbands())}), expected {expected} "
             f"(mode {' or '.join(modes)}); convert the label"
+        )
+    if image.width * image.height > MAX_PIXELS:
+        raise LabelError(
+            f"{path} is implausibly large for a label: {image.height} x {image.width} pixels, the limit is "
+            f"{MAX_PIXELS:,}; shrink it together with its image"
         )
 
 

@@ -64,7 +64,7 @@ class Saliency(Task):
         descendants computes, a second sigmoid on the probability, which leaves five distinct thresholds.
         """
         bins = torch.zeros(2, len(THRESHOLDS) + 1, dtype=torch.int64)
-        return sum_metric(self._measure, self._scores, {"counts": bins, "counts_released": bins.clone()})
+        return sum_metric(self.name, self._measure, self._scores, {"counts": bins, "counts_released": bins.clone()})
 
     def _measure(self, logits: Tensor, label: Tensor) -> Sums:
         probability, positive, valid = self.decode(logits), label[:, 0] == 1, label[:, 0] != self.ignore

@@ -34,7 +34,7 @@ class ClassMap(Task):
     """A label that holds one class index per pixel, 255 where it is ignored.
 
     `classes` are the names, in the order of the indices. Loss: softmax cross entropy. Prediction: (H, W) uint8 index.
-    Raises ValueError for fewer than 2 or more than 255 classes, an empty name or one that occurs twice.
+    Raises ValueError for fewer than 2 or more than 255 classes, an empty name, one that occurs twice or is no text.
     """
 
     score = "mIoU"
@@ -44,8 +44,9 @@ class ClassMap(Task):
 
     def __init__(self, *, classes: Sequence[str] | None = None, weight: float = 1.0):
         super().__init__(weight=weight)
-        self.classes = list(self.default_classes if classes is None else classes)
-        check_classes(self.name, self.classes)
+        classes = self.default_classes if classes is None else classes
+        check_classes(self.name, classes)
+        self.classes = list(classes)
         self.channels = len(self.classes)
 
     def options(self) -> dict[str, Any]:
@@ -75,7 +76,7 @@ class ClassMap(Task):
         A class in neither labels nor predictions counts as 0 in the mean.
         """
         empty = {"confusion": torch.zeros(self.channels, self.channels, dtype=torch.int64)}
-        return sum_metric(self._measure, self._scores, empty)
+        return sum_metric(self.name, self._measure, self._scores, empty)
 
     def _measure(self, logits: Tensor, label: Tensor) -> Sums:
         """Confusion matrix (label, prediction) of a batch."""
@@ -115,10 +116,17 @@ class ClassMap(Task):
 
 
 def check_classes(task: str, classes: Sequence[str]) -> None:
-    """Raise ValueError unless `classes` are 2 to 255 different names."""
+    """Raise ValueError unless `classes` is a list of 2 to 255 different names."""
+    if not isinstance(classes, Sequence) or isinstance(classes, (str, bytes)):
+        raise ValueError(f"task '{task}': classes is {classes!r}, expected a list of names, e.g. [sky, tree, road]")
+    unquoted = [c for c in classes if not isinstance(c, str)]
+    if unquoted:
+        raise ValueError(
+            f"task '{task}': classes holds {unquoted}, which YAML does not take for text; put these names into quotes"
+        )
     if not 2 <= len(classes) <= 255:
         raise ValueError(f"task '{task}': {len(classes)} classes, expected 2 to 255 (index 255 marks ignored pixels)")
-    wrong = [c for i, c in enumerate(classes) if not isinstance(c, str) or not c or c in classes[:i]]
+    wrong = [c for i, c in enumerate(classes) if not c or c in classes[:i]]
     if wrong:
         raise ValueError(f"task '{task}': classes must be different, non-empty names; rename {wrong}")
 

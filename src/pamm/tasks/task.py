@@ -6,6 +6,7 @@ prediction in the task's unit, and how a prediction is drawn and saved. Nothing 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -44,6 +45,8 @@ class Task(ABC):
     """Value of a label's ignored pixels; padding and missing labels are filled with it."""
     balances_crops: ClassVar[bool] = False
     """Whether a training crop is redrawn while one class of this task's label dominates it."""
+    suffixes: ClassVar[tuple[str, ...]] = (".png",)
+    """How the names of the label files end that `read` takes, in lower case."""
     label_channels: ClassVar[int] = 1
     label_dtype: ClassVar[torch.dtype] = torch.uint8
 
@@ -52,6 +55,8 @@ class Task(ABC):
 
     def __init__(self, *, weight: float = 1.0):
         self.weight = float(weight)
+        if not (math.isfinite(self.weight) and self.weight >= 0):
+            raise ValueError(f"task '{self.name}': weight is {weight}, expected a number of 0 or more")
 
     @abstractmethod
     def options(self) -> dict[str, Any]:
@@ -65,8 +70,7 @@ class Task(ABC):
 
     def resample(self, label: Tensor, size: tuple[int, int]) -> Tensor:
         """(c, h, w) label → (c, H, W) by nearest neighbour, source index ⌊i·h/H⌋ (as OpenCV's INTER_NEAREST)."""
-        rows = (torch.arange(size[0]) * label.shape[-2] / size[0]).long()
-        columns = (torch.arange(size[1]) * label.shape[-1] / size[1]).long()
+        rows, columns = (torch.from_numpy(nearest_index(label.shape[i - 2], size[i])) for i in (0, 1))
         return label.index_select(-2, rows).index_select(-1, columns)
 
     def flip(self, label: Tensor) -> Tensor:
@@ -135,6 +139,15 @@ class Task(ABC):
     @abstractmethod
     def save_png(self, prediction: np.ndarray, path: Path) -> None:
         """Write the prediction as a PNG which `read` reads back (the folder layout's own encoding)."""
+
+
+def nearest_index(old: int, new: int) -> np.ndarray:
+    """Source index ⌊i·old/new⌋ of each of `new` positions, in whole numbers: (new,) int64."""
+    return np.arange(new) * old // new
+
+
+class NonFiniteError(ValueError):
+    """A network's output that holds NaN or infinite values, for which no score exists; the message names the task."""
 
 
 class LabelError(ValueError):
