@@ -15,7 +15,7 @@ MAY_USE = {
     "tasks": set(),
     "ops": set(),
     "nn": {"ops"},
-    "data": {"tasks", "experiment"},
+    "data": {"tasks", "experiment", "strict_yaml"},
     "models": {"nn", "ops", "tasks", "experiment", "checkpoint"},
     "experiment": set(),
     "recipes": {"experiment"},
@@ -25,6 +25,7 @@ MAY_USE = {
     "evaluate": {"models", "data", "tasks", "nn", "checkpoint", "experiment", "recipes"},
     "log": set(),
     "memory": set(),
+    "strict_yaml": set(),
     "train": {"build", "checkpoint", "data", "evaluate", "experiment", "log", "memory", "models", "tasks"},
 }
 """Room → the rooms it may import. Rooms not listed here (the command line and what serves it) may use all."""

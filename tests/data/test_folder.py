@@ -1,6 +1,7 @@
 """Folder data sets: the real mosaic, and every way in which a folder can be wrong."""
 
 import os
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from data.packages import as_user
 from pamm.data import DataError, dataset_options, open_dataset
 from pamm.data.inspect import format_inspection, inspect_dataset
 from pamm.experiment import DataConfig
@@ -108,7 +110,7 @@ BROKEN = {
     "empty label": (lambda r: (r / "train/semseg/0.png").write_bytes(b""), r"semseg/0\.png .*0 bytes"),
     "label of another size": (
         lambda r: write(r / "train/semseg/0.png", np.zeros((21, 30))),
-        r"semseg/0\.png is 21 x 30 .* images/0\.png is 20 x 30|semseg/0\.png is 21 x 30 .*20 x 30",
+        r"semseg/0\.png is 21 x 30 \(height x width\), its image .*images/0\.png is 20 x 30\.",
     ),
     "class out of range": (
         lambda r: write(r / "train/semseg/0.png", np.full((20, 30), 3)),
@@ -117,7 +119,29 @@ BROKEN = {
     "label without image": (lambda r: write(r / "train/semseg/9.png", np.zeros((20, 30))), r"no image .*9\.png"),
     "label as jpeg": (
         lambda r: [p.rename(p.with_suffix(".jpg")) for p in (r / "train/semseg").iterdir()],
-        r"semseg holds 0\.jpg, 1\.jpg.*\.png or \.npy",
+        r"semseg holds 0\.jpg, 1\.jpg: labels of 'semseg' must be \.png files",
+    ),
+    "one label as jpeg": (
+        lambda r: (r / "train/semseg/1.png").rename(r / "train/semseg/1.JPG"),
+        r"semseg holds 1\.JPG: labels of 'semseg' must be \.png files",
+    ),
+    "array for a class map": (
+        lambda r: np.save(r / "train/semseg/2.npy", np.zeros((20, 30))),
+        r"semseg holds 2\.npy: labels of 'semseg' must be \.png files",
+    ),
+    "label is a broken link": (
+        lambda r: (r / "train/semseg/2.png").symlink_to("nowhere.png"),
+        r"semseg/2\.png is a broken link: expected an 8-bit grey",
+    ),
+    "image is a broken link": (
+        lambda r: (r / "train/images/2.png").unlink() or (r / "train/images/2.png").symlink_to("nowhere.png"),
+        r"images/2\.png is a broken link to nowhere\.png\. Restore",
+    ),
+    "label folder of another name": (
+        lambda r: (
+            (r / "train/sal").rename(r / "train/saliency") and text("tasks: {semseg: {classes: [a, b, c]}, sal: }")(r)
+        ),
+        r"task 'sal': .*train/sal holds none\. Folders there: images, saliency, semseg\. .*rename.*to 'sal'.*--tasks semseg\.",
     ),
     "two images of one name": (
         lambda r: write(r / "train/images/0.bmp", np.zeros((20, 30, 3))),
@@ -134,12 +158,27 @@ BROKEN = {
         r"no folder .*train/images.*Splits found: training, val",
     ),
     "not yaml": (text("tasks: {"), r"dataset\.yaml is not a readable YAML file"),
+    "key twice": (
+        text("tasks: {sal: {}}\nsplits: {train: 3}\ntasks: {}"),
+        "the key 'tasks' stands in line 1 and again in line 3",
+    ),
+    "task twice": (text("tasks:\n  sal: {}\n  sal: {}"), "the key 'sal' stands in line 2 and again in line 3"),
+    "impossible date": (
+        text("tasks: {sal: {}}\ndescription: 2020-13-41"),
+        r"dataset\.yaml is not a readable YAML file",
+    ),
+    "endless nesting": (text("[" * 5000), r"dataset\.yaml is not a readable YAML file"),
+    "weight": (text("tasks: {sal: {weight: 2}}"), r"weight.*belongs to the experiment.*--tasks\.sal\.weight 2"),
+    "classes are one text": (text("tasks: {semseg: {classes: background}}"), r"classes is 'background'.*list of names"),
+    "classes are no text": (text("tasks: {semseg: {classes: [yes, no, 3]}}"), r"\[True, False, 3\].*quotes"),
     "no tasks": (text("splits: {train: 3}"), "no mapping 'tasks'"),
     "misspelt key": (text(YAML.replace("splits", "split")), "unknown key 'split'.*Did you mean 'splits'"),
     "unknown task": (text("tasks: {sky: {}}"), "unknown task 'sky'; known tasks"),
     "unknown option": (text("tasks: {sal: {colour: 1}}"), "does not take these options"),
     "options no mapping": (text("tasks: {sal: 3}"), "must be mappings"),
     "count no number": (text("tasks: {sal: {}}\nsplits: {train: many}"), "whole numbers"),
+    "count left empty": (text("tasks: {sal: {}}\nlabelled: {train: {sal: }}"), "whole numbers"),
+    "splits no mapping": (text("tasks: {sal: {}}\nsplits: [train]"), "must be mappings"),
 }
 
 
@@ -149,6 +188,78 @@ def test_whatever_is_wrong_is_one_data_error_with_the_name_of_the_file(root, kin
     damage(root)
     with pytest.raises(DataError, match=message):
         read_all(open_split(root, names=["semseg", "sal"]))
+
+
+@pytest.mark.parametrize("empty", ["splits:", "labelled:", "labelled: {train: }", "description:"])
+def test_mappings_left_empty_in_the_description_are_empty(root, empty):
+    (root / "dataset.yaml").write_text(f"tasks:\n  semseg: {{classes: [sky, tree, road]}}\n  sal:\n{empty}\n")
+    assert open_split(root).labelled() == {"semseg": 2, "sal": 1}
+
+
+def test_a_task_may_lack_labels_in_the_validation_split_only(root):
+    (root / "train" / "sal" / "2.png").unlink()
+    (root / "dataset.yaml").write_text("tasks: {semseg: {classes: [sky, tree, road]}, sal: {}}")
+    assert open_split(root, "val").labelled() == {"semseg": 0, "sal": 0}
+    assert open_split(root, names=["semseg"]).labelled() == {"semseg": 2}
+    with pytest.raises(DataError, match=r"no image in .*train has a label for task 'sal'.*--tasks semseg"):
+        open_split(root)
+    train, val = inspect_dataset(DataConfig(root=str(root)))
+    assert "no image in" in train.problems[0] and val.problems == []
+
+
+def test_suffixes_of_any_case_and_arrays_of_depth(root):
+    (root / "dataset.yaml").write_text("tasks: {depth: {}, sal: {}}")
+    (root / "train" / "depth").mkdir()
+    depth = np.full((20, 30), 2.5, np.float32)
+    with open(root / "train" / "depth" / "0.NPY", "wb") as file:
+        np.save(file, depth)
+    (root / "train" / "sal" / "2.png").rename(root / "train" / "sal" / "2.PNG")
+    samples = read_all(open_split(root, names=["depth", "sal"]))
+    np.testing.assert_array_equal(samples[0].labels["depth"][0], depth)
+    assert [set(sample.labels) for sample in samples] == [{"depth"}, set(), {"sal"}]
+
+
+def test_names_in_either_unicode_form_belong_together(root):
+    one, two = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    (root / "train" / "images" / "0.png").rename(root / "train" / "images" / f"{one}.png")
+    (root / "train" / "semseg" / "0.png").rename(root / "train" / "semseg" / f"{two}.png")
+    samples = {sample.id: sample for sample in read_all(open_split(root))}
+    assert set(samples[one].labels) == {"semseg"}
+    write(root / "train" / "semseg" / f"{one}.png", np.zeros((20, 30)))
+    with pytest.raises(DataError, match="holds both"):
+        open_split(root)
+
+
+FORBIDDEN = {
+    "root": ("", 0o000),
+    "root that lists but does not open": ("", 0o444),
+    "split": ("train", 0o000),
+    "images": ("train/images", 0o000),
+    "labels": ("train/semseg", 0o000),
+    "description": ("dataset.yaml", 0o000),
+    "image": ("train/images/0.png", 0o000),
+    "label": ("train/semseg/0.png", 0o000),
+}
+
+
+@pytest.mark.parametrize("place", FORBIDDEN)
+def test_what_may_not_be_read_is_told(root, place):
+    path, mode = FORBIDDEN[place]
+    with as_user(root):
+        (root / path).chmod(mode)
+        try:
+            with pytest.raises(DataError, match=r"may not be read|Permission denied"):
+                read_all(open_split(root))
+            if place != "label":
+                assert inspect_dataset(DataConfig(root=str(root)))[0].problems
+        finally:
+            (root / path).chmod(0o700)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a/" * 4000, "nul\0", "~nobody-of-this-name/data"])
+def test_a_root_that_is_no_path_is_told(name):
+    with pytest.raises(DataError, match=r"cannot be read|no folder|may not be read"):
+        dataset_options(DataConfig(root=name))
 
 
 def test_missing_root_and_unlabelled_task():

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from pamm.data import DataError, dataset_options, open_dataset
+from pamm.data.inspect import inspect_dataset
 from pamm.data.scenes import CLASSES
 from pamm.experiment import DataConfig
 from pamm.tasks import Task, create_task
@@ -122,6 +123,25 @@ def test_prepare_fills_the_cache(tmp_path, workers, capsys):
     assert "3/3" in capsys.readouterr().err
     dataset.prepare(progress=True)
     assert capsys.readouterr().err == ""
+
+
+def test_inspection_counts_what_was_made_and_makes_nothing(tmp_path):
+    settings = config(tmp_path, size=(16, 16), images=(3, 2))
+    digest(settings, index=2)
+    files = sorted(tmp_path.rglob("*.z"))
+    for deep in (False, True):
+        train, val = inspect_dataset(settings, deep=deep)
+        assert (train.images, set(train.labels.values())) == (
+            1,
+            {1},
+        ) and "2 of 3 images are not made yet" in train.notes[0]
+        assert (val.images, set(val.labels.values())) == (0, {0}) and "2 of 2 images are not made yet" in val.notes[0]
+        assert train.problems == val.problems == [] and sorted(tmp_path.rglob("*.z")) == files
+    for split in ("train", "val"):
+        open_dataset(settings, split, {}).prepare(progress=False)
+    train, val = inspect_dataset(settings, deep=True)
+    assert (train.images, val.images, train.notes, val.notes) == (3, 2, [], [])
+    assert train.smallest == train.largest == (16, 16)
 
 
 def test_default_cache_folder(tmp_path, monkeypatch):

@@ -2,12 +2,12 @@
 
 <root>/dataset.yaml                      optional; see `Description`
 <root>/<split>/images/<id>.jpg           or .png, .webp, ...; <split> is train or val
-<root>/<split>/<task>/<id>.png           or .npy; any subset of the images, for any subset of the tasks
+<root>/<split>/<task>/<id>.png           or .npy for depth; any subset of the images, for any subset of the tasks
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -18,15 +18,15 @@ import torch
 import yaml
 from torch import Tensor
 
-from pamm.data.files import FileDataset, check_tasks, files_by_stem, preview, reading, root_of
+from pamm.data.files import FileDataset, check_tasks, files_by_stem, is_folder, names_in, preview, reading, root_of
 from pamm.data.images import IMAGE_SUFFIXES, read_image
 from pamm.data.sample import DataError, Sample, register_dataset
+from pamm.strict_yaml import load_yaml
 from pamm.tasks import TASKS, Task, create_task
 
 if TYPE_CHECKING:
     from pamm.experiment import DataConfig
 
-LABEL_SUFFIXES = (".png", ".npy")
 _SPLITS = ("train", "val")
 
 
@@ -67,6 +67,11 @@ class FolderDataset(FileDataset):
         root = _root(config)
         tasks = _describe(root).tasks
         for name, options in tasks.items():
+            if "weight" in options:
+                raise DataError(
+                    f"{root / 'dataset.yaml'} gives task '{name}' a weight, which belongs to the experiment, not to the "
+                    f"data: remove it there and set --tasks.{name}.weight {options['weight']} in training."
+                )
             try:
                 task = create_task(name, **options)
             except (TypeError, ValueError) as error:
@@ -80,13 +85,16 @@ class FolderDataset(FileDataset):
 
     @classmethod
     def open(cls, config: DataConfig, split: str, tasks: Mapping[str, Task]) -> FolderDataset:
-        """Raises DataError for a missing folder, labels without images, and fewer files than dataset.yaml states."""
+        """Raises DataError for a missing folder, labels without images, and fewer files than dataset.yaml states.
+
+        Every task needs a label in the training split; the validation split may lack some.
+        """
         root = _root(config)
         description = _describe(root)
         check_tasks(tasks, description.tasks, root)
         folder = root / split / "images"
-        if not folder.is_dir():
-            present = preview(sorted(path.name for path in root.iterdir() if (path / "images").is_dir()))
+        if not is_folder(folder):
+            present = preview(name for name in names_in(root) if is_folder(root / name / "images")) or "none"
             raise DataError(f"no folder {folder}: the {split} split's images belong there. Splits found: {present}")
         dataset = cls(root, split, tasks)
         if not dataset.ids:
@@ -95,6 +103,8 @@ class FolderDataset(FileDataset):
         for name, count in dataset.labelled().items():
             stated = description.labelled.get(split, {}).get(name, 0)
             _at_least(count, stated, f"{root / split / name}: labels", root)
+            if split == "train" and not count:
+                raise _no_label(root / split, name, tasks)
         return dataset
 
     def image_path(self, index: int) -> Path:
@@ -127,12 +137,16 @@ class FolderDataset(FileDataset):
 
     def _list_labels(self, task: str) -> dict[str, Path]:
         folder = self.root / self.split / task
-        files = files_by_stem(folder, LABEL_SUFFIXES)
-        if not files and (other := files_by_stem(folder, IMAGE_SUFFIXES)):
+        suffixes = self.tasks[task].suffixes
+        others = [
+            n for n in names_in(folder) if n[0] != "." and Path(n).suffix.lower() in _FOREIGN.difference(suffixes)
+        ]
+        if others:
             raise DataError(
-                f"{folder} holds {preview(path.name for path in other.values())}: labels must be .png or .npy files, "
-                "which keep their values exactly. Export them again in one of these formats."
+                f"{folder} holds {preview(others)}: labels of '{task}' must be {' or '.join(suffixes)} files, which keep "
+                "their values exactly. Export them again so, or move these files elsewhere."
             )
+        files = files_by_stem(folder, suffixes)
         strays = [path.name for id, path in files.items() if id not in self._images]
         if strays:
             raise DataError(
@@ -140,6 +154,10 @@ class FolderDataset(FileDataset):
                 f"{self.root / self.split / 'images'}: {preview(strays)}. Add the images or remove the labels."
             )
         return files
+
+
+_FOREIGN = frozenset((*IMAGE_SUFFIXES, ".npy", ".npz"))
+"""Suffixes of files that somebody meant to be labels, whether or not the task reads them."""
 
 
 def _root(config: DataConfig) -> Path:
@@ -154,11 +172,21 @@ def _at_least(found: int, stated: int, what: str, root: Path) -> None:
         )
 
 
+def _no_label(folder: Path, task: str, tasks: Iterable[str]) -> DataError:
+    others = ",".join(name for name in tasks if name != task)
+    remedy = f", or leave the task out with --tasks {others}" if others else ""
+    present = preview(name for name in names_in(folder) if is_folder(folder / name))
+    return DataError(
+        f"no image in {folder} has a label for task '{task}': {folder / task} holds none. Folders there: {present}. Put "
+        f"the labels into {folder / task}, rename the folder that holds them to '{task}'{remedy}."
+    )
+
+
 def _describe(root: Path) -> Description:
     """dataset.yaml, or what the folder names tell. Raises DataError."""
     path = root / "dataset.yaml"
-    if not path.is_file():
-        folders = {child.name for split in _SPLITS if (root / split).is_dir() for child in (root / split).iterdir()}
+    if path.name not in names_in(root):
+        folders = {name for split in _SPLITS for name in names_in(root / split)}
         tasks: dict[str, dict[str, Any]] = {name: {} for name in TASKS if name in folders}
         if not tasks:
             raise DataError(
@@ -167,7 +195,7 @@ def _describe(root: Path) -> Description:
             )
         return Description(tasks)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise DataError(f"{path} is not a readable YAML file: {error}") from None
     if not isinstance(content, dict) or not isinstance(content.get("tasks"), dict):
@@ -175,8 +203,16 @@ def _describe(root: Path) -> Description:
             f"{path} has no mapping 'tasks', e.g. 'tasks: {{semseg: {{classes: [sky, tree]}}, depth: {{}}}}'"
         )
     _check_keys(path, content)
-    tasks = {str(name): options or {} for name, options in content["tasks"].items()}
-    return Description(**{**content, "tasks": tasks})
+    filled = {key: _filled(value) for key, value in content.items() if key in _NESTED}
+    return Description(**{**content, **filled})
+
+
+_NESTED = ("tasks", "splits", "labelled")
+
+
+def _filled(mapping: Mapping[Any, Any] | None) -> dict[str, Any]:
+    """A mapping with text for keys; one left empty in YAML, which is null there, is an empty one, and so are those in it."""
+    return {str(key): {} if value is None else value for key, value in (mapping or {}).items()}
 
 
 def _check_keys(path: Path, content: dict[str, Any]) -> None:
@@ -186,13 +222,15 @@ def _check_keys(path: Path, content: dict[str, Any]) -> None:
             near = get_close_matches(str(key), known, n=1)
             hint = f" Did you mean '{near[0]}'?" if near else ""
             raise DataError(f"{path}: unknown key '{key}'.{hint} Known keys: {', '.join(known)}")
-    mappings = [content["tasks"], *content["tasks"].values(), content.get("splits"), content.get("labelled")]
-    mappings += list((content.get("labelled") or {}).values()) if isinstance(content.get("labelled"), dict) else []
-    if not all(value is None or isinstance(value, dict) for value in mappings):
+    nested = [content.get(key) for key in _NESTED]
+    nested += [
+        value for key in ("tasks", "labelled") if isinstance(content.get(key), dict) for value in content[key].values()
+    ]
+    if not all(value is None or isinstance(value, dict) for value in nested):
         raise DataError(
             f"{path}: tasks, their options, splits and labelled must be mappings, e.g. 'splits: {{train: 90}}'"
         )
     counts = [*(content.get("splits") or {}).values()]
     counts += [count for split in (content.get("labelled") or {}).values() for count in (split or {}).values()]
-    if not all(isinstance(count, int) for count in counts):
+    if not all(type(count) is int for count in counts):
         raise DataError(f"{path}: splits and labelled must give whole numbers, found {counts}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from pamm.data.files import FileDataset, PackagedDataset
 from pamm.data.images import ImageError, image_size
 from pamm.data.sample import DATASETS, DataError, Dataset
+from pamm.data.synthetic import SyntheticDataset
 from pamm.tasks import create_task
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ def inspect_dataset(
 ) -> list[SplitReport]:
     """One report per split; problems are collected, not raised.
 
-    Without `deep`, files are listed and the headers of images read. With `deep`, every image and label is read.
+    Without `deep`, files are listed and the headers of images read. With `deep`, every image and label is read. Of
+    synthetic data only what was made counts; nothing is made here (see `SyntheticDataset.prepare`).
     """
     reports = [SplitReport(split) for split in splits]
     for report in reports:
@@ -45,14 +47,20 @@ def inspect_dataset(
         except DataError as error:
             report.problems.append(str(error))
             continue
-        report.images = len(dataset)
-        report.labels = dataset.labelled() if isinstance(dataset, FileDataset) else dict.fromkeys(tasks, len(dataset))
+        absent = set(dataset.absent()) if isinstance(dataset, SyntheticDataset) else set()
+        present = [index for index in range(len(dataset)) if index not in absent]
+        report.images = len(present)
+        report.labels = dataset.labelled() if isinstance(dataset, FileDataset) else dict.fromkeys(tasks, len(present))
+        if absent:
+            report.notes.append(
+                f"{len(absent)} of {len(dataset)} images are not made yet; each is made when it is first asked for"
+            )
         if isinstance(dataset, PackagedDataset) and len(dataset) != dataset.published.get(report.split):
             report.notes.append(
                 f"{len(dataset)} images listed, {dataset.published.get(report.split)} were published: scores of this "
                 "split cannot be compared with papers"
             )
-        sizes = list(_read_all(dataset, report) if deep else _read_headers(dataset, report))
+        sizes = list((_read_all if deep else _read_headers)(dataset, present, report))
         report.smallest = min(sizes, key=_area, default=None)
         report.largest = max(sizes, key=_area, default=None)
     return reports
@@ -74,18 +82,18 @@ def format_inspection(reports: Iterable[SplitReport], *, most: int = 20) -> str:
     return "\n".join(lines)
 
 
-def _read_all(dataset: Dataset, report: SplitReport) -> Iterator[tuple[int, int]]:
-    for index in range(len(dataset)):
+def _read_all(dataset: Dataset, present: Iterable[int], report: SplitReport) -> Iterator[tuple[int, int]]:
+    for index in present:
         try:
             yield dataset[index].size
         except DataError as error:
             report.problems.append(str(error))
 
 
-def _read_headers(dataset: Dataset, report: SplitReport) -> Iterator[tuple[int, int]]:
+def _read_headers(dataset: Dataset, present: Iterable[int], report: SplitReport) -> Iterator[tuple[int, int]]:
     if not isinstance(dataset, FileDataset):
         return
-    for index in range(len(dataset)):
+    for index in present:
         try:
             yield image_size(dataset.image_path(index))
         except ImageError as error:

@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +110,7 @@ class SyntheticDataset(Dataset):
                 "and a height and width of at least one pixel"
             )
         dataset = cls(_Key(_root(config), config.seed, split, tuple(config.size)), count, tasks)
-        if next(dataset._absent(), None) is not None:
+        if dataset.absent():
             _require_renderer()
         return dataset
 
@@ -127,7 +127,7 @@ class SyntheticDataset(Dataset):
         progress: show a bar. workers: number of processes that compute; 0 computes in this one. A script that asks for
         workers must guard its entry point with `if __name__ == "__main__"`. Raises DataError.
         """
-        todo = list(self._absent())
+        todo = self.absent()
         if not todo:
             return
         _require_renderer()
@@ -142,13 +142,13 @@ class SyntheticDataset(Dataset):
                 for _ in pool.map(_store, [self._key] * len(todo), todo, chunksize=8):
                     bar.update()
 
-    def _absent(self) -> Iterator[int]:
-        """Indices without a cache file."""
+    def absent(self) -> list[int]:
+        """Indices of the samples that are not in the cache: what `prepare` would compute."""
         try:
             present = set(os.listdir(self._key.folder))
         except OSError:
             present = set()
-        return (index for index in range(len(self)) if self._key.file(index).name not in present)
+        return [index for index in range(len(self)) if self._key.file(index).name not in present]
 
 
 def _root(config: DataConfig) -> Path:
