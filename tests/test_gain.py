@@ -7,8 +7,8 @@ import pytest
 from pamm.gain import GainError, baselines, measured_gain, multi_task_gain, paper_tables
 from pamm.tasks import TASKS
 
-PRINTED_UNIT = 0.01
-"""Printed gains have two decimals, rounded by one paper and cut off by the other: less than one unit away."""
+PRINTED_TO = {"PAMM": 0.005, "MTMamba": 0.01}
+"""Printed gains have two decimals: PAMM rounds them, so they are half a unit away at most; MTMamba cuts them off."""
 
 ROWS = [(table, row) for table in paper_tables() for row in table.rows]
 PRINTED = [(table, row) for table, row in ROWS if row.gain is not None]
@@ -24,10 +24,10 @@ def gain(table, row) -> float:
 
 @pytest.mark.parametrize(("table", "row"), PRINTED, ids=name)
 def test_every_printed_gain_follows_from_its_row_unless_listed(table, row) -> None:
-    agrees = abs(gain(table, row) - row.gain) < PRINTED_UNIT
+    agrees = abs(gain(table, row) - row.gain) < PRINTED_TO[table.paper]
     assert agrees == (row.recomputed is None)
     if row.recomputed is not None:
-        assert gain(table, row) == pytest.approx(row.recomputed, abs=PRINTED_UNIT / 2)
+        assert gain(table, row) == pytest.approx(row.recomputed, abs=0.005)
 
 
 def test_the_rows_whose_printed_gain_does_not_follow() -> None:

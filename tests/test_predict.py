@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from data.packages import as_user
 from pamm import predict
 from pamm.data.images import ImageError
 from pamm.models.registry import build_model
@@ -189,6 +190,9 @@ def test_grey_16_bit_tensor_and_open_file_mean_the_same_picture(predictor, tmp_p
         np.zeros((4, 5, 3), np.float32),
         np.zeros((4, 5, 4), np.uint8),
         np.zeros((0, 5, 3), np.uint8),
+        Image.new("RGB", (0, 0)),
+        Image.new("L", (0, 7)),
+        torch.zeros(3, 0, 0, dtype=torch.uint8),
         np.zeros(5, np.uint8),
         torch.zeros(3, 4, 5),
         torch.zeros(3, 4, 5, dtype=torch.bfloat16),
@@ -252,8 +256,15 @@ def test_unknown_maps_formats_and_names_are_refused(predictor, tmp_path):
         with pytest.raises(PredictError, match="stem"):
             maps.save(tmp_path, stem=stem)
     (tmp_path / "file").touch()
-    with pytest.raises(PredictError, match="cannot be written"):
+    with pytest.raises(PredictError, match="file is a file; give a folder"):
         maps.save(tmp_path / "file")
+    with pytest.raises(PredictError, match="cannot be written"):
+        maps.save(tmp_path / "file" / "inside")
+    for formats in ((), []):
+        with pytest.raises(PredictError, match=r"no format is given.*png, npy, picture"):
+            maps.save(tmp_path, formats=formats)
+        with pytest.raises(PredictError, match="no format is given"):
+            predict_files(predictor, [], tmp_path, formats=formats)
 
 
 def test_saving_never_replaces_the_image_or_its_labels(predictor, tmp_path):
@@ -266,9 +277,60 @@ def test_saving_never_replaces_the_image_or_its_labels(predictor, tmp_path):
     with pytest.raises(PredictError, match="replace the image"):
         predictor(inside).save(tmp_path)
     assert inside.read_bytes() == before
+    for image in (sample, photo(10, 12), Image.fromarray(photo(10, 12)), inside):
+        with pytest.raises(PredictError, match=r"val holds images/ .*replace its labels; choose another folder"):
+            predictor(image).save(tmp_path / "val", stem="y")
     with pytest.raises(PredictError, match="replace its labels"):
-        predictor(sample).save(tmp_path / "val")
+        predict_files(predictor, [inside], tmp_path / "val")
     assert [path.name for path in (tmp_path / "val").iterdir()] == ["images"]
+    predictor(sample).save(tmp_path / "val", formats=["npy"])
+    assert not (tmp_path / "val" / "depth").exists()
+
+
+def test_the_contact_sheet_comes_not_among_the_images(predictor, tmp_path):
+    images = [tmp_path / "contact_sheet.jpg", tmp_path / "a.png"]
+    for path in images:
+        Image.fromarray(photo(10, 12)).save(path)
+    before = images[0].read_bytes()
+    (tmp_path / "link").symlink_to(tmp_path)
+    for out in (tmp_path, tmp_path / "link"):
+        with pytest.raises(PredictError, match=r"contact_sheet\.jpg.*choose another folder.*--no-sheet"):
+            predict_files(predictor, images, out)
+    assert images[0].read_bytes() == before and not (tmp_path / "depth").exists()
+    assert predict_files(predictor, images, tmp_path, sheet=False).done == images
+    assert images[0].read_bytes() == before
+
+
+def test_a_contact_sheet_that_cannot_be_written_is_told(predictor, tmp_path):
+    Image.fromarray(photo(10, 12)).save(tmp_path / "a.png")
+    (tmp_path / "out" / "contact_sheet.jpg").mkdir(parents=True)
+    summary = predict_files(predictor, [tmp_path / "a.png"], tmp_path / "out")
+    assert summary.done == [tmp_path / "a.png"] and summary.sheet is None
+    (path, reason) = summary.failed[0]
+    assert path == tmp_path / "out" / "contact_sheet.jpg" and "cannot be written (Is a directory)" in reason
+
+
+class Greedy(Predictor):
+    """Wants more memory than there is for images of one size, and fails otherwise for another."""
+
+    def __call__(self, image):
+        maps = super().__call__(image)
+        if maps.image.shape[0] == 11:
+            torch.empty(1 << 50)
+        if maps.image.shape[0] == 12:
+            raise RuntimeError("a mistake in the code")
+        return maps
+
+
+def test_an_image_that_needs_too_much_memory_does_not_end_the_batch(predictor, tmp_path):
+    for height in (10, 11, 12):
+        Image.fromarray(photo(height, 12)).save(tmp_path / f"{height}.png")
+    greedy = Greedy(predictor.model)
+    summary = predict_files(greedy, [tmp_path / "11.png", tmp_path / "10.png"], tmp_path / "out")
+    assert summary.done == [tmp_path / "10.png"]
+    assert [path.name for path, _ in summary.failed] == ["11.png"] and "out of memory" in summary.failed[0][1]
+    with pytest.raises(RuntimeError, match="a mistake in the code"):
+        predict_files(greedy, [tmp_path / "12.png"], tmp_path / "out")
 
 
 def test_inputs_are_files_folders_and_globs(tmp_path, monkeypatch):
@@ -286,6 +348,36 @@ def test_inputs_are_files_folders_and_globs(tmp_path, monkeypatch):
     for pattern in ("none", "absent.jpg", "*.tiff"):
         with pytest.raises(PredictError, match=pattern.replace("*", r"\*")):
             expand_inputs([pattern])
+
+
+@pytest.mark.parametrize("pattern", ["{}", "{}/a.png", "{}/*.png", "{}/deep", "{}/deep/a.png"])
+def test_inputs_that_may_not_be_read_are_told(tmp_path, pattern):
+    folder = tmp_path / "photos"
+    (folder / "deep").mkdir(parents=True)
+    for path in (folder, folder / "deep"):
+        Image.fromarray(photo(10, 12)).save(path / "a.png")
+    with as_user(folder):
+        folder.chmod(0)
+        try:
+            with pytest.raises(PredictError, match=r"may not be read: change its permissions|no image .*matches"):
+                expand_inputs([pattern.format(folder)])
+        finally:
+            folder.chmod(0o700)
+
+
+def test_input_paths_that_cannot_be_are_told(tmp_path):
+    (tmp_path / "link.png").symlink_to("gone.png")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    for pattern, message in (
+        ("x" * 5000, r"File name too long.*give the path"),
+        ("x" * 5000 + "*", r"no image .*matches"),
+        (tmp_path / "loop.png", "Too many levels of symbolic links"),
+        ("nul\0", "no file, folder or glob"),
+    ):
+        with pytest.raises(PredictError, match=message):
+            expand_inputs([pattern])
+    found = expand_inputs([tmp_path])
+    assert [path.name for path in found] == ["link.png", "loop.png"]  # told when they are read
 
 
 def test_a_batch_goes_on_after_bad_files_and_keeps_equal_stems_apart(predictor, tmp_path):

@@ -81,6 +81,14 @@ def test_markdown_table_marks_the_best_and_keeps_its_columns():
     ]
 
 
+def test_values_that_are_not_finite_are_shown_as_absent():
+    rows = [("diverged", {"depth": {"RMSE": math.inf}}), ("good", {"depth": {"RMSE": 0.5}})]
+    table = format_table(rows, {"depth": TASKS["depth"]}, gains=[-math.inf, 1.0])
+    assert [line.split()[1:] for line in table.splitlines()[2:]] == [["–", "–"], ["0.5000", "+1.00"]]
+    assert "**" not in markdown_table(rows, {"depth": TASKS["depth"]})
+    assert format_table(rows[:1], {"depth": TASKS["depth"]}).endswith("–")
+
+
 def test_a_table_without_rows_and_one_with_too_few_gains():
     assert "semseg mIoU" in format_table([], TASKS)
     with pytest.raises(ValueError, match="1 gains for 2 rows"):

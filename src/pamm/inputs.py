@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import stat
 from collections.abc import Iterable, Sequence
 from itertools import count
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from pamm.data.images import IMAGE_SUFFIXES, ImageError, to_rgb, read_image
+from pamm.data.images import IMAGE_SUFFIXES, ImageError, read_image, to_rgb
 
 ImageLike = str | os.PathLike[str] | BinaryIO | Image.Image | np.ndarray | Tensor
 
@@ -49,6 +50,10 @@ def to_array(image: ImageLike) -> np.ndarray:
 
 
 def _from_picture(picture: Image.Image) -> np.ndarray:
+    if 0 in picture.size:
+        raise PredictError(
+            f"found a PIL image of {picture.height} x {picture.width} pixels, expected at least one pixel"
+        )
     try:
         return np.array(to_rgb(ImageOps.exif_transpose(picture), "the image"))
     except ImageError:
@@ -64,30 +69,51 @@ def expand_inputs(patterns: Sequence[str | Path]) -> list[Path]:
     with an image's suffix are taken; a file given by its name is taken whatever its suffix. Raises PredictError for a
     pattern that matches no image.
     """
-    found: dict[Path, Path] = {}
+    found: dict[str, Path] = {}
     for pattern in patterns:
         for path in _expand(os.path.expanduser(pattern)):
-            found.setdefault(path.resolve(), path)
+            found.setdefault(os.path.realpath(path), path)
     return list(found.values())
 
 
 def _expand(pattern: str) -> list[Path]:
     path = Path(pattern)
-    if path.is_file():
-        return [path]
-    listed = path.iterdir() if path.is_dir() else map(Path, glob.iglob(pattern, recursive=True))
     try:
-        files = sorted(p for p in listed if p.suffix.lower() in IMAGE_SUFFIXES and p.name[0] != "." and p.is_file())
-    except PermissionError:
-        raise PredictError(f"{path} may not be read: change its permissions") from None
+        kind = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        kind = 0
+    except OSError as error:
+        if isinstance(error, PermissionError) or not glob.has_magic(str(pattern)):
+            raise _unreadable(path, error) from None
+        kind = 0
+    if stat.S_ISREG(kind):
+        return [path]
+    is_folder = stat.S_ISDIR(kind)
+    try:
+        listed = (
+            [path / name for name in os.listdir(path)] if is_folder else map(Path, glob.iglob(pattern, recursive=True))
+        )
+        files = sorted(p for p in listed if _is_image(p))
+    except OSError as error:
+        raise _unreadable(path, error) from None
     if files:
         return files
     known = ", ".join(IMAGE_SUFFIXES)
-    if path.is_dir():
+    if is_folder:
         raise PredictError(f"no image in the folder {path} ({known}); for its subfolders write '{path}/**/*.jpg'")
     if glob.has_magic(pattern):
-        raise PredictError(f"no image ({known}) matches '{pattern}'")
+        raise PredictError(f"no image ({known}) matches '{pattern}'; correct the pattern, or give a file or a folder")
     raise PredictError(f"no file, folder or glob '{pattern}'; give images, folders of images, or e.g. 'photos/*.jpg'")
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "." and not os.path.isdir(path)
+
+
+def _unreadable(path: Path, error: OSError) -> PredictError:
+    if isinstance(error, PermissionError):
+        return PredictError(f"{path} may not be read: change its permissions, or those of the folders it lies in")
+    return PredictError(f"{path} cannot be read ({error.strerror or error}); give the path of an image or a folder")
 
 
 def file_names(paths: Sequence[Path]) -> list[str]:

@@ -86,15 +86,16 @@ class Maps(Mapping[str, np.ndarray]):
 
         png: <folder>/<task>/<stem>.png, which the task reads back (the layout of a folder data set).
         npy: <folder>/arrays/<task>/<stem>.npy, the array as it is. picture: <folder>/pictures/<task>/<stem>.png.
-        Files of an earlier prediction are replaced. Raises PredictError for an unknown format, where a file would replace
-        the predicted image or the labels beside it, and where nothing can be written.
+        Files of an earlier prediction are replaced. Raises PredictError for no or an unknown format, where a file would
+        replace the predicted image or the labels of a data set, and where nothing can be written.
         """
-        folder, stem = Path(folder).expanduser(), self.name if stem is None else stem
+        folder, stem = Path(os.path.expanduser(folder)), self.name if stem is None else stem
         _check_formats(formats)
+        _check_folder(folder, formats)
         if stem in ("", ".", "..") or "/" in stem or os.sep in stem:
             raise PredictError(f"stem is {stem!r}, expected a file name without folders and suffix")
         targets = [(f, task, folder / FORMATS[f].format(task=task, stem=stem)) for f in formats for task in self]
-        self._protect(folder, [path for _, _, path in targets], labels="png" in formats)
+        self._protect(folder, [path for _, _, path in targets])
         for kind, task, path in targets:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,18 +114,13 @@ class Maps(Mapping[str, np.ndarray]):
         else:
             Image.fromarray(self.draw(task)).save(path)
 
-    def _protect(self, folder: Path, targets: Iterable[Path], *, labels: bool) -> None:
-        """Raise PredictError where saving would replace the image itself or, if files named as `labels` come, its labels."""
-        if self.source is None or not self.source.exists():
+    def _protect(self, folder: Path, targets: Iterable[Path]) -> None:
+        """Raise PredictError where saving would replace the image itself."""
+        if self.source is None or not os.path.exists(self.source):
             return
-        if any(path.exists() and path.samefile(self.source) for path in targets):
+        if any(os.path.exists(path) and os.path.samefile(path, self.source) for path in targets):
             raise PredictError(
                 f"saving into {folder} would replace the image {self.source} itself; choose another folder"
-            )
-        if labels and self.source.resolve().parent == (folder / "images").resolve():
-            raise PredictError(
-                f"{folder} is the data set that {self.source} belongs to: predictions would replace its labels; choose "
-                "another folder"
             )
 
 
@@ -259,7 +255,30 @@ def _choose_device(device: str | torch.device, own: torch.device | None) -> torc
     return chosen
 
 
+def _check_folder(folder: Path, formats: Sequence[str]) -> None:
+    """Raise PredictError where `folder` is no place for predictions."""
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise PredictError(f"{folder} is a file; give a folder for the predictions")
+    if "png" in formats and os.path.isdir(folder / "images"):
+        raise PredictError(
+            f"{folder} holds images/ and is thus a split of a data set: predictions would replace its labels; choose "
+            "another folder, or leave out the format png"
+        )
+
+
+def _check_sheet(out: Path, paths: Iterable[Path]) -> None:
+    """Raise PredictError where the contact sheet would come among the images, or in place of one."""
+    inside = next((path for path in paths if os.path.realpath(path.parent) == os.path.realpath(out)), None)
+    if inside is not None:
+        raise PredictError(
+            f"{out} holds the image {inside.name}: the contact sheet {SHEET} would become one of the images there, or "
+            "replace one; choose another folder for the predictions, or write no contact sheet (--no-sheet)"
+        )
+
+
 def _check_formats(formats: Sequence[str]) -> None:
+    if not formats:
+        raise PredictError(f"no format is given, so nothing would be written; choose some of: {', '.join(FORMATS)}")
     for kind in [formats] if isinstance(formats, str) else formats:
         if kind not in FORMATS or isinstance(formats, str):
             raise PredictError(f"found {formats!r} for the formats, expected a list of some of: {', '.join(FORMATS)}")
@@ -271,7 +290,7 @@ class Summary:
 
     done: list[Path] = field(default_factory=list)
     failed: list[tuple[Path, str]] = field(default_factory=list)
-    """Image and the reason why it has no maps."""
+    """Image and the reason why it has no maps; the contact sheet and the reason why it was not written."""
     sheet: Path | None = None
     """The contact sheet, if one was written."""
 
@@ -288,13 +307,15 @@ def predict_files(
     """Predict every image into `out` (see `Maps.save`), going on after a bad one.
 
     Images of one stem keep apart by what differs in their paths. `sheet`: also <out>/contact_sheet.jpg, at most 300 kB,
-    of the first 8 images. progress: None shows a bar on a terminal. Raises PredictError for an unknown format or an `out`
-    that is no folder; the failures of single images are in the summary.
+    of the first 8 images. progress: None shows a bar on a terminal. Raises PredictError, before anything is predicted, for
+    no or an unknown format, and for an `out` that is no folder or where files would replace labels or images; the failures
+    of single images are in the summary.
     """
-    paths, out = [Path(path) for path in paths], Path(out).expanduser()
+    paths, out = [Path(path) for path in paths], Path(os.path.expanduser(out))
     _check_formats(formats)
-    if out.exists() and not out.is_dir():
-        raise PredictError(f"{out} is a file; give a folder for the predictions")
+    _check_folder(out, formats)
+    if sheet:
+        _check_sheet(out, paths)
     summary, rows = Summary(), list[SheetRow]()
     hidden = None if progress is None else not progress
     for path, name in tqdm(list(zip(paths, file_names(paths), strict=True)), "predict", unit="image", disable=hidden):
@@ -303,16 +324,28 @@ def predict_files(
             maps.save(out, stem=name, formats=formats)
         except (ImageError, PredictError) as error:
             summary.failed.append((path, str(error)))
-        except (MemoryError, torch.OutOfMemoryError):
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
             summary.failed.append((path, "out of memory; shrink the image, or choose a smaller longest side"))
         else:
             summary.done.append(path)
             if sheet and len(rows) < SHEET_ROWS:
                 rows.append(sheet_row(name, maps))
     if rows:
-        out.mkdir(parents=True, exist_ok=True)
-        summary.sheet = save_sheet(compose_sheet(rows), out / SHEET)
+        try:
+            summary.sheet = save_sheet(compose_sheet(rows), out / SHEET)
+        except OSError as error:
+            reason = f"cannot be written ({error.strerror or error}); free the place or choose another folder"
+            summary.failed.append((out / SHEET, reason))
     return summary
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Torch raises a plain RuntimeError where the CPU's memory does not suffice."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+        words in str(error) for words in ("allocate memory", "not enough memory")
+    )
 
 
 __all__ = [

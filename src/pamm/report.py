@@ -21,7 +21,7 @@ from pamm.pictures import legend
 from pamm.tasks import Task
 
 Row = tuple[str, Mapping[str, Mapping[str, float | None]]]
-"""Name of a result, and task → metric → value; NaN, None and absent values are shown as a dash."""
+"""Name of a result, and task → metric → value; None, absent, NaN and infinite values are shown as a dash."""
 
 REPORT = "report.html"
 PICTURES = "pictures"
@@ -96,7 +96,7 @@ def decimals(value: float) -> int:
 
 
 def _absent(value: float | None) -> bool:
-    return value is None or math.isnan(value)
+    return value is None or not math.isfinite(value)
 
 
 def _arrow(higher_is_better: bool) -> str:
