@@ -359,7 +359,7 @@ def test_inputs_that_may_not_be_read_are_told(tmp_path, pattern):
     with as_user(folder):
         folder.chmod(0)
         try:
-            with pytest.raises(PredictError, match=r"may not be read: change its permissions|no image .*matches"):
+            with pytest.raises(PredictError, match=r"may not be read: change its permissions"):
                 expand_inputs([pattern.format(folder)])
         finally:
             folder.chmod(0o700)

@@ -102,8 +102,20 @@ def _expand(pattern: str) -> list[Path]:
     if is_folder:
         raise PredictError(f"no image in the folder {path} ({known}); for its subfolders write '{path}/**/*.jpg'")
     if glob.has_magic(pattern):
+        _check_searchable(path)
         raise PredictError(f"no image ({known}) matches '{pattern}'; correct the pattern, or give a file or a folder")
     raise PredictError(f"no file, folder or glob '{pattern}'; give images, folders of images, or e.g. 'photos/*.jpg'")
+
+
+def _check_searchable(pattern: Path) -> None:
+    """Raise PredictError where the folder in which a glob starts may not be read, which the search itself passes over."""
+    start = next(folder for folder in pattern.parents if not glob.has_magic(str(folder)))
+    try:
+        os.listdir(start)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        raise _unreadable(start, error) from None
 
 
 def _is_image(path: Path) -> bool:

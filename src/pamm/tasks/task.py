@@ -113,7 +113,10 @@ class Task(ABC):
 
     @abstractmethod
     def metric(self) -> Metric:
-        """A torchmetrics metric: `update(logits, label)`, `compute() → {name: 0-d tensor}`, states reduced by sum."""
+        """A torchmetrics metric: `update(logits, label)`, `compute() → {name: 0-d tensor}`, states reduced by sum.
+
+        `update` raises NonFiniteError for logits that hold NaN or infinite values.
+        """
 
     # -- predictions -------------------------------------------------------------------------------------------------------
 
