@@ -16,8 +16,8 @@ if __name__ == "__main__":
     settings = experiment(root, steps=1, batch=4, devices=int(devices), scheme=scheme)
     loop, loader = create_loop(settings, Path(out).with_suffix(""))
     losses, _ = loop.update(next(iter(loader)))
-    loop.model.train()
     if loop.fabric.is_global_zero:
         gradients = {name: p.grad for name, p in loop.network.named_parameters()}
         torch.save({"losses": losses, "gradients": gradients, "weights": loop.network.state_dict()}, out)
     loop.fabric.barrier()
+    loop.close()

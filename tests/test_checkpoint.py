@@ -14,8 +14,9 @@ import pytest
 import torch
 
 import pamm
-from pamm.checkpoint import CheckpointError, load_model, replace_folder, save_checkpoint
+from pamm.checkpoint import replace_folder, save_checkpoint
 from pamm.models.registry import build_model
+from pamm.models.saved import CheckpointError, load_model
 from pamm.tasks import create_task
 from tiny import DECODER, MODEL
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import experiment
 
 from pamm.cli import COMMANDS, main
 from pamm.experiment import dump
 from pamm.train import train
+from tiny import experiment
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +35,9 @@ def photographs(tmp_path) -> Path:
         for kind in ("images", "semseg", "depth"):
             (root / split / kind).mkdir(parents=True)
         for index in range(count):
-            Image.fromarray(generator.integers(0, 256, (50, 60, 3), np.uint8)).save(root / split / f"images/{index}.jpg")
+            Image.fromarray(generator.integers(0, 256, (50, 60, 3), np.uint8)).save(
+                root / split / f"images/{index}.jpg"
+            )
             Image.fromarray(generator.integers(0, 3, (50, 60), np.uint8)).save(root / split / f"semseg/{index}.png")
             depth = generator.integers(500, 5000, (50, 60)).astype(np.uint16)
             Image.fromarray(depth).save(root / split / f"depth/{index}.png")

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from pamm.experiment import ConfigError, Experiment, TaskConfig, dump, from_dict, load, to_dict
+from pamm.experiment import ConfigError, Experiment, TaskConfig, check, dump, from_dict, load, to_dict
 from pamm.recipes import RECIPES, VARIANTS, get_recipe
 
 
@@ -73,11 +73,42 @@ def test_a_wrong_configuration_is_named(values, message):
         from_dict(Experiment, values)
 
 
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        *(("train", key, -1) for key in ("steps", "batch", "accumulate", "lr", "weight_decay", "warmup", "clip")),
+        *(("train", key, 0) for key in ("steps", "batch", "accumulate", "clip", "save_every", "log_every", "devices")),
+        *(("train", key, -1) for key in ("eval_every", "workers", "seed", "nodes")),
+        ("data", "size", [0, 512]),
+        ("data", "flip", 2),
+        ("model", "decoder", {"orders": 9}),
+        ("model", "decoder", {"state_size": 0}),
+        ("model", "decoder", {"experts": {"rank": 0}}),
+        ("model", "backbone", {"drop_path": 2}),
+        ("tasks", "edge", {"weight": -1}),
+    ],
+)
+def test_a_number_out_of_range_is_named(section, key, value):
+    with pytest.raises(ConfigError, match=rf"{section}\.{key}.*: found .*, expected a number (at least|from)"):
+        check(from_dict(Experiment, {section: {key: value}}))
+
+
+def test_a_number_without_a_point_is_read_as_meant(tmp_path):
+    (tmp_path / "e.yaml").write_text("train: {lr: 1e-5}")
+    assert load(tmp_path / "e.yaml").train.lr == 1e-5
+
+
+def test_an_empty_file_is_told_by_name(tmp_path):
+    (tmp_path / "e.yaml").write_text("")
+    with pytest.raises(ConfigError, match=r"e\.yaml: Experiment: expected a mapping"):
+        load(tmp_path / "e.yaml")
+
+
 def test_whole_numbers_are_accepted_where_a_real_one_is_meant():
     assert from_dict(TaskConfig, {"weight": 2}).weight == 2.0
 
 
-@pytest.mark.parametrize("text", ["a: [1", "\tname: x"])
+@pytest.mark.parametrize("text", ["a: [1", "\tname: x", "train: {steps: 1}\ntrain: {lr: 1}"])
 def test_a_broken_file_is_told(text, tmp_path):
     (tmp_path / "e.yaml").write_text(text)
     with pytest.raises(ConfigError, match="not a readable YAML file"):
@@ -90,6 +121,7 @@ def test_a_broken_file_is_told(text, tmp_path):
         ("pascal-pam-b", "Did you mean 'pascal-pamm-b'"),
         ("demo+no-prior", "Did you mean 'no-priors'"),
         ("", "unknown recipe ''"),
+        ("demo+stages-2", "changes nothing in 'demo'"),
     ],
 )
 def test_an_unknown_recipe_is_told(name, message):

@@ -1,4 +1,4 @@
-"""PAMM and MTMamba: one image in, segmentation, parts, depth, normals, saliency and boundaries out.
+"""PAMM: one image in, segmentation, parts, depth, normals, saliency and boundaries out.
 
 Public names are imported when first used, so that `import pamm` takes milliseconds.
 """
@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pamm.build import create_model
-    from pamm.checkpoint import load_model
     from pamm.experiment import Experiment
     from pamm.models.model import MultiTaskModel
+    from pamm.models.saved import load_model
     from pamm.ops import selective_scan
     from pamm.predict import Predictor
     from pamm.recipes import get_recipe
@@ -24,7 +24,7 @@ _HOME = {
     "create_model": "pamm.build",
     "create_task": "pamm.tasks",
     "get_recipe": "pamm.recipes",
-    "load_model": "pamm.checkpoint",
+    "load_model": "pamm.models.saved",
     "selective_scan": "pamm.ops",
 }
 

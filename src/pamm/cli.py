@@ -55,16 +55,19 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def is_told(error: Exception) -> bool:
-    """Whether the error's message was written for the user: one of this package's own classes, or a missing extra."""
+    """Whether the error's message tells the user what to do: one of this package's own, a missing extra, a file's error."""
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("pamm"):
         error.args = (f"{error}. Install the missing extra: pip install 'pamm[train,demo]'",)
+        return True
+    if isinstance(error, OSError) and error.filename is not None:
+        error.args = (f"{error.filename}: {error.strerror}. Choose another place, or free space or permissions there",)
         return True
     return type(error).__module__.startswith("pamm.")
 
 
 def is_first_process() -> bool:
     """Whether this process prints, of those that Fabric, torchrun or SLURM started."""
-    return all(int(os.environ.get(key, 0)) == 0 for key in ("RANK", "LOCAL_RANK", "NODE_RANK"))
+    return all(int(os.environ.get(key, 0)) == 0 for key in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
 def usage() -> str:
@@ -88,6 +91,14 @@ def at_least(smallest: int) -> Callable[[str], int]:
     return number
 
 
+def check_writable(folder: Path) -> None:
+    """Create the folder and try to write in it, before hours are spent; raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".writable.{os.getpid()}"
+    probe.touch()
+    probe.unlink()
+
+
 def parser(name: str, **options: object) -> argparse.ArgumentParser:
     """An argument parser for a subcommand, described by its help line."""
     return argparse.ArgumentParser(prog=f"pamm {name}", description=COMMANDS[name][0], allow_abbrev=False, **options)
@@ -100,7 +111,7 @@ def parse_experiment(name: str, arguments: list[str]) -> tuple[Experiment, argpa
     """
     import tyro
 
-    from pamm.experiment import ConfigError, Experiment
+    from pamm.experiment import ConfigError, Experiment, check
 
     own = parser(
         name, epilog="Every leaf of the experiment can be set: see `pamm train RECIPE --help`.", add_help=False
@@ -109,9 +120,11 @@ def parse_experiment(name: str, arguments: list[str]) -> tuple[Experiment, argpa
     own.add_argument("--out", type=Path, help="run folder (default: runs/RECIPE)")
     own.add_argument("--tasks", help="only these tasks, e.g. semseg,depth")
     own.add_argument("--quiet", action="store_true", help="no progress bar")
-    if not arguments or arguments[0].startswith("-"):
+    if arguments[:1] in (["-h"], ["--help"]):
         print(own.format_help())
-        raise SystemExit(0 if arguments[:1] in (["-h"], ["--help"]) else 2)
+        raise SystemExit(0)
+    if not arguments or arguments[0].startswith("-"):
+        own.error(f"give the recipe first: pamm {name} RECIPE [options]")
     plain, rest = own.parse_known_args(arguments)
     experiment = named_experiment(plain.recipe)
     if plain.tasks:
@@ -126,6 +139,7 @@ def parse_experiment(name: str, arguments: list[str]) -> tuple[Experiment, argpa
         experiment = replace(experiment, tasks={task: experiment.tasks[task] for task in chosen})
     style = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
     experiment = tyro.cli(Experiment, default=experiment, args=rest, prog=f"pamm {name} {plain.recipe}", config=style)
+    check(experiment)
     return experiment, plain
 
 
@@ -146,6 +160,7 @@ def demo(arguments: list[str]) -> int:
     from pamm.demo import run_demo
 
     experiment, plain = parse_experiment("demo", ["demo", *arguments])
+    check_writable(plain.out or Path("runs/demo"))
     run_demo(experiment, plain.out or Path("runs/demo"), progress=not plain.quiet)
     return 0
 
@@ -156,13 +171,14 @@ def train(arguments: list[str]) -> int:
     from pamm.train import train as run
 
     out = plain.out or Path("runs") / experiment.name
+    check_writable(out)
     result = run(experiment, out, progress=not plain.quiet)
     if is_first_process():
         from pamm.build import create_tasks
         from pamm.report import format_table
 
         print(format_table([(experiment.name, result.row)], create_tasks(experiment)))
-        print(f"{result.protocol}\nrun folder: {out}")
+        print(f"{result.protocol}\nrun folder: {out}, weights: best (step {result.model['step']})")
     return 0
 
 
@@ -206,6 +222,7 @@ def evaluate(arguments: list[str]) -> int:
         print(f"{format_table(rows, tasks, gains=gains)}\n{result.protocol}")
         if plain.baseline:
             print(f"Δ over {plain.baseline}, tasks {', '.join(compared)}")
+        print(f"weights: {result.model['weights']} of {plain.source}")
         if plain.out:
             plain.out.parent.mkdir(parents=True, exist_ok=True)
             result.save(plain.out)

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 from pamm.build import create_model, create_tasks
-from pamm.checkpoint import load_model
 from pamm.data import open_dataset
 from pamm.data.transforms import EvalTransform
 from pamm.evaluate import evaluate_split
-from pamm.experiment import Experiment
+from pamm.experiment import ConfigError, Experiment
+from pamm.models.saved import load_model
 from pamm.report import Figure, figure_from, format_table, write_report
 from pamm.train import launch, train
 
@@ -23,12 +23,18 @@ FIGURES = 8
 
 def run_demo(experiment: Experiment, out: Path, *, progress: bool = True) -> Path:
     """Make the data, measure the untrained network, train, measure again, write the report; returns the report's path."""
+    if experiment.data.name != "synthetic":
+        raise ConfigError(
+            "pamm demo shows the synthetic rooms; for your own images: pamm train mosaic-pamm --data.root FOLDER"
+        )
     started = time.perf_counter()
     tasks = create_tasks(experiment)
     for split in ("train", "val"):
         open_dataset(experiment.data, split, tasks).prepare(progress=progress, workers=os.cpu_count() or 1)
+    fabric = launch(experiment.train)
     torch.manual_seed(experiment.train.seed)
-    untrained = evaluate_split(launch(experiment.train), create_model(experiment), experiment, tasks)
+    blank = create_model(experiment).to(fabric.device)
+    untrained = evaluate_split(fabric, blank, experiment, tasks)
     made = time.perf_counter()
     trained = train(experiment, out, progress=progress)
     rows = [("untrained", untrained.row), ("trained", trained.row)]

@@ -16,13 +16,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pamm.checkpoint import load_model
 from pamm.data import Batch, dataset_options, open_dataset
 from pamm.data.loader import eval_loader
 from pamm.data.transforms import EvalTransform
 from pamm.experiment import ConfigError, Experiment, load
+from pamm.files import replace_text
 from pamm.models.model import MultiTaskModel
 from pamm.models.registry import rebuild_model
+from pamm.models.saved import find_checkpoint, load_model
 from pamm.nn.joined import world_size
 from pamm.recipes import get_recipe
 from pamm.tasks import Task, create_task
@@ -48,15 +49,16 @@ class Evaluation:
     """Where the weights came from."""
 
     def total_loss(self, tasks: Mapping[str, Task]) -> float:
-        """Σ weight · validation loss over the tasks that have one."""
+        """Σ weight · validation loss over the tasks that have labels; infinity if none has."""
         losses = {name: self.row[name]["loss"] for name in tasks}
-        return sum(task.weight * losses[name] for name, task in tasks.items() if not math.isnan(losses[name]))
+        labelled = [task.weight * losses[name] for name, task in tasks.items() if not math.isnan(losses[name])]
+        return sum(labelled) if labelled else math.inf
 
     def save(self, path: Path) -> None:
         """Write as JSON; a value that is not finite becomes null."""
         row = {t: {k: v if math.isfinite(v) else None for k, v in metrics.items()} for t, metrics in self.row.items()}
         text = {"protocol": self.protocol, "images": self.images, "model": self.model, "results": row}
-        path.write_text(json.dumps(text, indent=1) + "\n")
+        replace_text(path, json.dumps(text, indent=1) + "\n")
 
 
 class LossMean:
@@ -73,10 +75,14 @@ class LossMean:
             self.sums += torch.stack([self.task.loss(logits, label).double().cpu() * count, count.double()])
 
     def compute(self, device: torch.device) -> float:
+        """The mean over all processes' images; NaN without any label, infinity where the network's output is not finite."""
         sums = self.sums.to(device)
         if world_size() > 1:
             dist.all_reduce(sums)
-        return float(sums[0] / sums[1]) if sums[1] > 0 else math.nan
+        if sums[1] == 0:
+            return math.nan
+        mean = float(sums[0] / sums[1])
+        return mean if math.isfinite(mean) else math.inf
 
 
 @torch.no_grad()
@@ -187,7 +193,8 @@ def evaluate_saved(
         blank = rebuild_model(model.settings).to(fabric.device)
         rows.append(("untrained", evaluate_split(fabric, blank, experiment, tasks, **arguments).row))
     result = evaluate_split(fabric, model.to(fabric.device), experiment, tasks, **arguments)
-    result = dataclasses.replace(result, model={"source": source})
+    weights = find_checkpoint(Path(source)).name if Path(source).exists() else "hub"
+    result = dataclasses.replace(result, model={"source": source, "weights": weights.strip(".")})
     return [*rows, (Path(source).name or source, result.row)], result, tasks
 
 

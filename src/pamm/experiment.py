@@ -6,7 +6,9 @@ strictly. This file imports no torch.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -15,6 +17,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+
+from pamm.files import replace_text
+from pamm.strict_yaml import load_yaml
 
 
 class ConfigError(ValueError):
@@ -207,7 +212,9 @@ def from_dict(kind: type, values: Any, where: str = "") -> Any:
     Missing keys keep their defaults.
     """
     if not isinstance(values, dict):
-        raise ConfigError(f"{where or kind.__name__}: expected a mapping of keys to values, found {values!r}")
+        raise ConfigError(
+            f"{where.rstrip('.') or kind.__name__}: expected a mapping of keys to values, found {values!r}"
+        )
     hints = typing.get_type_hints(kind)
     for key in values:
         if key not in hints:
@@ -237,8 +244,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if len(kinds) != len(value):
             raise ConfigError(f"{where}: found {len(value)} values {list(value)}, expected {len(kinds)}")
         return tuple(_convert(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):  # YAML reads 1e-5, without a point, as text
+            return float(value)
     if isinstance(hint, type) and type(value) is hint:
         return value
     raise ConfigError(f"{where}: found {value!r} ({type(value).__name__}), expected {_describe(hint)}")
@@ -250,15 +258,61 @@ def _describe(hint: Any) -> str:
 
 def dump(experiment: Experiment, path: Path) -> None:
     """Write the resolved experiment as YAML."""
-    path.write_text(yaml.safe_dump(to_dict(experiment), sort_keys=False, allow_unicode=True))
+    replace_text(path, yaml.safe_dump(to_dict(experiment), sort_keys=False, allow_unicode=True))
 
 
 def load(path: Path) -> Experiment:
     """Read an experiment written by `dump`, or by hand. Raises ConfigError."""
     try:
-        values = yaml.safe_load(path.read_text())
+        values = load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"no experiment file at {path}; `pamm train RECIPE` writes one into its run folder") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not a readable YAML file: {error}") from None
-    return from_dict(Experiment, values)
+    try:
+        return from_dict(Experiment, values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+LIMITS: dict[str, tuple[float, float]] = {
+    "data.flip": (0, 1),
+    "data.largest_class": (0, 1),
+    "model.backbone.drop_path": (0, 0.99),
+    "model.decoder.width": (1, math.inf),
+    "model.decoder.state_size": (1, math.inf),
+    "model.decoder.orders": (1, 8),
+    "model.decoder.experts.count": (1, math.inf),
+    "model.decoder.experts.rank": (1, math.inf),
+    "model.decoder.experts.top_k": (1, math.inf),
+    "train.steps": (1, math.inf),
+    "train.batch": (1, math.inf),
+    "train.accumulate": (1, math.inf),
+    "train.lr": (0, math.inf),
+    "train.weight_decay": (0, math.inf),
+    "train.power": (0, math.inf),
+    "train.warmup": (0, math.inf),
+    "train.clip": (1e-12, math.inf),
+    "train.eval_every": (0, math.inf),
+    "train.save_every": (1, math.inf),
+    "train.log_every": (1, math.inf),
+    "train.workers": (0, math.inf),
+    "train.seed": (0, 2**31 - 1),
+    "train.devices": (1, math.inf),
+    "train.nodes": (1, math.inf),
+}
+"""Leaf → smallest and largest value it may have; None is allowed where the leaf's type allows it."""
+
+
+def check(experiment: Experiment) -> None:
+    """Raises ConfigError for a number outside its range: a leaf of LIMITS, a task's weight, an image size."""
+    limits = LIMITS | {f"tasks.{name}.weight": (0, math.inf) for name in experiment.tasks}
+    limits |= {f"data.size.{index}": (1, math.inf) for index in (0, 1)}
+    tree = to_dict(experiment)
+    for leaf, (low, high) in limits.items():
+        value = tree
+        for key in leaf.split("."):
+            value = value[int(key)] if isinstance(value, list) else value.get(key)
+        if value is not None and not low <= value <= high:
+            wanted = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+            raise ConfigError(f"{leaf}: found {value}, expected a number {wanted}")

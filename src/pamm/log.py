@@ -6,6 +6,8 @@ import json
 import math
 from pathlib import Path
 
+from pamm.files import replace_text
+
 
 class Log:
     """Appends to log.jsonl and TensorBoard in a run folder; lines after `step`, where the run resumes, are dropped."""
@@ -14,15 +16,13 @@ class Log:
         from torch.utils.tensorboard import SummaryWriter
 
         path = out / "log.jsonl"
-        kept = []
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-        path.write_text("".join(line + "\n" for line in kept if step))
-        self.file = path.open("a")
-        self.board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1 if step else None)
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+        replace_text(path, "".join(line + "\n" for line in lines if _step_of(line) <= step and step))
+        self.file = path.open("a", encoding="utf-8")
+        self.board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, kind: str, values: dict[str, float]) -> None:
-        """One line and the same numbers to TensorBoard."""
+        """One line and the same numbers to TensorBoard; numbers that are not finite are left out."""
         finite = {key: value for key, value in values.items() if math.isfinite(value)}
         self.file.write(json.dumps({"step": step, "kind": kind, **finite}) + "\n")
         self.file.flush()
@@ -35,7 +35,9 @@ class Log:
 
 
 def _step_of(line: str) -> float:
+    """The step a line belongs to; infinity for a line that was cut off or is not one of ours."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):  # a line cut off by a kill
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
         return math.inf
+    return step if isinstance(step, (int, float)) else math.inf

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from pamm.checkpoint import load_model
 from pamm.data.images import ImageError
 from pamm.data.transforms import normalize
 from pamm.inputs import ImageLike, PredictError, expand_inputs, file_names, to_array
 from pamm.models.model import MultiTaskModel
+from pamm.models.saved import load_model
 from pamm.pictures import SheetRow, compose_sheet, contact_sheet, save_sheet, sheet_row
 from pamm.tasks import Task
 

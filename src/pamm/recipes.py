@@ -160,7 +160,10 @@ def get_recipe(name: str) -> Experiment:
     for variant in variants:
         if variant not in VARIANTS:
             raise ConfigError(f"unknown variant '{variant}'.{_nearest(variant, VARIANTS)} Known: {', '.join(VARIANTS)}")
-        experiment = VARIANTS[variant][1](experiment)
+        changed = VARIANTS[variant][1](experiment)
+        if changed == experiment:
+            raise ConfigError(f"the variant '{variant}' changes nothing in '{base}': it is so already")
+        experiment = changed
     return replace(experiment, name=name)
 
 

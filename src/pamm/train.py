@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -27,15 +29,25 @@ from pamm.data import Batch, open_dataset
 from pamm.data.loader import train_loader
 from pamm.data.transforms import TrainTransform
 from pamm.evaluate import Evaluation, evaluate_split
-from pamm.experiment import ConfigError, Experiment, TrainConfig, dump, load, to_dict
+from pamm.experiment import ConfigError, Experiment, TrainConfig, check, dump, load, to_dict
 from pamm.log import Log
 from pamm.memory import keep_memory
-from pamm.models.model import MultiTaskModel
+from pamm.models.model import WEIGHTS_FILE, MultiTaskModel
 from pamm.models.registry import build_model
+from pamm.models.saved import first_line, load_weights
 from pamm.tasks import Task
 
-FREE_KEYS = ("workers", "save_every", "log_every", "eval_every", "accelerator", "devices", "nodes")
-"""Leaves of TrainConfig that may change when a run resumes: they do not enter the result."""
+FREE_KEYS = (
+    "data.root",
+    *(
+        f"train.{key}"
+        for key in ("workers", "save_every", "log_every", "eval_every", "accelerator", "devices", "nodes")
+    ),
+)
+"""Leaves that may change when a run resumes: the weights of last/ do not depend on them.
+
+(`eval_every` decides which weights best/ gets; `devices` enters where `accumulate` splits a share for batch normalisation.)
+"""
 
 
 class TrainingError(RuntimeError):
@@ -43,31 +55,50 @@ class TrainingError(RuntimeError):
 
 
 def launch(config: TrainConfig) -> Fabric:
-    """Start Fabric with the configured processes (as well under torchrun or SLURM)."""
-    fabric = Fabric(
-        accelerator=config.accelerator,
-        devices=config.devices,
-        num_nodes=config.nodes,
-        strategy="ddp" if config.devices * config.nodes > 1 else "auto",
-        precision=config.precision,
-    )
+    """Start Fabric with the configured processes, or join those that torchrun or SLURM started. Raises ConfigError."""
+    devices, nodes = started_outside() or (config.devices, config.nodes)
+    try:
+        fabric = Fabric(
+            accelerator=config.accelerator,
+            devices=devices,
+            num_nodes=nodes,
+            strategy="ddp" if devices * nodes > 1 else "auto",
+            precision=config.precision,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"train.accelerator = {config.accelerator}, train.devices = {config.devices} cannot be used here "
+            f"({first_line(error)}). `pamm doctor` lists the devices; --train.accelerator cpu runs everywhere"
+        ) from error
     fabric.launch()
     if fabric.device.type == "cpu":
         keep_memory()
     return fabric
 
 
+def started_outside() -> tuple[int, int] | None:
+    """(processes per node, nodes) where torchrun or `srun` has started them, else None."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        return local, int(os.environ["WORLD_SIZE"]) // local
+    if "SLURM_PROCID" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+        nodes = int(os.environ.get("SLURM_NNODES", 1))
+        return int(os.environ.get("SLURM_NTASKS", 1)) // nodes, nodes
+    return None
+
+
 def train(experiment: Experiment, out: Path, *, progress: bool = True) -> Evaluation:
-    """Train into the folder `out`, or go on where a run in it stopped; returns the final evaluation.
+    """Train into the folder `out`, or go on where a run in it stopped; returns the evaluation of the best weights.
 
     Raises ConfigError, DataError, CheckpointError, TrainingError. A SIGTERM saves and exits with code 143.
     """
-    loop, loader = create_loop(experiment, out)
-    return loop.run(loader, progress=progress and loop.fabric.is_global_zero)
+    loop, loader = create_loop(experiment, out, progress=progress)
+    return loop.run(loader)
 
 
-def create_loop(experiment: Experiment, out: Path) -> tuple[Loop, Iterable[list[Batch]]]:
+def create_loop(experiment: Experiment, out: Path, *, progress: bool = False) -> tuple[Loop, Iterable[list[Batch]]]:
     """Everything a run needs, at the step where it starts or goes on, and the batches of its remaining steps."""
+    check(experiment)
     config = experiment.train
     fabric = launch(config)
     start_folder(fabric, experiment, out)
@@ -76,25 +107,25 @@ def create_loop(experiment: Experiment, out: Path) -> tuple[Loop, Iterable[list[
     torch.manual_seed(config.seed)
     network = build_model(experiment.model, tasks, experiment.data.size)
     model, optimizer = fabric.setup(network, create_optimizer(network, config))
-    state = {"step": 0, "best": math.inf, "best_step": -1}
+    state = {"step": 0, "evaluated": 0, "best": math.inf, "best_step": 0}
     if (out / "last").exists():
-        saved = load_training(out / "last", network)
-        optimizer.load_state_dict(saved.pop("optimizer"))
-        state = saved
+        state = load_training(out / "last", network, optimizer, state)
     place = {"rank": fabric.global_rank, "world": fabric.world_size, "start_step": state["step"]}
     loader = train_loader(data, TrainTransform(tasks, experiment.data, config.seed), config, **place)
-    return Loop(fabric, experiment, out, network, model, optimizer, tasks, state), loader
+    return Loop(fabric, experiment, out, network, model, optimizer, tasks, state, progress=progress), loader
 
 
 def start_folder(fabric: Fabric, experiment: Experiment, out: Path) -> None:
     """Create the run folder with its experiment.yaml, or check that the run in it is this one. Raises ConfigError."""
     path = out / "experiment.yaml"
-    recover(out / "last")
+    if fabric.is_global_zero:
+        recover(out / "last")
+        recover(out / "best")
+    fabric.barrier()
     if path.exists() and (out / "last").exists():
         found, wanted = _flat(to_dict(load(path))), _flat(to_dict(experiment))
-        free = {f"train.{key}" for key in FREE_KEYS}
         different = [key for key in sorted(found.keys() | wanted.keys()) if found.get(key) != wanted.get(key)]
-        different = [key for key in different if key not in free]
+        different = [key for key in different if key not in FREE_KEYS]
         if different:
             shown = "; ".join(f"{key}: {found.get(key)} there, {wanted.get(key)} here" for key in different[:4])
             raise ConfigError(
@@ -113,11 +144,10 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Adam or AdamW; no weight decay for norms, biases and parameters marked `_no_weight_decay` (A_log, D, priors)."""
+    """Adam or AdamW; no weight decay for parameters marked `_no_weight_decay` (A_log, D, Δ's bias, priors)."""
     decay, exempt = [], []
-    for name, parameter in model.named_parameters():
-        free = parameter.ndim <= 1 or name.endswith("bias") or getattr(parameter, "_no_weight_decay", False)
-        (exempt if free else decay).append(parameter)
+    for parameter in model.parameters():
+        (exempt if getattr(parameter, "_no_weight_decay", False) else decay).append(parameter)
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
     groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": exempt, "weight_decay": 0.0}]
     return kind(groups, lr=config.lr)
@@ -158,57 +188,76 @@ class Loop:
         optimizer: Any,
         tasks: Mapping[str, Task],
         state: dict[str, Any],
+        *,
+        progress: bool = False,
     ):
         self.fabric, self.experiment, self.config, self.out = fabric, experiment, experiment.train, out
         self.network, self.model, self.optimizer, self.tasks, self.state = network, model, optimizer, tasks, state
         self.weights = torch.tensor([task.weight for task in tasks.values()], device=fabric.device)
         self.told_to_stop = False
+        self.saved = state["step"]
         self.reported = state["step"], time.perf_counter()
         self.log = Log(out, state["step"]) if fabric.is_global_zero else None
-
-    def run(self, loader: Any, *, progress: bool) -> Evaluation:
-        """All remaining steps, then the final evaluation."""
-        previous = signal.signal(signal.SIGTERM, self._stop)
-        interval = 0.2 if sys.stderr.isatty() else 20.0
-        bar = tqdm(
-            total=self.config.steps,
-            initial=self.state["step"],
-            desc=self.experiment.name,
+        self.bar = tqdm(
+            total=experiment.train.steps,
+            initial=state["step"],
+            desc=experiment.name,
             unit="step",
-            disable=not progress,
-            mininterval=interval,
+            disable=not (progress and fabric.is_global_zero),
+            mininterval=0.2 if sys.stderr.isatty() else 20.0,
         )
+
+    def run(self, loader: Iterable[list[Batch]]) -> Evaluation:
+        """All remaining steps, then the evaluation of the best weights."""
+        main = threading.current_thread() is threading.main_thread()  # elsewhere Python takes no signal handlers
+        previous = signal.signal(signal.SIGTERM, self._stop) if main else None
         try:
             self.model.train()
+            if self._due(self.state["step"]):  # killed between saving and evaluating
+                self.validate()
             for parts in loader:
-                self._one_step(parts, bar)
+                self._one_step(parts)
             return self._finish()
         finally:
-            bar.close()
-            signal.signal(signal.SIGTERM, previous)
-            if self.log:
-                self.log.close()
+            self.close()
+            if main:
+                signal.signal(signal.SIGTERM, previous)
+
+    def close(self) -> None:
+        """Close the log and the progress bar."""
+        self.bar.close()
+        if self.log:
+            self.log.close()
 
     def _stop(self, *_: object) -> None:
+        """SIGTERM: stop after the step under way, or at once if nothing is unsaved."""
         self.told_to_stop = True
+        if self.saved == self.state["step"]:
+            raise SystemExit(143)
 
-    def _one_step(self, parts: list[Batch], bar: tqdm) -> None:
-        step, config = self.state["step"], self.config
-        lr = learning_rate(config, step)
+    def _due(self, step: int) -> bool:
+        """Whether the weights of this step are to be evaluated and are not yet."""
+        every = self.config.eval_every
+        regular = every > 0 and step > 0 and step % every == 0
+        return (regular or step == self.config.steps) and self.state["evaluated"] < step
+
+    def _one_step(self, parts: list[Batch]) -> None:
+        config = self.config
+        lr = learning_rate(config, self.state["step"])
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         losses, stop = self.update(parts)
-        self.state["step"] = step = step + 1
-        bar.update()
+        self.state["step"] = step = self.state["step"] + 1
+        self.bar.update()
         if step % config.log_every == 0 or step == config.steps:
-            self._report(step, losses, lr, bar)
-        evaluated = config.eval_every and step % config.eval_every == 0 and step < config.steps
-        if evaluated:
-            self.validate()
-        if stop or step % config.save_every == 0 or step == config.steps or evaluated:
-            self.save(losses)
+            self._report(step, losses, lr)
+        if stop or step % config.save_every == 0 or self._due(step):
+            self.save()
         if stop and step < config.steps:
             raise SystemExit(143)
+        if self._due(step):
+            self.validate()
+            self.save()
 
     def update(self, parts: list[Batch]) -> tuple[Tensor, bool]:
         """One optimizer step on the parts of this process's share; returns the joined batch's losses (T,)."""
@@ -232,8 +281,10 @@ class Loop:
                 labelled = torch.stack([part_counts[n][0] > 0 for n in self.tasks])
                 fabric.backward(self.total(local, joined, labelled, len(parts)) * fabric.world_size)
             losses += joined if config.scheme == "sum" else joined / len(parts)
-        if config.clip is not None:
-            fabric.clip_gradients(self.model, self.optimizer, max_norm=config.clip, error_if_nonfinite=False)
+        norm = fabric.clip_gradients(
+            self.model, self.optimizer, max_norm=config.clip or math.inf, error_if_nonfinite=False
+        )
+        self._check(losses, norm)
         self.optimizer.step()
         return losses, stop
 
@@ -246,52 +297,70 @@ class Loop:
             return (self.weights * local).sum()
         return (self.weights * local / (joined + 1e-8) * labelled).sum() / parts  # ∇ Σ w·log(L + 1e-8)
 
-    def _report(self, step: int, losses: Tensor, lr: float, bar: tqdm) -> None:
+    def _report(self, step: int, losses: Tensor, lr: float) -> None:
+        """The progress line and a line of the log; images/s since the last one, evaluation and saving left out."""
         values = dict(zip(self.tasks, losses.tolist(), strict=True))
-        self._check(values)
         now = time.perf_counter()
         rate = self.config.batch * (step - self.reported[0]) / (now - self.reported[1])
         self.reported = step, now
-        bar.set_postfix_str(
-            f"{rate:.1f} images/s, lr {lr:.1e}, " + ", ".join(f"{n} {v:.3f}" for n, v in values.items()), refresh=False
-        )
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+        self.bar.set_postfix_str(f"{rate:.1f} images/s, lr {lr:.1e}, {shown}", refresh=False)
         if self.log:
-            self.log.write(
-                step, "train", {"lr": lr, "images_per_second": rate, **{f"loss/{n}": v for n, v in values.items()}}
-            )
+            numbers = {"lr": lr, "images_per_second": rate, **{f"loss/{name}": v for name, v in values.items()}}
+            self.log.write(step, "train", numbers)
 
-    def _check(self, losses: dict[str, float]) -> None:
-        bad = [name for name, value in losses.items() if not math.isfinite(value)]
-        if bad:
-            raise TrainingError(
-                f"the loss of {', '.join(bad)} is not finite at step {self.state['step']}. The last good checkpoint is "
-                f"{self.out / 'last'}; lower --train.lr, set --train.clip, or use --train.precision 32-true"
-            )
+    def _check(self, losses: Tensor, norm: Tensor) -> None:
+        """Raises TrainingError, before the weights are touched, for a loss or gradient that is not finite."""
+        if bool(losses.isfinite().all() & norm.isfinite()):
+            return
+        bad = [name for name, value in zip(self.tasks, losses.tolist(), strict=True) if not math.isfinite(value)]
+        what = f"the loss of {', '.join(bad)}" if bad else "the gradient"
+        raise TrainingError(f"{what} is not finite at step {self.state['step'] + 1}. {self._diverged()}")
+
+    def _diverged(self) -> str:
+        kept = f"{self.out / 'last'} holds step {self.saved}. " if (self.out / "last").exists() else ""
+        return f"{kept}Start again with a lower --train.lr, a --train.clip, or --train.precision 32-true"
 
     def validate(self) -> Evaluation:
-        """Evaluate on the validation split; keep the weights in best/ if the total validation loss is the lowest so far."""
-        result = evaluate_split(self.fabric, self.network, self.experiment, self.tasks)
+        """Evaluate on the validation split; keep the weights in best/ if the total validation loss is the lowest so far.
+
+        Raises TrainingError where the network's output is not finite.
+        """
+        result = self._evaluate()
         total = result.total_loss(self.tasks)
+        step = self.state["step"]
+        if any(values["loss"] == math.inf for values in result.row.values()):
+            raise TrainingError(f"the validation loss is not finite after step {step}. {self._diverged()}")
         if self.log:
             flat = {f"{task}/{key}": value for task, metrics in result.row.items() for key, value in metrics.items()}
-            self.log.write(self.state["step"], "val", {"loss": total, **flat})
-        if total < self.state["best"]:
-            self.state |= {"best": total, "best_step": self.state["step"]}
+            self.log.write(step, "val", {"loss": total, **flat})
+        if total < self.state["best"] or not self.state["best_step"]:
             if self.fabric.is_global_zero:
                 save_checkpoint(self.out / "best", self.network)
+            self.state |= {"best": total, "best_step": step}
+        self.state["evaluated"] = step
+        self.reported = step, time.perf_counter()
         return result
 
-    def save(self, losses: Tensor) -> None:
+    def _evaluate(self) -> Evaluation:
+        progress = not self.bar.disable and sys.stderr.isatty()
+        return evaluate_split(self.fabric, self.network, self.experiment, self.tasks, progress=progress)
+
+    def save(self) -> None:
         """Write last/ (process 0)."""
-        self._check(dict(zip(self.tasks, losses.tolist(), strict=True)))
         if self.fabric.is_global_zero:
             save_checkpoint(self.out / "last", self.network, {**self.state, "optimizer": self.optimizer.state_dict()})
         self.fabric.barrier()
+        self.saved = self.state["step"]
+        self.reported = self.saved, time.perf_counter()
 
     def _finish(self) -> Evaluation:
-        result = self.validate()
+        """The evaluation of best/, the weights that `load_model` takes from the run folder."""
+        load_weights(self.network, self.out / "best" / WEIGHTS_FILE)
+        result = self._evaluate()
+        model = {"source": str(self.out), "weights": "best", "step": self.state["best_step"]}
+        result = dataclasses.replace(result, model=model)
         if self.fabric.is_global_zero:
-            result = dataclasses.replace(result, model={"source": str(self.out), "step": self.state["step"]})
             result.save(self.out / "results.json")
         self.fabric.barrier()
         return result

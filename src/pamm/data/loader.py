@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -179,5 +180,11 @@ def _loader(dataset: torch.utils.data.Dataset, tasks: Mapping[str, Task], worker
         num_workers=workers,
         collate_fn=partial(_collate, tasks=tasks),
         generator=torch.Generator().manual_seed(0),
+        worker_init_fn=_outlive_sigterm,
         **options,
     )
+
+
+def _outlive_sigterm(worker: int) -> None:
+    """A SIGTERM to the whole process group is the main process's to answer: it saves, then ends its workers itself."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -56,24 +56,7 @@ def create_backbone(config: BackboneConfig, image_size: tuple[int, int]) -> ViT:
     arguments: dict[str, Any] = {key: value for key, value in names.items() if value is not None}
     arguments |= {"img_size": image_size, "dynamic_img_size": True, "drop_path_rate": config.drop_path}
     arguments |= {"num_classes": 0, "global_pool": ""}
-    if not timm.is_model(config.name):
-        near = ", ".join(timm.list_models(f"*{config.name.split('_')[0]}*")[:5]) or "vit_base_patch16_384"
-        raise ConfigError(f"backbone.name: timm knows no model '{config.name}'; for example: {near}")
-    try:
-        vit = timm.create_model(config.name, pretrained=config.pretrained, **arguments)
-    except (OSError, RuntimeError) as error:
-        if not config.pretrained:
-            raise
-        raise ConfigError(
-            f"the pretrained weights of '{config.name}' could not be loaded ({type(error).__name__}: {error}). Connect to the "
-            "network once so that timm can fetch them, or start from random weights with --model.backbone.pretrained False"
-        ) from error
-    except TypeError as error:
-        raise ConfigError(f"backbone '{config.name}' is not a plain vision transformer: {error}") from error
-    if not isinstance(vit, VisionTransformer):
-        raise ConfigError(
-            f"backbone '{config.name}' is a {type(vit).__name__}, expected a plain timm VisionTransformer"
-        )
+    vit = _create_vit(config, arguments)
     patch = vit.patch_embed.patch_size[0]
     if image_size[0] % patch or image_size[1] % patch:
         raise ConfigError(
@@ -82,6 +65,41 @@ def create_backbone(config: BackboneConfig, image_size: tuple[int, int]) -> ViT:
         )
     join_drop_paths(vit)
     return ViT(vit, config.taps)
+
+
+def _create_vit(config: BackboneConfig, arguments: dict[str, Any]) -> VisionTransformer:
+    """timm's model, or ConfigError with what is wrong and the remedy."""
+    if not timm.is_model(config.name):
+        near = ", ".join(timm.list_models(f"*{config.name.split('_')[0]}*")[:5]) or "vit_base_patch16_384"
+        raise ConfigError(f"backbone.name: timm knows no model '{config.name}'; for example: {near}")
+    random = "start from random weights with --model.backbone.pretrained False"
+    try:
+        vit = timm.create_model(config.name, pretrained=config.pretrained, **arguments)
+    except OSError as error:
+        raise ConfigError(
+            f"the pretrained weights of '{config.name}' could not be fetched ({_first_line(error)}). Connect to the network "
+            f"once so that timm can fetch them, or {random}"
+        ) from error
+    except RuntimeError as error:
+        if not config.pretrained:
+            raise
+        raise ConfigError(
+            f"the pretrained weights of '{config.name}' cannot be used ({_first_line(error)}). Leave backbone.patch, width, "
+            f"depth and heads unset, or {random}"
+        ) from error
+    except (TypeError, ValueError, AssertionError, ZeroDivisionError) as error:
+        raise ConfigError(
+            f"timm cannot build '{config.name}' as a plain vision transformer with {arguments}: {_first_line(error)}"
+        ) from error
+    if not isinstance(vit, VisionTransformer):
+        raise ConfigError(
+            f"backbone '{config.name}' is a {type(vit).__name__}, expected a plain timm VisionTransformer"
+        )
+    return vit
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _padded(height: int, width: int, patch: int) -> str:

@@ -62,7 +62,7 @@ class MultiTaskModel(nn.Module, ModelHubMixin, library_name="pamm", tags=["multi
     @classmethod
     def _from_pretrained(cls, *, model_id: str, revision: str | None, token: str | bool | None, **options: Any):
         """Called by `from_pretrained`: a local folder or a repository on the Hugging Face hub."""
-        from pamm.checkpoint import load_model
+        from pamm.models.saved import load_model
 
         return load_model(model_id, revision=revision, token=token)
 

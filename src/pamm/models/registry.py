@@ -48,7 +48,7 @@ def rebuild_model(settings: Mapping[str, Any]) -> MultiTaskModel:
         config = from_dict(ModelConfig, {**saved, "backbone": {**saved["backbone"], "pretrained": False}})
         built = {name: create_task(name, **options) for name, options in tasks.items()}
         model = build_model(config, built, (int(size[0]), int(size[1])))
-    except (KeyError, TypeError, IndexError) as error:
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise ConfigError(f"not a pamm model configuration: {type(error).__name__} {error}") from error
     model.settings = dict(settings)
     return model
