@@ -333,12 +333,16 @@ def predict_files(
             if sheet and len(rows) < SHEET_ROWS:
                 rows.append(sheet_row(name, maps))
     if rows:
-        try:
-            summary.sheet = save_sheet(compose_sheet(rows), out / SHEET)
-        except OSError as error:
-            reason = f"cannot be written ({error.strerror or error}); free the place or choose another folder"
-            summary.failed.append((out / SHEET, reason))
+        _add_sheet(summary, rows, out / SHEET)
     return summary
+
+
+def _add_sheet(summary: Summary, rows: Sequence[SheetRow], path: Path) -> None:
+    try:
+        summary.sheet = save_sheet(compose_sheet(rows), path)
+    except OSError as error:
+        reason = f"cannot be written ({error.strerror or error}); free the place or choose another folder"
+        summary.failed.append((path, reason))
 
 
 def _is_out_of_memory(error: Exception) -> bool:
