@@ -267,7 +267,7 @@ def test_a_foreign_training_state_is_told(rooms, tmp_path, content):
     settings = experiment(rooms, steps=2, save_every=1)
     train(settings, tmp_path, progress=False)
     torch.save(content, tmp_path / "last/training.pt")
-    with pytest.raises(CheckpointError, match=r"training\.pt is damaged or not a training state .* --out"):
+    with pytest.raises(CheckpointError, match=r"training\.pt is damaged or not a training state .*\(--out\)"):
         train(settings, tmp_path, progress=False)
 
 
@@ -285,7 +285,7 @@ def test_a_gpu_trains(rooms, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_the_remedy(rooms, tmp_path):
-    with pytest.raises(TrainingError, match=r"not finite at step .*last holds step 0.*--train\.lr"):
+    with pytest.raises(TrainingError, match=r"not finite at step 2\..*--train\.lr"):
         train(experiment(rooms, steps=8, lr=1e30, clip=None), tmp_path, progress=False)
 
 

@@ -134,7 +134,7 @@ def test_every_parameter_of_every_variant_gets_a_gradient(variant):
     decoder = DECODER
     taps = (1, 2)
     if variant:
-        derived = get_recipe(f"demo+{variant}").model
+        derived = get_recipe(f"pascal-pamm-b+{variant}").model
         decoder = replace(derived.decoder, width=64, state_size=4)
         taps = tuple(range(3 - min(2, len(derived.backbone.taps)), 3))
     model = build(decoder, replace(BACKBONE, taps=taps, drop_path=0.0)).train()  # a dropped path has no gradient
