@@ -86,7 +86,7 @@ def demo() -> Experiment:
         tasks={
             "semseg": TaskConfig(1.0),
             "depth": TaskConfig(1.0),
-            "human_parts": TaskConfig(8.0),
+            "human_parts": TaskConfig(4.0),
             "sal": TaskConfig(4.0),
             "normals": TaskConfig(2.0),
             "edge": TaskConfig(10.0, {"positive_weight": 0.85}),
@@ -96,7 +96,7 @@ def demo() -> Experiment:
             BackboneConfig("vit_tiny_patch16_224", False, (2, 4), 0.0, patch=8, width=128, depth=4, heads=4),
             PAMMConfig(width=64, state_size=8),
         ),
-        train=TrainConfig(steps=600, batch=8, optimizer="adamw", lr=2e-3, weight_decay=0.05, warmup=40, eval_every=0),
+        train=TrainConfig(steps=600, batch=8, optimizer="adamw", lr=2e-3, weight_decay=0.01, warmup=40, eval_every=0),
     )
 
 
@@ -113,7 +113,7 @@ def mosaic_pamm() -> Experiment:
             "edge": TaskConfig(10.0, {"positive_weight": 0.95}),
         },
         data=DataConfig(name="folder", root="../shared/data/mosaic", size=(160, 160), fit=True, scale=(0.75, 1.5)),
-        train=replace(base.train, steps=2000, lr=1e-3, warmup=100, eval_every=250),
+        train=replace(base.train, steps=2000, lr=1e-3, weight_decay=0.05, warmup=100, eval_every=250),
     )
 
 
