@@ -92,11 +92,14 @@ def gradients(model: MultiTaskModel) -> dict[str, Tensor | None]:
 
     None where no gradient flows: for what the checkpoint holds and the network does not use, for BatchNorm's statistics,
     and for the constants among `extras` unless `requires_grad_()` was called on their buffers before the forward pass.
-    A tensor that was resized for another image size has the resized shape.
+    A tensor that was resized for another image size has the resized shape. Raises OfficialError for a model without a
+    `load_report`.
     """
-    report: LoadReport = model.load_report
+    report: LoadReport | None = getattr(model, "load_report", None)
+    if report is None:
+        raise OfficialError("this model was not made by pamm.official.load, which alone knows the checkpoint's names")
     own = dict(model.named_parameters()) | dict(model.named_buffers())
-    found = {key: place.foreign(own[place.own].grad) for key, place in report.places.items()}
+    found = {key: place.foreign(own[place.own].grad) for key, place in report.used.items()}
     return found | dict.fromkeys(report.ignored)
 
 

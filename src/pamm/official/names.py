@@ -10,7 +10,7 @@ A rule pairs our name with theirs, with the same placeholders in both:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -63,21 +63,31 @@ class LoadReport:
     """What became of every key of a checkpoint."""
 
     system: str
-    places: dict[str, Place] = field(default_factory=dict)
-    """Used: their key → its place in the network."""
+    used: dict[str, Place] = field(default_factory=dict)
+    """Their key → its place in the network."""
     ignored: dict[str, str] = field(default_factory=dict)
-    """Read and not needed: their key → why."""
-    defaults: dict[str, str] = field(default_factory=dict)
-    """Constants that neither the checkpoint nor `extras` gave: their key → the value taken."""
+    """Their key → why the network does not need it."""
+    missed: dict[str, str] = field(default_factory=dict)
+    """Constants that neither the checkpoint nor `extras` gave: their key → what was taken. Anything else missing is an error."""
+    parameters: int = 0
+    """Numbers in the tensors that are used or ignored, without BatchNorm's statistics and the constants."""
     notices: list[str] = field(default_factory=list)
     """What was assumed or resized."""
 
+    @property
+    def keys(self) -> dict[str, str]:
+        """Their key → our tensor that holds it, whole or as one of its rows."""
+        return {key: place.own for key, place in self.used.items()}
+
     def __str__(self) -> str:
-        lines = [f"{self.system}: {len(self.places)} tensors used, {len(self.ignored)} ignored, none missing or unknown"]
-        for title, keys in (("ignored", self.ignored), ("not in the checkpoint", self.defaults)):
+        lines = [
+            f"{self.system}: {len(self.used)} tensors used, {len(self.ignored)} ignored, {len(self.missed)} missed, none unknown; "
+            f"{self.parameters:,} parameters"
+        ]
+        for title, keys in (("ignored", self.ignored), ("missed", self.missed)):
             for why in dict.fromkeys(keys.values()):
                 of_them = [key for key, value in keys.items() if value == why]
-                lines.append(f"  {title}, {why}: {len(of_them)}, e.g. {of_them[0]}")
+                lines.append(f"  {title}: {len(of_them)}, e.g. {of_them[0]} ({why})")
         return "\n".join(lines + [f"  {notice}" for notice in self.notices])
 
 
@@ -139,6 +149,12 @@ def match_keys(
     return used, ignored, defaults
 
 
+def count_parameters(state: Mapping[str, Tensor], keys: Iterable[str]) -> int:
+    """Numbers in these tensors, without BatchNorm's statistics."""
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    return sum(state[key].numel() for key in keys if not key.endswith(statistics))
+
+
 @torch.no_grad()
 def gather(
     own: Mapping[str, Tensor], used: Mapping[str, Place], state: Mapping[str, Tensor], constants: Mapping[str, Tensor]
@@ -150,7 +166,8 @@ def gather(
     filled = {name: value.clone() for name, value in constants.items()}
     for key, place in used.items():
         if place.own not in filled:
-            filled[place.own] = torch.empty(own[place.own].shape, dtype=own[place.own].dtype)
+            device = "meta" if state[key].is_meta else "cpu"
+            filled[place.own] = torch.empty(own[place.own].shape, dtype=own[place.own].dtype, device=device)
         target, value = place.view(filled[place.own]), place.own_part(state[key])
         expected, shape = ([n for n in tensor.shape if n != 1] for tensor in (target, value))
         if expected != shape:

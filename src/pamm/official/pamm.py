@@ -18,7 +18,7 @@ from pamm.models.pamm_released import resize_positions
 from pamm.models.registry import build_model
 from pamm.nn.ssm import init_A_log
 from pamm.official.files import named_tensors
-from pamm.official.names import LoadReport, OfficialError, Place, gather, match_keys, places
+from pamm.official.names import LoadReport, OfficialError, Place, count_parameters, gather, match_keys, places
 from pamm.official.tasks import task_order, tasks_of
 
 SYSTEM = "pamm-released"
@@ -169,10 +169,14 @@ def numbers_of(state: Mapping[str, Tensor], pattern: str) -> set[str]:
 def shape_of(state: Mapping[str, Tensor], key: str, dimensions: int | None = None) -> tuple[int, ...]:
     """Shape of a tensor that must be there, with so many dimensions. Raises OfficialError."""
     if key not in state:
-        raise OfficialError(f"not a whole checkpoint of {SYSTEM}: 1 missing, e.g. {key}; use the file as its authors published it")
+        raise OfficialError(
+            f"not a whole checkpoint of {SYSTEM}: 1 missing, e.g. {key}; use the file as its authors published it"
+        )
     shape = tuple(state[key].shape)
     if not shape or 0 in shape or (dimensions is not None and len(shape) != dimensions):
-        raise OfficialError(f"{key}: found shape {shape}, expected {dimensions or 'at least 1'} dimensions, none of length 0")
+        raise OfficialError(
+            f"{key}: found shape {shape}, expected {dimensions or 'at least 1'} dimensions, none of length 0"
+        )
     return shape
 
 
@@ -184,7 +188,9 @@ def backbone_config(layout: Layout, num_heads: int | None, notices: list[str]) -
     if num_heads < 1 or layout.embed % num_heads:
         raise OfficialError(f"num_heads: found {num_heads}, expected a divisor of the width, {layout.embed}")
     if layout.depth < layout.stages:
-        raise OfficialError(f"{layout.depth} blocks of the vision transformer, expected at least one for each of {layout.stages} stages")
+        raise OfficialError(
+            f"{layout.depth} blocks of the vision transformer, expected at least one for each of {layout.stages} stages"
+        )
     taps = tuple(layout.depth * (s + 1) // layout.stages for s in range(layout.stages))
     notices.append(f"stages after the blocks {', '.join(map(str, taps))} of {layout.depth}, evenly spaced")
     return BackboneConfig(
@@ -221,14 +227,18 @@ def grids(
     side = math.isqrt(tokens)
     if old is None and new is None:
         if side * side != tokens:
-            raise OfficialError(f"image_size: the checkpoint has {tokens} positions, which are no square; give image_size=(H, W)")
+            raise OfficialError(
+                f"image_size: the checkpoint has {tokens} positions, which are no square; give image_size=(H, W)"
+            )
         old = (side, side)
     if old is None and new[0] * new[1] == tokens:
         old = new
     if old is None:
         pairs = [(rows, tokens // rows) for rows in range(1, tokens + 1) if tokens % rows == 0]
         old = min(pairs, key=lambda pair: abs(math.log(pair[0] * new[1] / (pair[1] * new[0]))))
-        notices.append(f"the checkpoint's {tokens} positions taken as {old[0]}×{old[1]} (give checkpoint_size where that is wrong)")
+        notices.append(
+            f"the checkpoint's {tokens} positions taken as {old[0]}×{old[1]} (give checkpoint_size where that is wrong)"
+        )
     new = new or old
     if new != old:
         notices.append(
@@ -298,7 +308,7 @@ def read(
 ) -> MultiTaskModel:
     """The network with these weights and its `load_report`. Arguments and errors: see `pamm.official.load`."""
     layout = inspect(state)
-    report = LoadReport(SYSTEM)
+    report = LoadReport(SYSTEM, notices=["backbone.pos_embed: its first row, a class token's, is not used"])
     old, new = grids(layout.tokens, layout.patch, image_size, checkpoint_size, report.notices)
     config = ModelConfig(backbone_config(layout, num_heads, report.notices), decoder_config(layout, scan))
     tasks = tasks_of(layout.channels, report.notices)
@@ -306,10 +316,11 @@ def read(
         model = build_model(config, tasks, (new[0] * layout.patch, new[1] * layout.patch))
     own = model.state_dict()
     names = table(own, list(tasks))
-    state = state | constants_given(extras or {}, names)
-    report.places, report.ignored, report.defaults = match_keys(state, names, CONSTANTS, UNUSED)
+    given = constants_given(extras or {}, names)
+    report.used, report.ignored, report.missed = match_keys(state | given, names, CONSTANTS, UNUSED)
+    report.parameters = count_parameters(state, [*report.used.keys() - given.keys(), *report.ignored])
     values = {name: default(name, tensor) for name, tensor in own.items() if constant(name)}
-    model.load_state_dict(gather(own, report.places, on_grid(state, report.places, old, new), values), assign=True)
+    model.load_state_dict(gather(own, report.used, on_grid(state | given, report.used, old, new), values), assign=True)
     for notice in report.notices:
         log.info(notice)
     model.load_report = report
