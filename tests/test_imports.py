@@ -24,6 +24,7 @@ MAY_USE = {
     "checkpoint": {"models", "experiment"},
     "evaluate": {"models", "data", "tasks", "nn", "checkpoint", "experiment", "recipes"},
     "log": set(),
+    "official": {"data", "experiment", "models", "nn", "tasks"},
     "memory": set(),
     "train": {"build", "checkpoint", "data", "evaluate", "experiment", "log", "memory", "models", "tasks"},
 }
@@ -64,7 +65,9 @@ def test_a_framework_is_imported_in_one_file(package, home):
     assert set(users) <= allowed and home in users
 
 
-@pytest.mark.parametrize("module", ["pamm.tasks", "pamm.data", "pamm.models.registry", "pamm.predict", "pamm.ops"])
+@pytest.mark.parametrize(
+    "module", ["pamm.tasks", "pamm.data", "pamm.models.registry", "pamm.predict", "pamm.ops", "pamm.official"]
+)
 def test_the_base_install_suffices(module):
     """Prediction and models need none of the extras."""
     extras = [

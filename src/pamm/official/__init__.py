@@ -72,13 +72,16 @@ def load(
 def intermediates(model: MultiTaskModel) -> Iterator[dict[str, Tensor]]:
     """Intermediate results by name, of the last forward pass inside the `with` block.
 
-    Released PAMM: see `ReleasedDecoder.observe` for the names and shapes.
+    Released PAMM: see `ReleasedDecoder.observe` for the names and shapes. Raises OfficialError for a decoder without
+    `observe`.
 
         with intermediates(model) as maps:
             model(image)
         maps["B.0.semseg"]
     """
     maps: dict[str, Tensor] = {}
+    if not hasattr(model.decoder, "observe"):
+        raise OfficialError(f"a {type(model.decoder).__name__} hands out no intermediate results")
     handles = model.decoder.observe(maps)
     try:
         yield maps

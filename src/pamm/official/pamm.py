@@ -147,11 +147,12 @@ def inspect_decoder(state: Mapping[str, Tensor], task: str) -> ReleasedConfig:
         count = len(numbers_of(state, rf"{re.escape(first)}\.{p}_proj0\.MoE\.(\d+)\..+"))
         experts = replace(experts, count=count, rank=rank, top_k=min(TOP_K, count))
     plain = next((f"{first}.{p}_proj0.{task}" for p in "BC" if not has[p]), None)
+    rank_delta = shape_of(state, f"{first}.x2dt_proj0.{task}.weight", 2)[0]
     size_key = f"{first}.B_proj0.Bn.{task}.weight" if has["B"] else f"{plain}.weight"
     return ReleasedConfig(
         width=width,
         expand=expanded // width,
-        delta_rank=shape_of(state, f"{first}.x2dt_proj0.{task}.weight", 2)[0],
+        delta_rank=rank_delta if rank_delta != math.ceil(width / 16) else None,
         state_size=shape_of(state, size_key)[0],
         shared_bias=f"{first}.first_decode.bias" in state,
         task_conv=any(key.startswith(f"{first}.task_conv.") for key in state),
