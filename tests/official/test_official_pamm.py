@@ -205,6 +205,8 @@ def test_the_architecture_is_told_from_keys_and_shapes(changes):
     loaded = load(state, extras=constants, scan=changes.get("scan", "hilbert"))
     for task, value in run(model).items():
         assert torch.equal(run(loaded)[task], value)
+    switched = not loaded.settings["model"]["decoder"]["task_conv"] or "project" in " ".join(loaded.state_dict())
+    assert ("no published outputs to compare" in str(loaded.load_report)) == switched
 
 
 def test_the_model_saves_loads_predicts_and_is_the_users_own(tmp_path):
@@ -267,7 +269,8 @@ def test_arguments_that_do_not_fit_are_told(options, message):
 def test_another_size_is_resized_and_said(caplog):
     state, constants = published(small())
     own = load(state, extras=constants)
-    with caplog.at_level(logging.INFO, logger="pamm.official.pamm"):
+    assert not caplog.records and "resized" not in str(own.load_report)
+    with caplog.at_level(logging.WARNING, logger="pamm.official.pamm"):
         model = load(state, extras=constants, image_size=(96, 128))
     assert "resized from 6×8 to 12×16 tokens" in caplog.text and "resized from 6×8" in str(model.load_report)
     assert model.image_size == (96, 128)

@@ -185,7 +185,7 @@ def backbone_config(layout: Layout, num_heads: int | None, notices: list[str]) -
     """The vision transformer; `notices` is told what was assumed. Raises OfficialError."""
     if num_heads is None:
         num_heads = max(1, layout.embed // HEAD_WIDTH)
-        notices.append(f"{num_heads} attention heads, {HEAD_WIDTH} channels each (give num_heads where that is wrong)")
+        notices.append(f"{num_heads} attention heads assumed, one per {HEAD_WIDTH} channels (give num_heads otherwise)")
     if num_heads < 1 or layout.embed % num_heads:
         raise OfficialError(f"num_heads: found {num_heads}, expected a divisor of the width, {layout.embed}")
     if layout.depth < layout.stages:
@@ -311,7 +311,13 @@ def read(
     layout = inspect(state)
     report = LoadReport(SYSTEM, notices=["backbone.pos_embed: its first row, a class token's, is not used"])
     old, new = grids(layout.tokens, layout.patch, image_size, checkpoint_size, report.notices)
+    for notice in report.notices[1:]:
+        log.warning(notice)
     config = ModelConfig(backbone_config(layout, num_heads, report.notices), decoder_config(layout, scan))
+    if not (config.decoder.task_conv and config.decoder.experts.B and config.decoder.experts.C):
+        report.notices.append(
+            "task convolution or experts are off: read by their shapes, with no published outputs to compare"
+        )
     tasks = tasks_of(layout.channels, report.notices)
     with torch.device("meta"):
         model = build_model(config, tasks, (new[0] * layout.patch, new[1] * layout.patch))
@@ -322,7 +328,5 @@ def read(
     report.parameters = count_parameters(state, [*report.used.keys() - given.keys(), *report.ignored])
     values = {name: default(name, tensor) for name, tensor in own.items() if constant(name)}
     model.load_state_dict(gather(own, report.used, on_grid(state | given, report.used, old, new), values), assign=True)
-    for notice in report.notices:
-        log.info(notice)
     model.load_report = report
     return model
