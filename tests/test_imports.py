@@ -25,6 +25,7 @@ MAY_USE = {
     "checkpoint": {"models"},
     "evaluate": {"models", "data", "tasks", "nn", "experiment", "files", "recipes"},
     "log": {"files"},
+    "official": {"data", "experiment", "models", "nn", "tasks"},
     "memory": set(),
     "strict_yaml": set(),
     "train": {"build", "checkpoint", "data", "evaluate", "experiment", "log", "memory", "models", "tasks"},
@@ -75,7 +76,9 @@ def test_a_framework_is_imported_in_one_file(package, home):
     assert set(users) <= allowed and home in users
 
 
-@pytest.mark.parametrize("module", ["pamm.tasks", "pamm.data", "pamm.models.registry", "pamm.predict", "pamm.ops"])
+@pytest.mark.parametrize(
+    "module", ["pamm.tasks", "pamm.data", "pamm.models.registry", "pamm.predict", "pamm.ops", "pamm.official"]
+)
 def test_the_base_install_suffices(module):
     """Prediction and models need none of the extras."""
     extras = [

@@ -27,6 +27,7 @@ from pamm.models.saved import find_checkpoint, load_model
 from pamm.nn.joined import world_size
 from pamm.recipes import get_recipe
 from pamm.tasks import Task, create_task
+from pamm.tasks.segmentation import numbered_classes
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -226,7 +227,7 @@ def measurable_tasks(model: MultiTaskModel, experiment: Experiment) -> dict[str,
         )
     for name, task in tasks.items():
         own, found = task.options().get("classes"), described[name].get("classes")
-        if found is not None and list(found) != list(own):
+        if found is not None and list(own) not in (list(found), numbered_classes(len(found))):
             raise ConfigError(
                 f"the classes of '{name}' differ: the model has {len(own)} ({', '.join(own[:3])}, …), the data set "
                 f"{len(found)} ({', '.join(found[:3])}, …); measure on the data the model was trained for"

@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from pamm.experiment import ConfigError, ModelConfig, PAMMConfig, from_dict, to_dict
+from pamm.experiment import ConfigError, ModelConfig, PAMMConfig, ReleasedConfig, from_dict, to_dict
 from pamm.models.backbone import ViT, create_backbone
 from pamm.models.heads import ConvHead
 from pamm.models.model import MultiTaskModel
 from pamm.models.pamm import PAMMDecoder
+from pamm.models.pamm_released import ReleasedDecoder
 from pamm.tasks import Task, create_task
 
 Decoder = tuple[nn.Module, dict[str, nn.Module]]
@@ -23,7 +24,16 @@ def pamm(config: PAMMConfig, backbone: ViT, tasks: Mapping[str, Task]) -> Decode
     return decoder, {name: ConvHead(config.width, task.channels) for name, task in tasks.items()}
 
 
-DECODERS: dict[type, Callable[[Any, ViT, Mapping[str, Task]], Decoder]] = {PAMMConfig: pamm}
+def pamm_released(config: ReleasedConfig, backbone: ViT, tasks: Mapping[str, Task]) -> Decoder:
+    """The decoder and heads of PAMM's published code."""
+    decoder = ReleasedDecoder(config, backbone.channels, backbone.grid, len(backbone.taps), list(tasks))
+    return decoder, {name: ConvHead(config.width, task.channels, bias=True) for name, task in tasks.items()}
+
+
+DECODERS: dict[type, Callable[[Any, ViT, Mapping[str, Task]], Decoder]] = {
+    PAMMConfig: pamm,
+    ReleasedConfig: pamm_released,
+}
 """Configuration class → builder of the decoder and heads."""
 
 
