@@ -59,24 +59,31 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """A timm vision transformer. Fields left None keep timm's own value."""
+    """A timm vision transformer or Swin transformer. Fields left None keep timm's own value."""
 
     name: str = "vit_base_patch16_384.augreg_in21k_ft_in1k"
-    """timm model name, with the tag of its pretrained weights after a dot."""
+    """timm model name, with the tag of its pretrained weights after a dot; "none": stage maps come from elsewhere."""
     pretrained: bool = True
     """Start from the tag's weights (downloaded once by timm)."""
     taps: tuple[int, ...] = (3, 6, 9, 12)
-    """Blocks, counted from 1, whose outputs are the stages; the last block's output passes the final norm."""
+    """ViT: blocks, counted from 1, whose outputs are the stages; the last block's output passes the final norm.
+    Swin: its stages, counted from 1, whose outputs are taken, each through a norm of its own."""
     drop_path: float = 0.15
     """Stochastic depth of the last block, rising linearly from 0 at the first."""
     patch: int | None = None
     """Patch side, pixels."""
     width: int | None = None
-    """Token channels."""
+    """Token channels; Swin: of the first stage, doubling with every stage."""
     depth: int | None = None
-    """Number of blocks."""
+    """ViT: number of blocks."""
     heads: int | None = None
-    """Attention heads."""
+    """ViT: attention heads."""
+    stage_depths: tuple[int, ...] | None = None
+    """Swin: number of blocks of every stage."""
+    stage_heads: tuple[int, ...] | None = None
+    """Swin: attention heads of every stage."""
+    window: int | None = None
+    """Swin: side of the attention windows, tokens."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,8 @@ class ExpertsConfig:
 class PAMMConfig:
     """The PAMM decoder; every switch is a row of one of the paper's tables."""
 
+    system: Literal["pamm"] = "pamm"
+    """Which decoder this is."""
     width: int = 768
     """Channels d of a task's features."""
     task_conv: bool = True
@@ -120,12 +129,40 @@ class PAMMConfig:
 
 
 @dataclass(frozen=True)
+class MTMambaConfig:
+    """The MTMamba or MTMamba++ decoder; the switches are rows of MTMamba's Tables 2-5."""
+
+    system: Literal["mtmamba", "mtmamba++"] = "mtmamba"
+    """Cross-task block and head: CTM and dense head, or S-CTM and lite head."""
+    stm: int = 2
+    """STM blocks per stage (Table 2)."""
+    ctm: bool = True
+    """Cross-task block (Table 2)."""
+    ctm_gate: float | None = None
+    """MTMamba: fixed gate g of the CTM block, 0 for the task's own feature, 1 for the shared one (Table 5); None: learned."""
+    extractor: Literal["mamba", "attention"] = "mamba"
+    """What extracts features in all blocks: the Mamba-based MFE, or attention in windows (Table 3)."""
+    gate: Literal["linear", "attention"] = "linear"
+    """What makes the gates of all blocks (Table 4)."""
+    window: int = 8
+    """Side of the windows of Tables 3 and 4, positions."""
+    expand: int = 2
+    """Expansion factor α of the extractors."""
+    state_size: int = 16
+    """State size N of the selective scan."""
+    drop_path: float = 0.2
+    """Stochastic depth of the first block, falling linearly to 0 at the last."""
+    head_width: int = 96
+    """MTMamba++: channels inside a head."""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The network: backbone and decoder."""
 
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     """Image encoder."""
-    decoder: PAMMConfig = field(default_factory=PAMMConfig)
+    decoder: PAMMConfig | MTMambaConfig = field(default_factory=PAMMConfig)
     """Multi-task decoder."""
 
 
@@ -229,7 +266,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:
             return None
-        return _convert(next(a for a in arguments if a is not type(None)), value, where)
+        return _convert(_member([a for a in arguments if a is not type(None)], value, where), value, where)
     if origin is dict and isinstance(value, dict):
         return {str(key): _convert(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
     if origin is tuple and isinstance(value, (list, tuple)):
@@ -242,6 +279,17 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if isinstance(hint, type) and type(value) is hint:
         return value
     raise ConfigError(f"{where}: found {value!r} ({type(value).__name__}), expected {_describe(hint)}")
+
+
+def _member(members: list[Any], value: Any, where: str) -> Any:
+    """The member of a union that `value` is read as: the dataclass whose field `system` it names, else the first."""
+    if not isinstance(value, dict) or "system" not in value:
+        return members[0]
+    hints = [(member, typing.get_type_hints(member)) for member in members if dataclasses.is_dataclass(member)]
+    systems = {name: m for m, known in hints if "system" in known for name in typing.get_args(known["system"])}
+    if systems and value["system"] not in systems:
+        raise ConfigError(f"{where}.system: found {value['system']!r}, expected one of {', '.join(map(repr, systems))}")
+    return systems.get(value["system"], members[0])
 
 
 def _describe(hint: Any) -> str:

@@ -7,23 +7,44 @@ from typing import Any
 
 from torch import nn
 
-from pamm.experiment import ConfigError, ModelConfig, PAMMConfig, from_dict, to_dict
-from pamm.models.backbone import ViT, create_backbone
+from pamm.experiment import ConfigError, ModelConfig, MTMambaConfig, PAMMConfig, from_dict, to_dict
+from pamm.models.backbone import NoBackbone, Swin, ViT, create_backbone
 from pamm.models.heads import ConvHead
 from pamm.models.model import MultiTaskModel
+from pamm.models.mtmamba import DenseHead, LiteHead, MTMambaDecoder
 from pamm.models.pamm import PAMMDecoder
 from pamm.tasks import Task, create_task
 
 Decoder = tuple[nn.Module, dict[str, nn.Module]]
 
 
-def pamm(config: PAMMConfig, backbone: ViT, tasks: Mapping[str, Task]) -> Decoder:
+def pamm(config: PAMMConfig, backbone: nn.Module, tasks: Mapping[str, Task]) -> Decoder:
     """PAMM's decoder and heads."""
+    if not isinstance(backbone, ViT):
+        raise ConfigError(
+            "backbone.name: PAMM's decoder needs stages of one size, which a plain vision transformer gives"
+        )
     decoder = PAMMDecoder(config, backbone.channels, len(backbone.taps), list(tasks))
     return decoder, {name: ConvHead(config.width, task.channels) for name, task in tasks.items()}
 
 
-DECODERS: dict[type, Callable[[Any, ViT, Mapping[str, Task]], Decoder]] = {PAMMConfig: pamm}
+def mtmamba(config: MTMambaConfig, backbone: nn.Module, tasks: Mapping[str, Task]) -> Decoder:
+    """MTMamba's or MTMamba++'s decoder and heads."""
+    if not isinstance(backbone, (Swin, NoBackbone)):
+        raise ConfigError(
+            "backbone.name: MTMamba's decoder needs stages of falling resolution, which a Swin transformer gives"
+        )
+    decoder = MTMambaDecoder(config, backbone.channels, list(tasks))
+    channels = backbone.channels[0]
+    if config.system == "mtmamba":
+        return decoder, {name: DenseHead(channels, task.channels) for name, task in tasks.items()}
+    return decoder, {name: LiteHead(channels, config.head_width, task.channels) for name, task in tasks.items()}
+
+
+DECODERS: dict[type, Callable[[Any, nn.Module, Mapping[str, Task]], Decoder]] = {
+    PAMMConfig: pamm,
+    MTMambaConfig: mtmamba,
+}
 """Configuration class → builder of the decoder and heads."""
 
 
