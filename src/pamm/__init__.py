@@ -42,6 +42,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
+    if name == "official":
+        return importlib.import_module("pamm.official")
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
     raise AttributeError(f"module 'pamm' has no attribute '{name}'; it has: {', '.join(__all__)}")

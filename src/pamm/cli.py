@@ -218,6 +218,34 @@ def predict(arguments: list[str]) -> int:
     return 1 if summary.failed else 0
 
 
+@command("turn a published PAMM or MTMamba checkpoint into a model of this package")
+def import_checkpoint(arguments: list[str]) -> int:
+    own = parser("import")
+    own.add_argument("checkpoint", type=Path, help="file of torch.save or .safetensors; nothing in it is executed")
+    own.add_argument(
+        "--out", type=Path, required=True, help="new folder for the weights (safetensors) and the settings"
+    )
+    own.add_argument("--image-size", type=int, nargs=2, metavar=("H", "W"), help="pixels (default: the checkpoint's)")
+    own.add_argument("--checkpoint-size", type=int, nargs=2, metavar=("H", "W"), help="pixels it was trained at")
+    own.add_argument("--num-heads", type=int, help="attention heads of a vision transformer (default: width / 64)")
+    own.add_argument("--scan", default="hilbert", choices=["hilbert", "snake", "morton"])
+    plain = own.parse_args(arguments)
+    from pamm.checkpoint import save_checkpoint
+    from pamm.official import OfficialError, load
+
+    if plain.out.exists() and (plain.out.is_file() or any(plain.out.iterdir())):
+        raise OfficialError(f"{plain.out} exists already; choose another folder, or remove it")
+    sizes = {"image_size": plain.image_size, "checkpoint_size": plain.checkpoint_size}
+    sizes = {name: tuple(size) for name, size in sizes.items() if size}
+    model = load(plain.checkpoint, num_heads=plain.num_heads, scan=plain.scan, **sizes)
+    save_checkpoint(plain.out, model)
+    print(f"{model.load_report}\nmodel folder: {plain.out}")
+    return 0
+
+
+COMMANDS["import"] = COMMANDS.pop("import_checkpoint")
+
+
 @command("check a data set, or make the synthetic one")
 def data(arguments: list[str]) -> int:
     own = parser("data")

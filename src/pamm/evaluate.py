@@ -26,6 +26,7 @@ from pamm.models.registry import rebuild_model
 from pamm.nn.joined import world_size
 from pamm.recipes import get_recipe
 from pamm.tasks import Task
+from pamm.tasks.segmentation import numbered_classes
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -204,7 +205,10 @@ def saved_experiment(source: str, data: str | None, root: str | None, model: Mul
         if name not in model.tasks:
             continue
         own = model.tasks[name].options()
-        if "classes" in options and list(options["classes"]) != list(own["classes"]):
+        if "classes" in options and list(own["classes"]) not in (
+            list(options["classes"]),
+            numbered_classes(len(options["classes"])),
+        ):
             raise ConfigError(
                 f"the classes of '{name}' differ: the model has {len(own['classes'])} ({', '.join(own['classes'][:3])}, …), "
                 f"the data set {len(options['classes'])} ({', '.join(options['classes'][:3])}, …); measure on the data the "

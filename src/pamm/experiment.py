@@ -84,6 +84,8 @@ class BackboneConfig:
     """Swin: attention heads of every stage."""
     window: int | None = None
     """Swin: side of the attention windows, tokens."""
+    class_token: bool = True
+    """A class token stands in the sequence beside the image's tokens; the released PAMM has none."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class PAMMConfig:
     """The PAMM decoder; every switch is a row of one of the paper's tables."""
 
     system: Literal["pamm"] = "pamm"
-    """Which decoder this is."""
+    """Which decoder these settings are of."""
     width: int = 768
     """Channels d of a task's features."""
     task_conv: bool = True
@@ -157,13 +159,43 @@ class MTMambaConfig:
 
 
 @dataclass(frozen=True)
+class ReleasedConfig:
+    """The decoder that PAMM's published code computes (its checkpoints' shapes), where it differs from the paper."""
+
+    system: Literal["pamm-released"] = "pamm-released"
+    """Which decoder these settings are of."""
+    width: int = 1024
+    """Channels d of a task's features."""
+    expand: int = 2
+    """Channels of the scanned signal per channel of a task's features."""
+    delta_rank: int | None = None
+    """Rank of the step's bottleneck; None is ⌈width/16⌉."""
+    state_size: int = 64
+    """State size N of the selective scan."""
+    shared_bias: bool = True
+    """Bias of the convolution that all tasks share."""
+    task_conv: bool = True
+    """A convolution per task after the shared one."""
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    """Experts on B and on C."""
+    kernel: int = 9
+    """Side of the experts' kernels, tokens; odd. The published code passes its top-k setting here."""
+    projection_bias: bool = False
+    """Bias of the linear projection in place of B's or C's experts where those are off."""
+    scan: Literal["hilbert", "snake", "morton"] = "hilbert"
+    """Scan curve."""
+    orders: int = 4
+    """Number of scan orders."""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The network: backbone and decoder."""
 
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     """Image encoder."""
-    decoder: PAMMConfig | MTMambaConfig = field(default_factory=PAMMConfig)
-    """Multi-task decoder."""
+    decoder: PAMMConfig | ReleasedConfig | MTMambaConfig = field(default_factory=PAMMConfig)
+    """Multi-task decoder; the field `system` tells which."""
 
 
 @dataclass(frozen=True)
@@ -266,7 +298,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:
             return None
-        return _convert(_member([a for a in arguments if a is not type(None)], value, where), value, where)
+        members = tuple(a for a in arguments if a is not type(None))
+        return _convert(_member(members, value, where) if len(members) > 1 else members[0], value, where)
     if origin is dict and isinstance(value, dict):
         return {str(key): _convert(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
     if origin is tuple and isinstance(value, (list, tuple)):
@@ -281,15 +314,24 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     raise ConfigError(f"{where}: found {value!r} ({type(value).__name__}), expected {_describe(hint)}")
 
 
-def _member(members: list[Any], value: Any, where: str) -> Any:
-    """The member of a union that `value` is read as: the dataclass whose field `system` it names, else the first."""
-    if not isinstance(value, dict) or "system" not in value:
+def _member(members: tuple[type, ...], value: Any, where: str) -> type:
+    """The dataclass of a union that a mapping is meant for, or ConfigError.
+
+    The members share a field of literals, such as `system`, whose values tell them apart; a mapping without that field means
+    the first member.
+    """
+    hints = [typing.get_type_hints(member) for member in members]
+    for tag in hints[0]:
+        choices = [typing.get_args(h[tag]) if typing.get_origin(h.get(tag)) is Literal else () for h in hints]
+        known = sum(choices, ())
+        if all(choices) and len(set(known)) == len(known):
+            break
+    if not isinstance(value, dict) or tag not in value:
         return members[0]
-    hints = [(member, typing.get_type_hints(member)) for member in members if dataclasses.is_dataclass(member)]
-    systems = {name: m for m, known in hints if "system" in known for name in typing.get_args(known["system"])}
-    if systems and value["system"] not in systems:
-        raise ConfigError(f"{where}.system: found {value['system']!r}, expected one of {', '.join(map(repr, systems))}")
-    return systems.get(value["system"], members[0])
+    for member, own in zip(members, choices, strict=True):
+        if value[tag] in own:
+            return member
+    raise ConfigError(f"{where}.{tag}: found {value[tag]!r}, expected one of {', '.join(map(repr, known))}")
 
 
 def _describe(hint: Any) -> str:

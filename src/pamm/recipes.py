@@ -17,6 +17,7 @@ from pamm.experiment import (
     Experiment,
     ModelConfig,
     PAMMConfig,
+    ReleasedConfig,
     TaskConfig,
     TrainConfig,
 )
@@ -77,6 +78,20 @@ def nyud_pamm_b() -> Experiment:
 def nyud_pamm_l() -> Experiment:
     """PAMM on NYUD-v2, ViT-L/16, 448×576, four tasks (paper Table I: 56.63 0.5102 18.52 78.10)."""
     return replace(nyud_pamm_b(), model=ModelConfig(VIT_L, PAMMConfig(width=768, state_size=16)))
+
+
+@recipe
+def pascal_pamm_released_l() -> Experiment:
+    """PAMM as its published code computes it, with its checkpoint's tensors; PASCAL-Context, ViT-L/16, 512×512."""
+    backbone = replace(VIT_L, class_token=False)
+    return replace(pascal_pamm_l(), model=ModelConfig(backbone, ReleasedConfig(width=1024, state_size=64)))
+
+
+@recipe
+def nyud_pamm_released_l() -> Experiment:
+    """PAMM as its published code computes it (its own NYUD-v2 settings do not run: width mended), ViT-L/16, 448×576."""
+    backbone = replace(VIT_L, class_token=False)
+    return replace(nyud_pamm_l(), model=ModelConfig(backbone, ReleasedConfig(width=768, state_size=16)))
 
 
 @recipe
@@ -160,7 +175,11 @@ def get_recipe(name: str) -> Experiment:
     for variant in variants:
         if variant not in VARIANTS:
             raise ConfigError(f"unknown variant '{variant}'.{_nearest(variant, VARIANTS)} Known: {', '.join(VARIANTS)}")
-        experiment = VARIANTS[variant][1](experiment)
+        try:
+            experiment = VARIANTS[variant][1](experiment)
+        except TypeError:  # a setting that this decoder does not have
+            system = experiment.model.decoder.system
+            raise ConfigError(f"the variant '{variant}' changes a setting that '{system}' does not have") from None
     return replace(experiment, name=name)
 
 

@@ -36,7 +36,8 @@ class ViT(nn.Module):
     """A timm VisionTransformer; stages are the outputs of the blocks named by `taps`.
 
     The last block's output passes the final norm, earlier ones are raw (paper §V-C, blocks 3, 6, 9, 12 of ViT-B).
-    `channels` is the width of every stage, `patch` the side of a token in pixels.
+    `channels` is the width of every stage, `patch` the side of a token in pixels, `grid` the rows and columns of tokens of
+    the image size it was built for.
     """
 
     def __init__(self, vit: VisionTransformer, taps: tuple[int, ...]):
@@ -46,6 +47,7 @@ class ViT(nn.Module):
         self.taps = taps
         self.channels: int = vit.embed_dim
         self.patch: int = vit.patch_embed.patch_size[0]
+        self.grid: tuple[int, int] = tuple(vit.patch_embed.grid_size)
         if taps[-1] < depth:  # blocks and a norm that no stage reads would be parameters without a gradient
             vit.blocks = vit.blocks[: taps[-1]]
             vit.norm = nn.Identity()
@@ -141,6 +143,8 @@ def create_backbone(config: BackboneConfig, image_size: tuple[int, int]) -> ViT 
     else:
         arguments |= {"dynamic_img_size": True, "global_pool": ""}
     model = _create(config, arguments, kind)
+    if not (swin or config.class_token):
+        _remove_class_token(model)
     join_drop_paths(model)
     backbone = Swin(model, config.taps) if swin else ViT(model, config.taps)
     if any(side % backbone.patch for side in image_size):
@@ -195,6 +199,12 @@ def _check_image(height: int, width: int, patch: int) -> None:
             f"image of {height}×{width} pixels: both sides must be multiples of the patch, {patch}; "
             f"pad it to {_padded(height, width, patch)}, or use pamm.Predictor, which takes any size"
         )
+
+
+def _remove_class_token(vit: VisionTransformer) -> None:
+    """Leave the class token and its position embedding out of the sequence; the image's tokens keep theirs."""
+    vit.pos_embed = nn.Parameter(vit.pos_embed.detach()[:, vit.num_prefix_tokens :].clone())
+    vit.cls_token, vit.num_prefix_tokens, vit.has_class_token = None, 0, False
 
 
 def _padded(height: int, width: int, patch: int) -> str:

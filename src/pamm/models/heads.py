@@ -43,16 +43,21 @@ def upsampled_conv3x3(x: Tensor, weight: Tensor, scale: int) -> Tensor:
 
 
 class ConvHead(nn.Module):
-    """×4 bilinear upsampling, Conv3×3, BatchNorm, GELU, Conv1×1 (paper eq. 23)."""
+    """×4 bilinear upsampling, Conv3×3, BatchNorm, GELU, Conv1×1 (paper eq. 23).
 
-    def __init__(self, width: int, channels: int, *, scale: int = 4):
+    `bias` gives the Conv3×3 one, which the BatchNorm's makes superfluous but published weights hold.
+    """
+
+    def __init__(self, width: int, channels: int, *, scale: int = 4, bias: bool = False):
         super().__init__()
         self.scale = scale
-        self.conv = nn.Conv2d(width, width, 3, padding=1, bias=False)  # BatchNorm has the bias
+        self.conv = nn.Conv2d(width, width, 3, padding=1, bias=bias)
         self.norm = JoinedBatchNorm2d(width)
         self.predict = nn.Conv2d(width, channels, 1)
 
     def forward(self, feature: Tensor) -> Tensor:
         """(B, d, h, w) task feature → (B, channels, 4h, 4w) logits."""
         x = upsampled_conv3x3(feature, self.conv.weight, self.scale)
+        if self.conv.bias is not None:
+            x = x + self.conv.bias[:, None, None].to(x.dtype)
         return self.predict(F.gelu(self.norm(x)))

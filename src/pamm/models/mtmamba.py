@@ -1,8 +1,7 @@
 """MTMamba, multi-task dense scene understanding with Mamba-based decoders (Lin et al.), and MTMamba++: decoder and heads.
 
 The paper's Fig. 1 and 2 from the inside out: SS2D → MFE → STM and CTM blocks (MTMamba++: S-CTM) → stage → decoder → head.
-Tasks are a batch axis: every per-task weight is one tensor whose leading dimension is the task. `decoder.stages[s]` returns
-what leaves stage s, (T, B, h, w, c), for a forward hook to see.
+Tasks are a batch axis: every per-task weight is one tensor whose leading dimension is the task.
 
 Letters in shapes: B batch, T tasks, c channels of a stage, e = expand·c, h × w positions, L = h·w, K = 4 orders, N state size.
 """
@@ -10,11 +9,13 @@ Letters in shapes: B batch, T tasks, c channels of a stage, e = expand·c, h × 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from pamm.experiment import ConfigError, MTMambaConfig
 from pamm.nn.joined import JoinedBatchNorm2d
@@ -263,6 +264,19 @@ class MTMambaDecoder(nn.Module):
         for stage, skip in zip(self.stages, stages[-2::-1], strict=True):
             z = stage(z, skip)
         return dict(zip(self.tasks, z.permute(0, 1, 4, 2, 3), strict=True))
+
+    def observe(self, maps: dict[str, Tensor]) -> list[RemovableHandle]:
+        """Let every forward pass write what leaves a stage into `maps`, until the returned handles are removed.
+
+        `ctm.<s>.<t>` (B, h, w, c) for stage s and task t.
+        """
+
+        def write(number: int) -> Callable[[nn.Module, tuple, Tensor], None]:
+            return lambda module, inputs, output: maps.update(
+                {f"ctm.{number}.{task}": z for task, z in zip(self.tasks, output, strict=True)}
+            )
+
+        return [stage.register_forward_hook(write(number)) for number, stage in enumerate(self.stages)]
 
 
 def check(config: MTMambaConfig, channels: tuple[int, ...]) -> None:

@@ -1,41 +1,107 @@
-"""Published checkpoints: one file per paper reads its layout, recognised by keys and shapes alone."""
+"""Published checkpoints: their tensors, under their names, become a network of this package that gives their outputs.
+
+    model = pamm.official.load("checkpoint.pth.tar", image_size=(512, 512))
+    print(model.load_report)
+
+Every published system is one module of this package with `SYSTEM` (its name), `matches(state) -> bool` and
+`read(state, **options) -> MultiTaskModel`; a new one is found without being listed anywhere.
+"""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
-from os import PathLike
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
-import torch
 from torch import Tensor
 
-from pamm.checkpoint import CheckpointError
 from pamm.models.model import MultiTaskModel
+from pamm.official.files import read_state
+from pamm.official.names import LoadReport, OfficialError, Place
 
-READERS = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
+_MODULES = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
+
+SYSTEMS: dict[str, ModuleType] = {module.SYSTEM: module for module in _MODULES if hasattr(module, "SYSTEM")}
+"""Published system → the module that reads its checkpoints."""
 
 
 def load(
-    source: Mapping[str, Any] | str | PathLike[str],
+    state_dict_or_path: Mapping[str, Tensor] | str | Path,
     *,
-    image_size: tuple[int, int],
+    image_size: tuple[int, int] | None = None,
     num_heads: int | None = None,
     scan: str = "hilbert",
     extras: Mapping[str, Tensor] | None = None,
+    checkpoint_size: tuple[int, int] | None = None,
 ) -> MultiTaskModel:
-    """The network of a published checkpoint, given as a file or as its content, in eval mode. Raises CheckpointError."""
-    state: Any = source
-    if not isinstance(source, Mapping):
-        try:
-            state = torch.load(Path(source), map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises many kinds for a damaged file
-            raise CheckpointError(f"{source} is damaged or not a checkpoint of weights alone ({error})") from error
-    state = state.get("model", state)
-    state = {key.removeprefix("module."): value for key, value in state.items()}
-    for reader in READERS:
-        if reader.matches(state):
-            return reader.read(state, image_size=image_size, num_heads=num_heads, scan=scan, extras=extras)
-    raise CheckpointError(f"a checkpoint of none of the known systems; its first keys: {', '.join(list(state)[:5])}")
+    """A published checkpoint as a network in eval mode, with its `load_report`.
+
+    The system, its tasks, channels, widths, depths, state size, experts and stages are told from keys and shapes; the
+    arguments are what these cannot tell.
+
+    Args:
+        state_dict_or_path: tensors by name, a whole checkpoint that holds them under "model" or "state_dict", or the file of
+            either (`torch.save` or safetensors; nothing in a file is executed). A prefix `module.` is taken off.
+        image_size: height and width, pixels, the network is built for; default the checkpoint's own, where it is square.
+        num_heads: attention heads of a vision transformer; default its width / 64.
+        scan: "hilbert", "snake" or "morton" (published names: h, s, z).
+        extras: tensors that the training held and the checkpoint lacks, under the checkpoint's naming (released PAMM: A_log0,
+            D0, task_prompt_B, task_prompt_C; without them −(1..N), 1, 0, 0).
+        checkpoint_size: height and width the checkpoint was trained at, where it differs from `image_size` and cannot be
+            told; else the grid of tokens whose proportions come nearest is taken.
+
+    Raises OfficialError: no readable checkpoint of a known system, a key that is missing, unknown or of another shape, an
+    argument that does not fit.
+    """
+    state = read_state(state_dict_or_path)
+    options = {"image_size": image_size, "num_heads": num_heads, "extras": extras, "checkpoint_size": checkpoint_size}
+    for module in SYSTEMS.values():
+        if module.matches(state):
+            given = {name: value for name, value in options.items() if value is not None}
+            return module.read(state, scan=scan, **given).eval()
+    raise OfficialError(
+        f"these {len(state)} tensors are of no published system known here ({', '.join(SYSTEMS)}); they begin with "
+        f"{', '.join(list(state)[:3]) or 'nothing'}. A network of this package loads with pamm.load_model"
+    )
+
+
+@contextmanager
+def intermediates(model: MultiTaskModel) -> Iterator[dict[str, Tensor]]:
+    """Intermediate results by name, of the last forward pass inside the `with` block.
+
+    Names and shapes: `ReleasedDecoder.observe` for the released PAMM, `MTMambaDecoder.observe` for MTMamba and MTMamba++.
+
+        with intermediates(model) as maps:
+            model(image)
+        maps["B.0.semseg"]
+    """
+    maps: dict[str, Tensor] = {}
+    handles = model.decoder.observe(maps)
+    try:
+        yield maps
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def gradients(model: MultiTaskModel) -> dict[str, Tensor | None]:
+    """The gradient of every tensor of the checkpoint, under its own name and in its own shape, after a backward pass.
+
+    None where no gradient flows: for what the checkpoint holds and the network does not use, for BatchNorm's statistics,
+    and for the constants among `extras` unless `requires_grad_()` was called on their buffers before the forward pass.
+    A tensor that was resized for another image size has the resized shape. Raises OfficialError for a model without a
+    `load_report`.
+    """
+    report: LoadReport | None = getattr(model, "load_report", None)
+    if report is None:
+        raise OfficialError("this model was not made by pamm.official.load, which alone knows the checkpoint's names")
+    own = dict(model.named_parameters()) | dict(model.named_buffers())
+    gradient = {name: tensor.grad for name, tensor in own.items()}
+    found = {key: place.collect(gradient) for key, place in report.used.items()}
+    return found | dict.fromkeys(report.ignored)
+
+
+__all__ = ["SYSTEMS", "LoadReport", "OfficialError", "Place", "gradients", "intermediates", "load"]

@@ -114,6 +114,11 @@ class ClassMap(Task):
         Image.fromarray(np.asarray(prediction, np.uint8)).save(path, format="PNG")
 
 
+def numbered_classes(count: int) -> list[str]:
+    """Names for classes of which only the number is known."""
+    return [f"class {index}" for index in range(count)]
+
+
 def check_classes(task: str, classes: Sequence[str]) -> None:
     """Raise ValueError unless `classes` are 2 to 255 different names."""
     if not 2 <= len(classes) <= 255:

@@ -1,0 +1,268 @@
+"""PAMM as its published code computes it: the function behind the published weights.
+
+Where it leaves the paper (see `pamm.models.pamm` for that): the experts are 9×9 convolutions with two BatchNorms and a
+general path that sends no gradient back, the router also reads a weighted sum over the positions of one token grid, A, D and
+the priors are constants, and no convolution precedes the scanned signal.
+
+Letters in shapes: B batch, T tasks, S stages, d width, e expanded width, h×w tokens, L = h·w, N state size, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from pamm.experiment import ConfigError, ReleasedConfig
+from pamm.nn.joined import JoinedBatchNorm2d, joined_draw
+from pamm.nn.serialize import scan_orders
+from pamm.nn.ssm import init_A_log, init_D
+from pamm.ops import selective_scan
+
+GROUPS = 32
+"""Groups of every GroupNorm."""
+
+
+def per_task(tasks: list[str], build: Callable[[], nn.Module]) -> nn.ModuleDict:
+    """One module of its own for every task."""
+    return nn.ModuleDict({task: build() for task in tasks})
+
+
+def linear(inputs: int, outputs: int, *, bias: bool = True) -> nn.Linear:
+    """A linear layer as the published code initialises it: trunc-normal 0.02, bias 0."""
+    layer = nn.Linear(inputs, outputs, bias=bias)
+    nn.init.trunc_normal_(layer.weight, std=0.02)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def uniform(*shape: int, fan_in: int) -> nn.Parameter:
+    """Uniform in ±fan_in^(−1/2), as torch initialises a convolution."""
+    bound = fan_in**-0.5
+    return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+
+
+def resize_positions(weight: Tensor, size: tuple[int, int]) -> Tensor:
+    """(H, W) weights of a sum over positions → `size`, bilinear, in proportion to the area: the sum keeps its scale."""
+    if weight.shape == size:
+        return weight
+    resized = F.interpolate(weight[None, None], size=size, mode="bilinear", align_corners=False, antialias=True)
+    return resized[0, 0] * (weight.numel() / resized.numel())
+
+
+class ReleasedRouter(nn.Module):
+    """One task's expert weights p and mix m, from the mean over positions of a channel map and from a spatial sum."""
+
+    def __init__(self, channels: int, grid: tuple[int, int], experts: int, top_k: int):
+        super().__init__()
+        hidden = channels // 4
+        self.top_k = top_k
+        self.channel = nn.Sequential(nn.Linear(channels, hidden), nn.LayerNorm(hidden), nn.GELU())
+        self.channel_out = nn.Linear(hidden, hidden)
+        self.positions = nn.Parameter(nn.init.trunc_normal_(torch.empty(grid), std=0.02))
+        self.positions_bias = nn.Parameter(torch.zeros(1))
+        self.spatial = nn.Sequential(nn.LayerNorm(channels), nn.GELU(), nn.Linear(channels, hidden))
+        self.scores = nn.Linear(2 * hidden, 2 * experts + 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, e, h, w) → p (B, E): softmax, all but the k largest zero, not renormalised; m (B, 1), any number.
+
+        The last linear map of the channel path is applied to the pooled vector, which is the same and cheaper.
+        """
+        tokens = x.flatten(2).transpose(1, 2)
+        channel = self.channel_out(self.channel(tokens).mean(1))
+        positions = resize_positions(self.positions, x.shape[-2:]).flatten()
+        spatial = self.spatial(positions.to(x.dtype) @ tokens + self.positions_bias.to(x.dtype))
+        scores = self.scores(torch.cat([channel, spatial], dim=1)).float()
+        experts = scores.shape[1] // 2
+        logits, scale, mix = scores.split([experts, experts, 1], dim=1)
+        if self.training:
+            draw = joined_draw(lambda n: torch.randn(n, experts, device=scores.device), len(scores))
+            logits = logits + draw * scale
+        weights = logits.softmax(1)
+        kept = torch.zeros_like(weights).scatter_(1, weights.topk(self.top_k, dim=1).indices, 1.0)
+        return weights * kept, mix
+
+
+class ReleasedExperts(nn.Module):
+    """One of the scan's parameters B or C from x, the prior added.
+
+    BatchNorm(BatchNorm(Σ_j p_j E_j(x)) + m·E_task(x) + G(x)), where no gradient goes back through G's x. An expert is a k×k
+    convolution to `rank` channels and a 1×1 convolution from them; E_task belongs to one task, the other experts and G to
+    all, the BatchNorms to one task each. Experts stand side by side, so their weighted sum is one bottleneck.
+    """
+
+    def __init__(self, tasks: list[str], channels: int, grid: tuple[int, int], config: ReleasedConfig):
+        super().__init__()
+        size, kernel, rank, count = config.state_size, config.kernel, config.experts.rank, config.experts.count
+        self.padding = kernel // 2
+        self.reduce = uniform(count, rank, channels, kernel, kernel, fan_in=channels * kernel**2)
+        self.reduce_bias = uniform(count, rank, fan_in=channels * kernel**2)
+        self.restore = uniform(count, size, rank, fan_in=rank)
+        self.restore_bias = uniform(count, size, fan_in=rank)
+        self.general = nn.Conv2d(channels, size, kernel, padding=self.padding)
+        self.task_reduce = per_task(tasks, lambda: nn.Conv2d(channels, rank, kernel, padding=self.padding))
+        self.task_restore = per_task(tasks, lambda: nn.Conv2d(rank, size, 1))
+        self.routers = per_task(tasks, lambda: ReleasedRouter(channels, grid, count, config.experts.top_k))
+        self.norm_experts = per_task(tasks, lambda: JoinedBatchNorm2d(size))
+        self.norm = per_task(tasks, lambda: JoinedBatchNorm2d(size))
+        self.register_buffer("prior", torch.zeros(len(tasks), size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, B, e, h, w) → (T, B, N, h, w)."""
+        maps = [self.one_task(task, x_t) for task, x_t in zip(self.routers, x, strict=True)]
+        return torch.stack(maps) + self.prior[:, None, :, None, None]
+
+    def one_task(self, task: str, x: Tensor) -> Tensor:
+        """(B, e, h, w) → (B, N, h, w), without the prior."""
+        weights, mix = self.routers[task](x)
+        own = self.task_reduce[task]
+        reduce = torch.cat([self.reduce.flatten(0, 1), own.weight])
+        hidden = F.conv2d(x, reduce, torch.cat([self.reduce_bias.flatten(), own.bias]), padding=self.padding)
+        shared, private = hidden.split([self.reduce_bias.numel(), len(own.bias)], dim=1)
+        scale = weights.repeat_interleave(self.reduce.shape[1], 1)[:, :, None, None].to(x.dtype)
+        restore = self.restore.transpose(0, 1).flatten(1)[:, :, None, None]
+        chosen = F.conv2d(shared * scale, restore) + (weights @ self.restore_bias)[:, :, None, None].to(x.dtype)
+        mixed = mix[:, :, None, None].to(x.dtype) * self.task_restore[task](private)
+        return self.norm[task](self.norm_experts[task](chosen) + mixed + self.general(x.detach()))
+
+
+class PlainProjection(nn.Module):
+    """What stands in for the experts where they are off: a linear map per task, the prior added."""
+
+    def __init__(self, tasks: list[str], channels: int, config: ReleasedConfig):
+        super().__init__()
+        self.project = per_task(tasks, lambda: linear(channels, config.state_size, bias=config.projection_bias))
+        self.register_buffer("prior", torch.zeros(len(tasks), config.state_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, B, e, h, w) → (T, B, N, h, w)."""
+        maps = [project(x_t.movedim(1, -1)) for project, x_t in zip(self.project.values(), x, strict=True)]
+        return (torch.stack(maps) + self.prior[:, None, None, None]).movedim(-1, 2)
+
+
+class ReleasedStage(nn.Module):
+    """Task convolutions and the experts' scan of one stage. A_log, D and the priors are constants, saved as buffers."""
+
+    def __init__(self, config: ReleasedConfig, channels: int, grid: tuple[int, int], tasks: list[str]):
+        super().__init__()
+        width, expanded = config.width, config.expand * config.width
+        rank = config.delta_rank or math.ceil(width / 16)
+        self.shared = nn.Conv2d(channels, width, 3, padding=1, bias=config.shared_bias)
+        self.shared_norm = nn.GroupNorm(GROUPS, width)
+        self.conv = per_task(tasks, lambda: nn.Conv2d(width, width, 3, padding=1)) if config.task_conv else None
+        self.norm = per_task(tasks, lambda: nn.GroupNorm(GROUPS, width))
+        self.gate = per_task(tasks, lambda: nn.Conv2d(width, width, 1))
+        self.expand = per_task(tasks, lambda: nn.Conv2d(width, expanded, 1))
+        self.delta_reduce = per_task(tasks, lambda: linear(expanded, rank, bias=False))
+        self.delta_restore = per_task(tasks, lambda: linear(rank, expanded))
+        self.B, self.C = (
+            ReleasedExperts(tasks, expanded, grid, config) if experts else PlainProjection(tasks, expanded, config)
+            for experts in (config.experts.B, config.experts.C)
+        )
+        self.contract = per_task(tasks, lambda: nn.Linear(expanded, width))
+        self.register_buffer("A_log", init_A_log(len(tasks), channels=expanded, state_size=config.state_size).detach())
+        self.register_buffer("D", init_D(len(tasks), channels=expanded).detach())
+
+    def forward(self, stage: Tensor, orders: Tensor) -> Tensor:
+        """(B, C, h, w) stage, (K, L) scan orders → (T, B, d, h, w): u + project(scan) ⊙ gate."""
+        f = self.shared_norm(self.shared(stage))
+        u = torch.stack([self.conv[task](f) if self.conv is not None else f for task in self.norm])
+        n = [norm(u_t) for norm, u_t in zip(self.norm.values(), u, strict=True)]
+        z = [F.silu(gate(n_t)) for gate, n_t in zip(self.gate.values(), n, strict=True)]
+        x = torch.stack([expand(F.silu(n_t)) for expand, n_t in zip(self.expand.values(), n, strict=True)])
+        y = self.scan(x, orders)
+        y = torch.stack([contract(y_t) for contract, y_t in zip(self.contract.values(), y, strict=True)])
+        return u + y.transpose(2, 3).unflatten(3, stage.shape[-2:]) * torch.stack(z)
+
+    def scan(self, x: Tensor, orders: Tensor) -> Tensor:
+        """(T, B, e, h, w) signal → (T, B, L, e), the sum over the scan orders."""
+        tokens = to_tokens(x)
+        lows = [reduce(x_t) for reduce, x_t in zip(self.delta_reduce.values(), tokens, strict=True)]
+        steps = self.delta_restore.values()  # their bias is added inside the scan, in float32
+        delta = torch.stack([F.linear(low, step.weight) for low, step in zip(lows, steps, strict=True)])
+        bias = torch.stack([step.bias for step in steps])
+        B, C = to_tokens(self.B(x)), to_tokens(self.C(x))
+        A = -torch.exp(self.A_log.float())
+        return selective_scan(tokens, delta, A, B, C, self.D, orders, delta_bias=bias)
+
+
+class ReleasedDecoder(nn.Module):
+    """Stage maps of the backbone → one feature map per task, a softmax over the stages at every position."""
+
+    def __init__(self, config: ReleasedConfig, channels: int, grid: tuple[int, int], stages: int, tasks: list[str]):
+        super().__init__()
+        check(config)
+        width = config.width
+        self.tasks = tasks
+        self.scan, self.orders = config.scan, config.orders
+        self.stages = nn.ModuleList(ReleasedStage(config, channels, grid, tasks) for _ in range(stages))
+        self.fuse = per_task(
+            tasks,
+            lambda: nn.Sequential(
+                nn.Conv2d(stages * width, width, 1),
+                JoinedBatchNorm2d(width),
+                nn.GELU(),
+                nn.Conv2d(width, stages, 3, padding=1),
+            ),
+        )
+
+    def forward(self, stages: list[Tensor]) -> dict[str, Tensor]:
+        """S maps (B, C, h, w) → task name → (B, d, h, w)."""
+        height, width = stages[0].shape[-2:]
+        orders = scan_orders(self.scan, height, width, self.orders).to(stages[0].device)
+        features = torch.stack([block(x, orders) for block, x in zip(self.stages, stages, strict=True)], dim=3)
+        fused = {}
+        for (task, fuse), maps in zip(self.fuse.items(), features, strict=True):  # maps (B, d, S, h, w)
+            weights = fuse(maps.transpose(1, 2).flatten(1, 2)).float().softmax(1)
+            fused[task] = (maps * weights[:, None].to(maps.dtype)).sum(2)
+        return fused
+
+    def observe(self, maps: dict[str, Tensor]) -> list[RemovableHandle]:
+        """Let every forward pass write its intermediate results into `maps`, until the returned handles are removed.
+
+        For stage s and task t: `tokens.<s>` (B, L, C) entering, `B.<s>.<t>` and `C.<s>.<t>` (B, N, h, w) as the scan uses
+        them, `stage.<s>.<t>` (B, d, h, w) leaving. `order/<k>` (L,): the positions as scan order k visits them.
+        """
+
+        def write(name: str) -> Callable[[nn.Module, tuple, Tensor], None]:
+            return lambda module, inputs, output: maps.update(
+                {f"{name}.{task}": value for task, value in zip(self.tasks, output, strict=True)}
+            )
+
+        def enter(index: int) -> Callable[[nn.Module, tuple], None]:
+            def hook(module: nn.Module, inputs: tuple[Tensor, Tensor]) -> None:
+                maps[f"tokens.{index}"] = inputs[0].flatten(2).transpose(1, 2)
+                maps.update({f"order/{k}": order for k, order in enumerate(inputs[1])})
+
+            return hook
+
+        handles = []
+        for s, stage in enumerate(self.stages):
+            handles.append(stage.register_forward_pre_hook(enter(s)))
+            handles += [part.register_forward_hook(write(f"{n}.{s}")) for n, part in (("B", stage.B), ("C", stage.C))]
+            handles.append(stage.register_forward_hook(write(f"stage.{s}")))
+        return handles
+
+
+def check(config: ReleasedConfig) -> None:
+    """Raise ConfigError for settings that no network has."""
+    if config.width % GROUPS:
+        raise ConfigError(f"decoder.width: found {config.width}, expected a multiple of {GROUPS} (GroupNorm's groups)")
+    if config.kernel % 2 == 0:
+        raise ConfigError(f"decoder.kernel: found {config.kernel}, expected an odd number")
+    experts = config.experts
+    if (experts.B or experts.C) and not 1 <= experts.top_k <= experts.count:
+        raise ConfigError(
+            f"decoder.experts.top_k: found {experts.top_k}, expected 1 to decoder.experts.count = {experts.count}"
+        )
+
+
+def to_tokens(maps: Tensor) -> Tensor:
+    """(T, B, c, h, w) → (T, B, L, c)."""
+    return maps.flatten(3).transpose(2, 3)

@@ -1,0 +1,70 @@
+"""The tensors of a checkpoint file, read so that nothing in the file is executed."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pamm.official.names import OfficialError
+
+WRAPPERS = ("model", "state_dict")
+"""Keys under which a whole checkpoint holds its weights."""
+
+PREFIX = "module."
+"""What distributed training puts before every key."""
+
+
+def read_state(source: Mapping[str, Tensor] | str | Path) -> dict[str, Tensor]:
+    """Key → tensor, unwrapped and without the prefix `module.`, in the checkpoint's order. Raises OfficialError."""
+    where, content = ("the given mapping", source) if isinstance(source, Mapping) else (source, read_file(Path(source)))
+    for wrapper in WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    if not isinstance(content, Mapping):
+        raise OfficialError(f"{where} holds a {type(content).__name__}, expected tensors by name")
+    return named_tensors(content, str(where))
+
+
+def named_tensors(content: Mapping[Any, Any], where: str) -> dict[str, Tensor]:
+    """The same tensors without the prefix. Raises OfficialError for an entry that is none."""
+    for key, value in content.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise OfficialError(
+                f"{where}: the entry {key!r} is a {type(value).__name__}, expected only tensors by name, plainly or under "
+                f"{' or '.join(map(repr, WRAPPERS))}"
+            )
+    return {key.removeprefix(PREFIX): value for key, value in content.items()}
+
+
+def read_file(path: Path) -> Any:
+    """What a `torch.save` or safetensors file holds, on the CPU. Raises OfficialError."""
+    path = path.expanduser()
+    if not path.is_file():
+        raise OfficialError(f"no file at {path}; give a checkpoint downloaded from its authors")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with warnings.catch_warnings():  # torch warns of pickle protocols before it refuses what it cannot read
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # torch raises many kinds for damaged files and for pickles that hold other than tensors
+        foreign = re.search(r"GLOBAL (\S+)", str(error))
+        if foreign:
+            raise OfficialError(
+                f"{path} asks for {foreign[1]}, which is no tensor, number or string; nothing of it was executed, because a "
+                "pickle can run any code. Where you trust the file, save its weights alone: torch.save({'model': weights}, file)"
+            ) from error
+        told = "" if isinstance(error, pickle.UnpicklingError) else f": {(str(error).splitlines() or [''])[0]}"
+        raise OfficialError(
+            f"{path} is damaged, or neither a file of torch.save nor a .safetensors file ({type(error).__name__}{told}). "
+            "Download it again"
+        ) from error

@@ -1,0 +1,54 @@
+"""The tasks of a published checkpoint, from the names and channels of its heads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from pamm.data import DATASETS
+from pamm.data.files import PackagedDataset
+from pamm.experiment import DataConfig
+from pamm.official.names import OfficialError
+from pamm.tasks import TASKS, Task, create_task
+from pamm.tasks.segmentation import ClassMap, numbered_classes
+
+ORDER = ("semseg", "depth", "human_parts", "sal", "normals", "edge")
+"""The benchmarks' order of tasks."""
+
+
+def task_order(names: Iterable[str]) -> list[str]:
+    """These tasks in the benchmarks' order. Raises OfficialError for an unknown one, or for none."""
+    found = sorted(set(names))
+    unknown = [name for name in found if name not in TASKS]
+    if unknown or not found:
+        told = f"the task '{unknown[0]}'" if unknown else "no task's head"
+        raise OfficialError(f"the checkpoint holds {told}; the tasks known here are {', '.join(ORDER)}")
+    return sorted(found, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
+
+
+def tasks_of(channels: Mapping[str, int], notices: list[str]) -> dict[str, Task]:
+    """Task name → task with so many output channels.
+
+    Classes are named as the benchmark's that has so many, else numbered; `notices` is told. Raises OfficialError for a number
+    that a task cannot have.
+    """
+    tasks = {}
+    for name, count in channels.items():
+        if issubclass(TASKS[name], ClassMap):
+            classes, source = class_names(name, count)
+            notices.append(f"{name}: {count} classes, {source}")
+            tasks[name] = create_task(name, classes=classes)
+        else:
+            tasks[name] = create_task(name)
+        if tasks[name].channels != count:
+            raise OfficialError(f"the head of '{name}' has {count} channels, expected {tasks[name].channels}")
+    return tasks
+
+
+def class_names(task: str, count: int) -> tuple[list[str], str]:
+    """Names of a task's `count` classes and where they come from, in words."""
+    for name, dataset in DATASETS.items():
+        if issubclass(dataset, PackagedDataset):
+            classes = dataset.options(DataConfig(name=name)).get(task, {}).get("classes", ())
+            if len(classes) == count:
+                return list(classes), f"named as those of the data set '{name}', which has so many"
+    return numbered_classes(count), "numbered, because the checkpoint does not name them"
