@@ -35,12 +35,15 @@ class TaskConfig:
 class DataConfig:
     """Where images and labels come from and the frame the network sees."""
 
-    name: Literal["nyud", "pascal", "folder", "synthetic"] = "folder"
+    name: Literal["nyud", "pascal", "cityscapes", "folder", "synthetic"] = "folder"
     """Kind of data set."""
     root: str | None = None
     """Folder of the data set; `~` is expanded. Synthetic data: its cache (default: the user's cache folder)."""
     size: tuple[int, int] = (512, 512)
     """Height and width of a training crop and of the padded validation frame, pixels; multiples of the patch."""
+    label_size: tuple[int, int] | None = None
+    """Where set: crops and frames have this size, the network sees them shrunk to `size`, and its output is brought back to this
+    size for the losses and metrics (Cityscapes: 1024×2048, seen at 512×1024)."""
     fit: bool = False
     """First shrink every image that is larger than `size` until it fits (the papers' data sets: off)."""
     scale: tuple[float, float] = (0.5, 2.0)
@@ -55,6 +58,11 @@ class DataConfig:
     """Synthetic data: number of training and validation images."""
     seed: int = 0
     """Synthetic data: seed of the scenes."""
+
+    @property
+    def frame(self) -> tuple[int, int]:
+        """Height and width of labels, pixels."""
+        return self.label_size or self.size
 
 
 @dataclass(frozen=True)
