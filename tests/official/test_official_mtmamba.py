@@ -14,7 +14,8 @@ import torch.nn.functional as F
 
 from pamm.build import create_tasks
 from pamm.checkpoint import load_model
-from pamm.experiment import BackboneConfig, ModelConfig, MTMambaConfig
+from pamm.data import dataset_options
+from pamm.experiment import BackboneConfig, DataConfig, ModelConfig, MTMambaConfig
 from pamm.models.registry import build_model
 from pamm.official import OfficialError, gradients, intermediates, load
 from pamm.official.mtmamba import layout
@@ -270,6 +271,16 @@ def test_a_model_without_backbone_says_so():
     model = build(backbone=BackboneConfig("none", False, (1, 2, 3, 4), width=8))
     with pytest.raises(ValueError, match=r"no backbone: give its stage maps to model\.decode\(stages, size\)"):
         model(torch.zeros(1, 3, 64, 96))
+
+
+def test_a_cityscapes_checkpoint_has_its_classes_and_its_disparity():
+    described = dataset_options(DataConfig(name="cityscapes"))
+    torch.manual_seed(0)
+    tasks = {name: create_task(name, **described[name]) for name in ("semseg", "depth")}
+    backbone = BackboneConfig("none", False, (1, 2, 3, 4), width=8)
+    model = build_model(ModelConfig(backbone, MTMAMBA), tasks, (64, 128))
+    loaded = load(published(model, "mtmamba"), image_size=(64, 128))
+    assert {n: t.options() for n, t in loaded.tasks.items()} == {n: t.options() for n, t in tasks.items()}
 
 
 def test_a_trained_import_decays_what_a_new_network_decays():

@@ -130,7 +130,11 @@ def create_backbone(config: BackboneConfig, image_size: tuple[int, int]) -> ViT 
     Raises ConfigError for an unknown name, a model of another family, and weights that cannot be fetched.
     """
     if config.name == "none":
-        return NoBackbone(config.width or 1, config.taps)
+        if config.width is None or not config.taps:
+            raise ConfigError(
+                'backbone.width and backbone.taps: expected those of the stage maps where the name is "none"'
+            )
+        return NoBackbone(config.width, config.taps)
     if not timm.is_model(config.name):
         near = ", ".join(timm.list_models(f"*{config.name.split('_')[0]}*")[:5]) or "vit_base_patch16_384"
         raise ConfigError(f"backbone.name: timm knows no model '{config.name}'; for example: {near}")

@@ -82,6 +82,11 @@ class MFE(nn.Module):
         return self.norm(self.scan(F.silu(self.conv(self.expand(z))), source))
 
 
+def attention_heads(channels: int) -> int:
+    """Heads of the windowed attention of a stage: a divisor of its channels."""
+    return math.gcd(channels, max(1, channels // HEAD_CHANNELS))
+
+
 class WindowExtractor(nn.Module):
     """What stands in for MFE in Table 3: Linear, then W-MSA at the expanded width."""
 
@@ -89,7 +94,7 @@ class WindowExtractor(nn.Module):
         super().__init__()
         expanded = config.expand * channels
         self.expand = TaskLinear(tasks, inputs, expanded, bias=False)
-        self.attend = WindowAttention(tasks, expanded, max(1, channels // HEAD_CHANNELS), config.window)
+        self.attend = WindowAttention(tasks, expanded, attention_heads(channels), config.window)
 
     def forward(self, z: Tensor, source: Tensor | None = None) -> Tensor:
         """As MFE; queries and keys, the counterparts of C and B, are made from `source`."""
@@ -101,7 +106,7 @@ class WindowGate(nn.Module):
 
     def __init__(self, config: MTMambaConfig, tasks: int, channels: int):
         super().__init__()
-        self.attend = WindowAttention(tasks, channels, max(1, channels // HEAD_CHANNELS), config.window)
+        self.attend = WindowAttention(tasks, channels, attention_heads(channels), config.window)
         self.linear = TaskLinear(tasks, channels, config.expand * channels, bias=False)
 
     def forward(self, z: Tensor) -> Tensor:
