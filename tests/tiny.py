@@ -8,6 +8,7 @@ from pamm.experiment import (
     Experiment,
     ExpertsConfig,
     ModelConfig,
+    MTMambaConfig,
     PAMMConfig,
     TaskConfig,
     TrainConfig,
@@ -16,6 +17,18 @@ from pamm.experiment import (
 BACKBONE = BackboneConfig("vit_tiny_patch16_224", False, (1, 2), 0.2, patch=8, width=32, depth=2, heads=2)
 DECODER = PAMMConfig(width=64, state_size=4, experts=ExpertsConfig(count=5, top_k=3, rank=2))
 MODEL = ModelConfig(BACKBONE, DECODER)
+
+SWIN = BackboneConfig(
+    "swin_tiny_patch4_window7_224",
+    False,
+    (1, 2, 3, 4),
+    0.2,
+    width=16,
+    stage_depths=(1, 1, 2, 1),
+    stage_heads=(1, 1, 2, 2),
+    window=4,
+)
+MTMAMBA = MTMambaConfig(state_size=4, head_width=8, window=3)
 
 TASKS = {
     "semseg": TaskConfig(1.0),

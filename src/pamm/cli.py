@@ -307,7 +307,7 @@ def recipes(arguments: list[str]) -> int:
     import yaml
 
     from pamm.experiment import to_dict
-    from pamm.recipes import RECIPES, VARIANTS, get_recipe
+    from pamm.recipes import MTMAMBA_VARIANTS, RECIPES, VARIANTS, get_recipe
 
     own = parser("recipes")
     own.add_argument("recipe", nargs="?", help="print this one as YAML")
@@ -318,10 +318,11 @@ def recipes(arguments: list[str]) -> int:
     width = max(map(len, [*RECIPES, *VARIANTS])) + 2
     print("recipes:")
     for key, build in RECIPES.items():
-        print(f"  {key:<{width}}{(build.__doc__ or '').strip()}")
-    print("\nvariants, as in pascal-pamm-b+no-priors:")
-    for key, (text, _) in VARIANTS.items():
-        print(f"  {key:<{width}}{text}")
+        print(f"  {key:<{width}}{(build.__doc__ or '').strip().splitlines()[0]}")
+    for example, variants in (("pascal-pamm-b+no-priors", VARIANTS), ("nyud-mtmamba+swin-t", MTMAMBA_VARIANTS)):
+        print(f"\nvariants, as in {example}:")
+        for key, (text, _) in variants.items():
+            print(f"  {key:<{width}}{text}")
     return 0
 
 

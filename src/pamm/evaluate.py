@@ -109,7 +109,7 @@ def evaluate(
     try:
         for batch in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=not progress):
             for image, labels in _parts(batch, device):
-                logits = model(image)
+                logits = model(image, batch.label_size)
                 for name in tasks:
                     metrics[name].update(logits[name], labels[name])
                     for one, label in zip(logits[name].split(1), labels[name].split(1), strict=True):
@@ -160,8 +160,9 @@ def evaluate_split(
     )
     row = evaluate(model, loader, tasks, device=fabric.device, progress=progress)
     shrunk = "larger images shrunk to fit, " if config.fit else ""
+    shrunk += f"seen at {config.size[0]}×{config.size[1]}, " if config.frame != config.size else ""
     protocol = (
-        f"{config.name} {split} split, {len(data)} images, frame {config.size[0]}×{config.size[1]} ({shrunk}centred, padding "
+        f"{config.name} {split} split, {len(data)} images, frame {config.frame[0]}×{config.frame[1]} ({shrunk}centred, padding "
         "ignored), maps compared at the frame's resolution, single scale"
     )
     return Evaluation(row, len(data), protocol)

@@ -40,12 +40,15 @@ class TaskConfig:
 class DataConfig:
     """Where images and labels come from and the frame the network sees."""
 
-    name: Literal["nyud", "pascal", "folder", "synthetic"] = "folder"
+    name: Literal["nyud", "pascal", "cityscapes", "folder", "synthetic"] = "folder"
     """Kind of data set."""
     root: str | None = None
     """Folder of the data set; `~` is expanded. Synthetic data: its cache (default: the user's cache folder)."""
     size: tuple[int, int] = (512, 512)
     """Height and width of a training crop and of the padded validation frame, pixels; multiples of the patch."""
+    label_size: tuple[int, int] | None = None
+    """Where set: crops and frames have this size, the network sees them shrunk to `size`, and its output is brought back to this
+    size for the losses and metrics (Cityscapes: 1024×2048, seen at 512×1024)."""
     fit: bool = False
     """First shrink every image that is larger than `size` until it fits (the papers' data sets: off)."""
     scale: tuple[float, float] = (0.5, 2.0)
@@ -61,27 +64,39 @@ class DataConfig:
     seed: int = 0
     """Synthetic data: seed of the scenes."""
 
+    @property
+    def frame(self) -> tuple[int, int]:
+        """Height and width of labels, pixels."""
+        return self.label_size or self.size
+
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """A timm vision transformer. Fields left None keep timm's own value."""
+    """A timm vision transformer or Swin transformer. Fields left None keep timm's own value."""
 
     name: str = "vit_base_patch16_384.augreg_in21k_ft_in1k"
-    """timm model name, with the tag of its pretrained weights after a dot."""
+    """timm model name, with the tag of its pretrained weights after a dot; "none": stage maps come from elsewhere."""
     pretrained: bool = True
     """Start from the tag's weights (downloaded once by timm)."""
     taps: tuple[int, ...] = (3, 6, 9, 12)
-    """Blocks, counted from 1, whose outputs are the stages; the last block's output passes the final norm."""
+    """ViT: blocks, counted from 1, whose outputs are the stages; the last block's output passes the final norm.
+    Swin: its stages, counted from 1, whose outputs are taken, each through a norm of its own."""
     drop_path: float = 0.15
     """Stochastic depth of the last block, rising linearly from 0 at the first."""
     patch: int | None = None
     """Patch side, pixels."""
     width: int | None = None
-    """Token channels."""
+    """Token channels; Swin: of the first stage, doubling with every stage."""
     depth: int | None = None
-    """Number of blocks."""
+    """ViT: number of blocks."""
     heads: int | None = None
-    """Attention heads."""
+    """ViT: attention heads."""
+    stage_depths: tuple[int, ...] | None = None
+    """Swin: number of blocks of every stage."""
+    stage_heads: tuple[int, ...] | None = None
+    """Swin: attention heads of every stage."""
+    window: int | None = None
+    """Swin: side of the attention windows, tokens."""
     class_token: bool = True
     """A class token stands in the sequence beside the image's tokens; the released PAMM has none."""
 
@@ -129,6 +144,34 @@ class PAMMConfig:
 
 
 @dataclass(frozen=True)
+class MTMambaConfig:
+    """The MTMamba or MTMamba++ decoder; the switches are rows of MTMamba's Tables 2-5."""
+
+    system: Literal["mtmamba", "mtmamba++"] = "mtmamba"
+    """Cross-task block and head: CTM and dense head, or S-CTM and lite head."""
+    stm: int = 2
+    """STM blocks per stage (Table 2)."""
+    ctm: bool = True
+    """Cross-task block (Table 2)."""
+    ctm_gate: float | None = None
+    """MTMamba: fixed gate g of the CTM block, 0 for the task's own feature, 1 for the shared one (Table 5); None: learned."""
+    extractor: Literal["mamba", "attention"] = "mamba"
+    """What extracts features in all blocks: the Mamba-based MFE, or attention in windows (Table 3)."""
+    gate: Literal["linear", "attention"] = "linear"
+    """What makes the gates of all blocks (Table 4)."""
+    window: int = 8
+    """Side of the windows of Tables 3 and 4, positions."""
+    expand: int = 2
+    """Expansion factor α of the extractors."""
+    state_size: int = 16
+    """State size N of the selective scan."""
+    drop_path: float = 0.2
+    """Stochastic depth of the first block, falling linearly to 0 at the last."""
+    head_width: int = 96
+    """MTMamba++: channels inside a head."""
+
+
+@dataclass(frozen=True)
 class ReleasedConfig:
     """The decoder that PAMM's published code computes (its checkpoints' shapes), where it differs from the paper."""
 
@@ -164,7 +207,7 @@ class ModelConfig:
 
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     """Image encoder."""
-    decoder: PAMMConfig | ReleasedConfig = field(default_factory=PAMMConfig)
+    decoder: PAMMConfig | ReleasedConfig | MTMambaConfig = field(default_factory=PAMMConfig)
     """Multi-task decoder; the field `system` tells which."""
 
 

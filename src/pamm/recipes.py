@@ -1,7 +1,7 @@
 """Named experiments. Each is a function; each derives from another what it shares with it. This file imports no torch.
 
-A name may be followed by variants: `pascal-pamm-b+no-priors` is the row "no priors" of the paper's Table IV, and
-`pascal-pamm-b+s-scan+stages-2` combines two.
+A name may be followed by variants: `pascal-pamm-b+no-priors` is the row "no priors" of the paper's Table IV,
+`pascal-pamm-b+s-scan+stages-2` combines two, and `nyud-mtmamba+swin-t` is a row of MTMamba's Table 6.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pamm.experiment import (
     DataConfig,
     Experiment,
     ModelConfig,
+    MTMambaConfig,
     PAMMConfig,
     ReleasedConfig,
     TaskConfig,
@@ -27,6 +28,9 @@ RECIPES: dict[str, Callable[[], Experiment]] = {}
 
 VIT_B = BackboneConfig()
 VIT_L = BackboneConfig(name="vit_large_patch16_384.augreg_in21k_ft_in1k", taps=(6, 12, 18, 24))
+
+
+SWIN_L = BackboneConfig("swin_large_patch4_window12_384.ms_in22k_ft_in1k", taps=(1, 2, 3, 4), drop_path=0.1)
 
 
 def recipe(build: Callable[[], Experiment]) -> Callable[[], Experiment]:
@@ -95,6 +99,101 @@ def nyud_pamm_released_l() -> Experiment:
 
 
 @recipe
+def nyud_mtmamba() -> Experiment:
+    """MTMamba on NYUD-v2, Swin-L, 448×576, four tasks (paper Table 1: 55.82 0.5066 18.63 78.70).
+
+    Published: 8 devices of one image each, every image's losses under a logarithm of their own; here the joined batch's.
+    """
+    return Experiment(
+        tasks={
+            "semseg": TaskConfig(),
+            "depth": TaskConfig(),
+            "normals": TaskConfig(),
+            "edge": TaskConfig(1.0, {"positive_weight": 0.95}),
+        },
+        data=DataConfig(name="nyud", root="~/data/NYUDv2", size=(448, 576)),
+        model=ModelConfig(SWIN_L, MTMambaConfig()),
+        train=TrainConfig(
+            steps=50_000,
+            batch=8,
+            optimizer="adamw",
+            lr=1e-4,
+            weight_decay=1e-5,
+            clip=None,
+            scheme="log_sum",
+            eval_every=1000,
+        ),
+    )
+
+
+@recipe
+def nyud_mtmamba_plus() -> Experiment:
+    """MTMamba++ on NYUD-v2, Swin-L, 448×576, four tasks (published: 57.01 0.4818 18.27 79.40)."""
+    base = nyud_mtmamba()
+    return replace(
+        base,
+        tasks={**base.tasks, "normals": TaskConfig(10.0), "edge": TaskConfig(50.0, {"positive_weight": 0.95})},
+        model=ModelConfig(SWIN_L, MTMambaConfig("mtmamba++")),
+        train=replace(base.train, steps=40_000, lr=2e-5, weight_decay=1e-6, scheme="sum"),
+    )
+
+
+@recipe
+def pascal_mtmamba() -> Experiment:
+    """MTMamba on PASCAL-Context, Swin-L, 512×512, five tasks (paper Table 1: 81.11 72.62 84.14 14.14 78.80)."""
+    base = nyud_mtmamba()
+    return replace(
+        base,
+        tasks={
+            "semseg": TaskConfig(),
+            "human_parts": TaskConfig(),
+            "sal": TaskConfig(),
+            "normals": TaskConfig(),
+            "edge": TaskConfig(1.0, {"positive_weight": 0.95}),
+        },
+        data=DataConfig(name="pascal", root="~/data/PASCALContext", size=(512, 512)),
+        train=replace(base.train, eval_every=5000),
+    )
+
+
+@recipe
+def pascal_mtmamba_plus() -> Experiment:
+    """MTMamba++ on PASCAL-Context, Swin-L, 512×512, five tasks (published: 81.94 72.87 85.56 14.29)."""
+    base = pascal_mtmamba()
+    return replace(
+        base,
+        model=ModelConfig(SWIN_L, MTMambaConfig("mtmamba++")),
+        train=replace(base.train, steps=40_000, lr=8e-5, weight_decay=1e-6),
+    )
+
+
+@recipe
+def cityscapes_mtmamba() -> Experiment:
+    """MTMamba on Cityscapes, Swin-L, semseg and disparity, images at 512×1024, maps at 1024×2048, no augmentation."""
+    base = nyud_mtmamba()
+    return replace(
+        base,
+        tasks={"semseg": TaskConfig(), "depth": TaskConfig()},
+        data=DataConfig(
+            name="cityscapes",
+            root="~/data/cityscapes_all",
+            size=(512, 1024),
+            label_size=(1024, 2048),
+            scale=(1.0, 1.0),
+            flip=0.0,
+            color=False,
+        ),
+        train=replace(base.train, steps=40_000, weight_decay=1e-6),
+    )
+
+
+@recipe
+def cityscapes_mtmamba_plus() -> Experiment:
+    """MTMamba++ on Cityscapes, as cityscapes-mtmamba."""
+    return replace(cityscapes_mtmamba(), model=ModelConfig(SWIN_L, MTMambaConfig("mtmamba++")))
+
+
+@recipe
 def demo() -> Experiment:
     """A small PAMM from random weights on synthetic rooms, six tasks, minutes on two CPU cores."""
     return Experiment(
@@ -147,7 +246,13 @@ def _stages(count: int) -> Callable[[Experiment], Experiment]:
     )
 
 
-VARIANTS: dict[str, tuple[str, Callable[[Experiment], Experiment]]] = {
+def _swin(name: str) -> Callable[[Experiment], Experiment]:
+    return lambda e: replace(e, model=replace(e.model, backbone=replace(e.model.backbone, name=name)))
+
+
+Variants = dict[str, tuple[str, Callable[[Experiment], Experiment]]]
+
+VARIANTS: Variants = {
     "baseline": ("backbone and Task Decoder alone (Table II)", _decoder(task_conv=False, pame=False)),
     "task-conv": ("Task Convolution without PAME (Table II)", _decoder(pame=False)),
     "pame": ("PAME without Task Convolution", _decoder(task_conv=False)),
@@ -163,7 +268,26 @@ VARIANTS: dict[str, tuple[str, Callable[[Experiment], Experiment]]] = {
     **{f"stages-{n}": (f"the last {n} of the stages (Table VII)", _stages(n)) for n in (1, 2, 3)},
     **{f"orders-{n}": (f"{n} scan orders (Table VIII)", _decoder(orders=n)) for n in (1, 2)},
 }
-"""Variant name → (what it changes, derivation)."""
+"""Variant of a PAMM recipe → (what it changes, derivation)."""
+
+MTMAMBA_VARIANTS: Variants = {
+    "stm-1": ("one STM block per stage, no CTM (Table 2)", _decoder(stm=1, ctm=False)),
+    "stm-2": ("two STM blocks per stage, no CTM (Table 2)", _decoder(ctm=False)),
+    "stm-3": ("three STM blocks per stage, no CTM (Table 2)", _decoder(stm=3, ctm=False)),
+    "attention": ("attention in windows in place of the Mamba extractors (Table 3)", _decoder(extractor="attention")),
+    "attention-gate": ("gates made by attention in windows (Table 4)", _decoder(gate="attention")),
+    "gate-0": ("CTM gate fixed to 0: each task's own feature (Table 5)", _decoder(ctm_gate=0.0)),
+    "gate-1": ("CTM gate fixed to 1: the shared feature (Table 5)", _decoder(ctm_gate=1.0)),
+    "swin-t": ("Swin-T (Table 6)", _swin("swin_tiny_patch4_window7_224.ms_in22k_ft_in1k")),
+    "swin-s": ("Swin-S (Table 6)", _swin("swin_small_patch4_window7_224.ms_in22k_ft_in1k")),
+    "swin-b": ("Swin-B (Table 6)", _swin("swin_base_patch4_window12_384.ms_in22k_ft_in1k")),
+}
+"""Variant of an MTMamba or MTMamba++ recipe → (what it changes, derivation)."""
+
+
+def variants_of(experiment: Experiment) -> Variants:
+    """The variants that the experiment's decoder has."""
+    return MTMAMBA_VARIANTS if isinstance(experiment.model.decoder, MTMambaConfig) else VARIANTS
 
 
 def get_recipe(name: str) -> Experiment:
@@ -172,11 +296,14 @@ def get_recipe(name: str) -> Experiment:
     if base not in RECIPES:
         raise ConfigError(f"unknown recipe '{base}'.{_nearest(base, RECIPES)} Known recipes: {', '.join(RECIPES)}")
     experiment = RECIPES[base]()
+    known = variants_of(experiment)
     for variant in variants:
-        if variant not in VARIANTS:
-            raise ConfigError(f"unknown variant '{variant}'.{_nearest(variant, VARIANTS)} Known: {', '.join(VARIANTS)}")
+        if variant not in known:
+            raise ConfigError(
+                f"unknown variant '{variant}' of '{base}'.{_nearest(variant, known)} Known: {', '.join(known)}"
+            )
         try:
-            changed = VARIANTS[variant][1](experiment)
+            changed = known[variant][1](experiment)
         except TypeError:  # a setting that this decoder does not have
             system = experiment.model.decoder.system
             raise ConfigError(f"the variant '{variant}' changes a setting that '{system}' does not have") from None

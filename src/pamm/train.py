@@ -273,7 +273,7 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
         for index, (part, part_counts) in enumerate(zip(parts, per_part, strict=True)):
             with fabric.no_backward_sync(self.model, enabled=index < len(parts) - 1):
-                logits = self.model(part.image)
+                logits = self.model(part.image, part.label_size)
                 local = torch.stack(
                     [task.loss(logits[n], part.labels[n], part_counts[n]).float() for n, task in self.tasks.items()]
                 )

@@ -95,3 +95,18 @@ def make_pascal(root, parts, ids, size_of):
         write_png(root / "normals_distill" / f"{id}.png", normals)
     write_ids(root / "ImageSets" / "Context" / "train.txt", ids[:-2])
     write_ids(root / "ImageSets" / "Context" / "val.txt", ids[-2:])
+
+
+def make_cityscapes(root, size=(64, 128), cities=("aachen", "ulm"), images=2):
+    """The three Cityscapes archives unpacked into one folder, `images` per city and split."""
+    random = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for city in cities:
+            for number in range(images):
+                id = f"{split}/{city}/{city}_{number:06d}_000019"
+                write_png(root / "leftImg8bit" / f"{id}_leftImg8bit.png", random.integers(0, 256, (*size, 3), np.uint8))
+                blocks = np.kron(random.integers(0, 34, (size[0] // 8, size[1] // 8)), np.ones((8, 8)))
+                write_png(root / "gtFine" / f"{id}_gtFine_labelIds.png", blocks.astype(np.uint8))
+                disparity = random.integers(2, 126 * 256, size).astype(np.uint16)
+                disparity[:4] = 0
+                write_png(root / "disparity" / f"{id}_disparity.png", disparity)

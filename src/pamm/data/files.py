@@ -54,9 +54,22 @@ class PackagedDataset(FileDataset):
 
     def __init__(self, root: Path, split: str, tasks: Mapping[str, Task]):
         self.root, self.split, self.tasks = root, split, tasks
-        self.ids = read_ids(root / self.lists / f"{split}.txt")
+        self.ids = self.list_ids()
         self.check_packaging()
         self.require(*self.images)
+
+    @property
+    def source(self) -> str:
+        """Where the ids come from, inside the root."""
+        return f"{self.lists}/{self.split}.txt"
+
+    def list_ids(self) -> list[str]:
+        """The ids of the split. Raises DataError."""
+        return read_ids(self.root / self.source)
+
+    def files(self, folder: str, suffix: str) -> set[str]:
+        """The ids that have a file in `folder`."""
+        return {name.removesuffix(suffix) for name in names_in(self.root / folder) if name.endswith(suffix)}
 
     def check_packaging(self) -> None:
         """Raise DataError for other packagings of the same images."""
@@ -65,13 +78,13 @@ class PackagedDataset(FileDataset):
         """Raise DataError unless every id has a file in one of the places: folder, suffix, folder, suffix, ..."""
         found: set[str] = set()
         for folder, suffix in zip(places[::2], places[1::2], strict=True):
-            found |= {name.removesuffix(suffix) for name in names_in(self.root / folder) if name.endswith(suffix)}
+            found |= self.files(folder, suffix)
         absent = [id for id in self.ids if id not in found]
         if absent:
             expected = " or ".join(f"{a}/{absent[0]}{b}" for a, b in zip(places[::2], places[1::2], strict=True))
             raise DataError(
-                f"{self.root}: {len(absent)} of the {len(self.ids)} ids in {self.lists}/{self.split}.txt have no file, "
-                f"e.g. {expected}. Unpack the whole archive again, or keep only the ids you have in that list."
+                f"{self.root}: {len(absent)} of the {len(self.ids)} ids in {self.source} have no file, "
+                f"e.g. {expected}. Unpack the whole archive again, or keep only the ids you have there."
             )
 
     def image_path(self, index: int) -> Path:

@@ -36,12 +36,17 @@ class Sample:
 
 @dataclass
 class Batch:
-    """image (B, 3, H, W) float32; labels: task name → (B, c, H, W) for every task, all ignored where a label is missing."""
+    """image (B, 3, H, W) float32; labels: task name → (B, c, *label_size) for every task, all ignored where one is missing."""
 
     ids: list[str]
     image: Tensor
     labels: dict[str, Tensor]
     sizes: list[tuple[int, int]]
+
+    @property
+    def label_size(self) -> tuple[int, int]:
+        """Height and width of the labels, which the network's output is brought to; mostly the image's."""
+        return tuple(next(iter(self.labels.values()), self.image).shape[-2:])
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with image and labels on `device`."""
@@ -56,7 +61,7 @@ class Batch:
 
 def collate(samples: Sequence[Sample], tasks: Mapping[str, Task]) -> Batch:
     """Stack transformed samples of one size; missing labels become all-ignored ones."""
-    size = tuple(samples[0].image.shape[-2:])
+    size = next((tuple(label.shape[-2:]) for s in samples for label in s.labels.values()), samples[0].image.shape[-2:])
     labels = {
         name: torch.stack([s.labels[name] if name in s.labels else task.missing(size) for s in samples])
         for name, task in tasks.items()

@@ -39,13 +39,14 @@ def frame(size: tuple[int, int], config: DataConfig) -> Box:
     With `config.fit`, height and width are those of the shrunk image. Raises DataError for an image that is larger than
     the frame while `fit` is off.
     """
-    height, width = _fitting(size, config.size) if config.fit else size
-    if height > config.size[0] or width > config.size[1]:
+    height, width = _fitting(size, config.frame) if config.fit else size
+    if height > config.frame[0] or width > config.frame[1]:
+        name = "data.label_size" if config.label_size else "data.size"
         raise DataError(
-            f"an image of {height} x {width} does not fit into the frame of {config.size[0]} x {config.size[1]}. "
-            f"Set data.size to at least {height} x {width} (multiples of the patch), or data.fit to shrink larger images."
+            f"an image of {height} x {width} does not fit into the frame of {config.frame[0]} x {config.frame[1]}. "
+            f"Set {name} to at least {height} x {width} (multiples of the patch), or data.fit to shrink larger images."
         )
-    return (config.size[0] - height) // 2, (config.size[1] - width) // 2, height, width
+    return (config.frame[0] - height) // 2, (config.frame[1] - width) // 2, height, width
 
 
 def normalize(image: np.ndarray) -> Tensor:
@@ -56,22 +57,25 @@ def normalize(image: np.ndarray) -> Tensor:
 
 
 class EvalTransform:
-    """Normalise and pad to `config.size`, the image in the centre; with `config.fit` larger images shrink first."""
+    """Normalise and pad to the frame, the image in the centre; with `config.fit` larger images shrink first.
+
+    With `config.label_size` labels have that size and the image is shrunk from it to `config.size` (antialiased bilinear).
+    """
 
     def __init__(self, tasks: Mapping[str, Task], config: DataConfig):
         self.tasks = tasks
         self.config = config
 
     def __call__(self, sample: Sample) -> Sample:
-        """Image (3, H, W) uint8 → (3, *config.size) float32, labels to this size. Raises DataError (see `frame`)."""
+        """Image (3, H, W) uint8 → (3, *config.size) float32, labels (c, *config.frame). Raises DataError (see `frame`)."""
         try:
             frame(sample.size, self.config)
         except DataError as error:
             raise DataError(f"{sample.id}: {error}") from None
         image, labels = sample.image.numpy(), sample.labels
         if self.config.fit:
-            image, labels = _shrink(image, labels, self.tasks, self.config.size)
-        return _finish(sample, image, labels, self.tasks, self.config.size)
+            image, labels = _shrink(image, labels, self.tasks, self.config.frame)
+        return _finish(sample, image, labels, self.tasks, self.config)
 
 
 class TrainTransform:
@@ -85,11 +89,11 @@ class TrainTransform:
         self.seed = seed
 
     def __call__(self, sample: Sample, epoch: int, index: int) -> Sample:
-        """Image (3, H, W) uint8 → (3, *config.size) float32, labels to this size, fixed by (seed, epoch, index)."""
+        """Image (3, H, W) uint8 → (3, *config.size) float32, labels (c, *config.frame), fixed by (seed, epoch, index)."""
         random = np.random.default_rng((1, self.seed, epoch, index))
         image, labels, config = sample.image.numpy(), sample.labels, self.config
         if config.fit:
-            image, labels = _shrink(image, labels, self.tasks, config.size)
+            image, labels = _shrink(image, labels, self.tasks, config.frame)
         factor = random.uniform(*config.scale)
         zoomed = (max(1, int(image.shape[-2] * factor)), max(1, int(image.shape[-1] * factor)))
         labels = {
@@ -105,12 +109,12 @@ class TrainTransform:
             labels = {name: self.tasks[name].flip(label) for name, label in labels.items()}
         if config.color:
             image = photometric_distortion(image.astype(np.uint8), random)
-        return _finish(sample, image, labels, self.tasks, config.size)
+        return _finish(sample, image, labels, self.tasks, config)
 
     def _draw_box(self, size: tuple[int, int], labels: Mapping[str, Tensor], random: np.random.Generator) -> Box:
         """A crop in which no class dominates, if a label tells and ten redraws find one; else the last one drawn."""
-        limits = [max(size[i] - self.config.size[i], 0) for i in (0, 1)]
-        height, width = (min(size[i], self.config.size[i]) for i in (0, 1))
+        limits = [max(size[i] - self.config.frame[i], 0) for i in (0, 1)]
+        height, width = (min(size[i], self.config.frame[i]) for i in (0, 1))
 
         def draw() -> Box:
             return int(random.integers(limits[0] + 1)), int(random.integers(limits[1] + 1)), height, width
@@ -234,10 +238,13 @@ def _shrink(
     size = _fitting(image.shape[-2:], limit)
     if size == image.shape[-2:]:
         return image, labels
-    picture = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
-    picture = picture.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-    image = np.asarray(picture).transpose(2, 0, 1)
-    return image, {name: tasks[name].resample(label, size) for name, label in labels.items()}
+    return _resized(image, size), {name: tasks[name].resample(label, size) for name, label in labels.items()}
+
+
+def _resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(3, H, W) values in 0..255 → (3, *size) uint8, antialiased bilinear (Pillow's)."""
+    picture = Image.fromarray(np.ascontiguousarray(np.rint(image).astype(np.uint8).transpose(1, 2, 0)))
+    return np.asarray(picture.resize((size[1], size[0]), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
 
 
 def _finish(
@@ -245,10 +252,13 @@ def _finish(
     image: np.ndarray,
     labels: Mapping[str, Tensor],
     tasks: Mapping[str, Task],
-    size: tuple[int, int],
+    config: DataConfig,
 ) -> Sample:
-    """Normalise, pad to `size` with the image in the centre, and apply each task's last rule."""
-    labels = {name: tasks[name].finish(_pad(label, size, tasks[name].ignore)) for name, label in labels.items()}
+    """Normalise, pad with the image in the centre, and apply each task's last rule."""
+    frame, size = config.frame, config.size
+    labels = {name: tasks[name].finish(_pad(label, frame, tasks[name].ignore)) for name, label in labels.items()}
+    if frame != size:  # the image's share of its frame stays the same
+        image = _resized(image, tuple(max(1, round(image.shape[1 + i] * size[i] / frame[i])) for i in (0, 1)))
     return Sample(sample.id, _pad(normalize(image), size, 0), labels, sample.size)
 
 

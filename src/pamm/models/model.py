@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +41,18 @@ class MultiTaskModel(nn.Module, ModelHubMixin, library_name="pamm", tags=["multi
         self.tasks = dict(tasks)
         self.settings = settings
 
-    def forward(self, image: Tensor) -> dict[str, Tensor]:
-        """(B, 3, H, W) normalised image, sides multiples of the patch → task name → (B, channels, H, W) logits."""
-        stages = self.backbone(image)
-        features = self.decoder(stages)
+    def forward(self, image: Tensor, size: tuple[int, int] | None = None) -> dict[str, Tensor]:
+        """(B, 3, H, W) normalised image, sides multiples of the patch → task name → (B, channels, *size) logits.
+
+        size: height and width of the logits, by default the image's.
+        """
+        return self.decode(self.backbone(image), image.shape[-2:] if size is None else size)
+
+    def decode(self, stages: Sequence[Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
+        """The backbone's stage maps (B, C, h, w), first to last → task name → (B, channels, *size) logits."""
+        features = self.decoder(list(stages))
         logits = {task: head(features[task]) for task, head in self.heads.items()}
-        return {task: resize(x, image.shape[-2:]) for task, x in logits.items()}
+        return {task: resize(x, size) for task, x in logits.items()}
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -70,4 +76,6 @@ class MultiTaskModel(nn.Module, ModelHubMixin, library_name="pamm", tags=["multi
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     """(B, C, h, w) → (B, C, *size), bilinear, in float32 (as every task's loss expects)."""
     x = x.float()
-    return x if x.shape[-2:] == size else F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+    return (
+        x if tuple(x.shape[-2:]) == tuple(size) else F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+    )

@@ -18,25 +18,11 @@ from pamm.experiment import ConfigError, ExpertsConfig, PAMMConfig
 from pamm.nn.joined import joined_draw
 from pamm.nn.serialize import scan_orders
 from pamm.nn.ssm import init_A_log, init_D, init_delta_bias
+from pamm.nn.task_layers import TaskLinear
 from pamm.ops import selective_scan
 
 GROUPS = 32
 """Groups of every GroupNorm."""
-
-
-class TaskLinear(nn.Module):
-    """One linear map per task: (T, ..., i) → (T, ..., o)."""
-
-    def __init__(self, tasks: int, inputs: int, outputs: int, *, bias: bool = True):
-        super().__init__()
-        bound = 1 / math.sqrt(inputs)
-        self.weight = nn.Parameter(torch.empty(tasks, inputs, outputs).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.zeros(tasks, 1, outputs)) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.flatten(1, -2)
-        y = rows @ self.weight if self.bias is None else torch.baddbmm(self.bias.to(rows.dtype), rows, self.weight)
-        return y.unflatten(1, x.shape[1:-1])
 
 
 class Router(nn.Module):

@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from pamm.experiment import ConfigError, ModelConfig, PAMMConfig, ReleasedConfig, from_dict, to_dict
-from pamm.models.backbone import ViT, create_backbone
+from pamm.experiment import ConfigError, ModelConfig, MTMambaConfig, PAMMConfig, ReleasedConfig, from_dict, to_dict
+from pamm.models.backbone import NoBackbone, Swin, ViT, create_backbone
 from pamm.models.heads import ConvHead
 from pamm.models.model import MultiTaskModel
+from pamm.models.mtmamba import DenseHead, LiteHead, MTMambaDecoder
 from pamm.models.pamm import PAMMDecoder
 from pamm.models.pamm_released import ReleasedDecoder
 from pamm.tasks import Task, create_task
@@ -18,21 +19,44 @@ from pamm.tasks import Task, create_task
 Decoder = tuple[nn.Module, dict[str, nn.Module]]
 
 
-def pamm(config: PAMMConfig, backbone: ViT, tasks: Mapping[str, Task]) -> Decoder:
+def pamm(config: PAMMConfig, backbone: nn.Module, tasks: Mapping[str, Task]) -> Decoder:
     """PAMM's decoder and heads."""
+    _require_vit(backbone)
     decoder = PAMMDecoder(config, backbone.channels, len(backbone.taps), list(tasks))
     return decoder, {name: ConvHead(config.width, task.channels) for name, task in tasks.items()}
 
 
-def pamm_released(config: ReleasedConfig, backbone: ViT, tasks: Mapping[str, Task]) -> Decoder:
+def pamm_released(config: ReleasedConfig, backbone: nn.Module, tasks: Mapping[str, Task]) -> Decoder:
     """The decoder and heads of PAMM's published code."""
+    _require_vit(backbone)
     decoder = ReleasedDecoder(config, backbone.channels, backbone.grid, len(backbone.taps), list(tasks))
     return decoder, {name: ConvHead(config.width, task.channels, bias=True) for name, task in tasks.items()}
 
 
-DECODERS: dict[type, Callable[[Any, ViT, Mapping[str, Task]], Decoder]] = {
+def mtmamba(config: MTMambaConfig, backbone: nn.Module, tasks: Mapping[str, Task]) -> Decoder:
+    """MTMamba's or MTMamba++'s decoder and heads."""
+    if not isinstance(backbone, (Swin, NoBackbone)):
+        raise ConfigError(
+            "backbone.name: MTMamba's decoder needs stages of falling resolution, which a Swin transformer gives"
+        )
+    decoder = MTMambaDecoder(config, backbone.channels, list(tasks))
+    channels = backbone.channels[0]
+    if config.system == "mtmamba":
+        return decoder, {name: DenseHead(channels, task.channels) for name, task in tasks.items()}
+    return decoder, {name: LiteHead(channels, config.head_width, task.channels) for name, task in tasks.items()}
+
+
+def _require_vit(backbone: nn.Module) -> None:
+    if not isinstance(backbone, ViT):
+        raise ConfigError(
+            "backbone.name: PAMM's decoder needs stages of one size, which a plain vision transformer gives"
+        )
+
+
+DECODERS: dict[type, Callable[[Any, nn.Module, Mapping[str, Task]], Decoder]] = {
     PAMMConfig: pamm,
     ReleasedConfig: pamm_released,
+    MTMambaConfig: mtmamba,
 }
 """Configuration class → builder of the decoder and heads."""
 

@@ -72,8 +72,8 @@ def load(
 def intermediates(model: MultiTaskModel) -> Iterator[dict[str, Tensor]]:
     """Intermediate results by name, of the last forward pass inside the `with` block.
 
-    Released PAMM: see `ReleasedDecoder.observe` for the names and shapes. Raises OfficialError for a decoder without
-    `observe`.
+    Names and shapes: `ReleasedDecoder.observe` for the released PAMM, `MTMambaDecoder.observe` for MTMamba and MTMamba++.
+    Raises OfficialError for a decoder without `observe`.
 
         with intermediates(model) as maps:
             model(image)
@@ -102,7 +102,8 @@ def gradients(model: MultiTaskModel) -> dict[str, Tensor | None]:
     if report is None:
         raise OfficialError("this model was not made by pamm.official.load, which alone knows the checkpoint's names")
     own = dict(model.named_parameters()) | dict(model.named_buffers())
-    found = {key: place.foreign(own[place.own].grad) for key, place in report.used.items()}
+    gradient = {name: tensor.grad for name, tensor in own.items()}
+    found = {key: place.collect(gradient) for key, place in report.used.items()}
     return found | dict.fromkeys(report.ignored)
 
 

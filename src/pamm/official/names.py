@@ -57,6 +57,10 @@ class Place:
             part = F.pad(part, (0, 0, self.skip, 0))
         return part.reshape(self.shape) if part.numel() == torch.Size(self.shape).numel() else part
 
+    def collect(self, own: Mapping[str, Tensor | None]) -> Tensor | None:
+        """Of our tensors (or their gradients) by name, the one that theirs is, in their shape; None where ours is None."""
+        return self.foreign(own[self.own])
+
 
 @dataclass
 class LoadReport:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from pamm.data import DATASETS
 from pamm.data.files import PackagedDataset
@@ -31,17 +32,30 @@ def tasks_of(channels: Mapping[str, int], notices: list[str]) -> dict[str, Task]
     Classes are named as the benchmark's that has so many, else numbered; `notices` is told. Raises OfficialError for a number
     that a task cannot have.
     """
-    tasks = {}
+    tasks, described = {}, dataset_options(channels)
     for name, count in channels.items():
         if issubclass(TASKS[name], ClassMap):
             classes, source = class_names(name, count)
             notices.append(f"{name}: {count} classes, {source}")
             tasks[name] = create_task(name, classes=classes)
         else:
-            tasks[name] = create_task(name)
+            tasks[name] = create_task(name, **described.get(name, {}))
         if tasks[name].channels != count:
             raise OfficialError(f"the head of '{name}' has {count} channels, expected {tasks[name].channels}")
     return tasks
+
+
+def dataset_options(channels: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+    """Task name → what a data set determines of it, of the one that has these tasks with so many classes; else empty."""
+    for name, dataset in DATASETS.items():
+        if issubclass(dataset, PackagedDataset):
+            options = dataset.options(DataConfig(name=name))
+            classes = {task: len(values["classes"]) for task, values in options.items() if "classes" in values}
+            if channels.keys() <= options.keys() and any(
+                classes.get(task) == count for task, count in channels.items()
+            ):
+                return options
+    return {}
 
 
 def class_names(task: str, count: int) -> tuple[list[str], str]:

@@ -18,8 +18,8 @@ from pamm.tasks.task import LabelError, Task, register
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
-UNITS = {"metre": 1.0, "millimetre": 1000.0}
-"""Unit of a depth PNG → its steps per metre."""
+UNITS = {"metre": 1.0, "millimetre": 1000.0, "disparity": 256.0}
+"""Unit of a depth PNG → its steps per metre, of disparity per pixel."""
 
 NEAREST = 1e-9
 """Metres; the metrics take a prediction of zero or less for this one."""
@@ -27,9 +27,11 @@ NEAREST = 1e-9
 
 @register
 class Depth(Task):
-    """Distance of every pixel, metres, 0 where unknown; prediction (H, W) metres.
+    """Distance of every pixel, metres, 0 where unknown; prediction (H, W) metres. Loss: mean absolute error.
 
-    `unit`: what one step of a 16-bit depth PNG is, "millimetre" or "metre". Loss: mean absolute error.
+    `unit`: what one step of a 16-bit depth PNG is, "millimetre" or "metre"; or "disparity": all values are shifts between the
+    two images of a stereo camera, pixels, which are larger where the scene is nearer, 256 steps of a PNG each.
+    `limit`: the metrics leave out pixels whose truth is this or more.
     """
 
     name = "depth"
@@ -40,14 +42,15 @@ class Depth(Task):
     label_dtype = torch.float32
     channels = 1
 
-    def __init__(self, *, unit: str = "millimetre", weight: float = 1.0):
+    def __init__(self, *, unit: str = "millimetre", limit: float | None = None, weight: float = 1.0):
         super().__init__(weight=weight)
         if unit not in UNITS:
             raise ValueError(f"task 'depth': unit is {unit!r}, expected one of {', '.join(map(repr, UNITS))}")
-        self.unit = unit
+        self.unit, self.limit = unit, limit
 
     def options(self) -> dict[str, Any]:
-        return {"unit": self.unit, "weight": self.weight}
+        limit = {} if self.limit is None else {"limit": self.limit}
+        return {"unit": self.unit, "weight": self.weight} | limit
 
     def read(self, path: Path) -> Tensor:
         """16-bit grey PNG in `unit`, or `.npy` of floats in metres → (1, H, W) float32 metres. Raises LabelError.
@@ -63,7 +66,7 @@ class Depth(Task):
 
     def rescale(self, label: Tensor, factor: float) -> Tensor:
         """An image zoomed by `factor` shows the scene that much nearer."""
-        return label / factor
+        return label * factor if self.unit == "disparity" else label / factor
 
     def loss(self, logits: Tensor, label: Tensor, counts: Tensor | None = None) -> Tensor:
         error = (full_precision(logits) - label).abs()
@@ -82,6 +85,8 @@ class Depth(Task):
 
     def _measure(self, logits: Tensor, label: Tensor) -> Sums:
         valid = self.valid(label)
+        if self.limit is not None:
+            valid &= label < self.limit
         truth, guess = label[valid].double(), logits[valid].double().clamp(min=NEAREST)
         error, ratio = guess - truth, torch.maximum(guess / truth, truth / guess)
         return {
@@ -119,6 +124,8 @@ class Depth(Task):
         scale = np.asarray(prediction if reference is None else reference)
         known = scale[np.isfinite(scale) & (scale > 0)]
         near, far = (known.min(), known.max()) if known.size else (0.0, 1.0)
+        if self.unit == "disparity":
+            return paint(colour_map((np.asarray(prediction, np.float64) - near) / max(far - near, 1e-6)), valid)
         return paint(colour_map((far - np.asarray(prediction, np.float64)) / max(far - near, 1e-6)), valid)
 
     def save_png(self, prediction: np.ndarray, path: Path) -> None:

@@ -1,0 +1,124 @@
+"""Cityscapes with disparity (leftImg8bit, gtFine and disparity archives), as MTMamba reads it.
+
+leftImg8bit/{train,val}/<city>/<id>_leftImg8bit.png     RGB, 1024 x 2048; 2975 and 500 images
+gtFine/{train,val}/<city>/<id>_gtFine_labelIds.png      0..33, of which 19 classes are evaluated
+disparity/{train,val}/<city>/<id>_disparity.png         16-bit, 256·d + 1, 0 unknown
+
+Depth is disparity, pixels. Unlike in the published code, which gives unknown disparity the value -1 and trains on it, unknown
+pixels are ignored; and so is the sky, whose disparity of 0 it trains as well (its metric leaves both out, as here).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pamm.data.files import PackagedDataset, check_tasks, names_in, nearest, package_root, plane
+from pamm.data.images import read_values
+from pamm.data.sample import DataError, register_dataset
+from pamm.tasks import Task
+
+if TYPE_CHECKING:
+    from pamm.experiment import DataConfig
+
+# fmt: off
+CLASSES = {
+    7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole", 19: "traffic light", 20: "traffic sign",
+    21: "vegetation", 22: "terrain", 23: "sky", 24: "person", 25: "rider", 26: "car", 27: "truck", 28: "bus", 31: "train",
+    32: "motorcycle", 33: "bicycle",
+}
+# fmt: on
+"""Label id → class, in the order of the class indices."""
+
+SKY = 23
+"""Label id of the sky."""
+
+LIMIT = 80.0
+"""Disparity, pixels, from which on the published metric leaves pixels out."""
+
+_LABEL_IDS = ("gtFine", "_gtFine_labelIds.png")
+_FILES = {"semseg": (*_LABEL_IDS,), "depth": ("disparity", "_disparity.png")}
+
+
+@register_dataset
+class Cityscapes(PackagedDataset):
+    """Cityscapes: semseg (19 classes) and depth (disparity, pixels); every image has both."""
+
+    name = "cityscapes"
+    folder = "cityscapes_all"
+    lists = "leftImg8bit"
+    images = ("leftImg8bit", "_leftImg8bit.png")
+    published = MappingProxyType({"train": 2975, "val": 500})
+
+    @classmethod
+    def options(cls, config: DataConfig) -> dict[str, dict[str, Any]]:
+        return {"semseg": {"classes": list(CLASSES.values())}, "depth": {"unit": "disparity", "limit": LIMIT}}
+
+    @classmethod
+    def open(cls, config: DataConfig, split: str, tasks: Mapping[str, Task]) -> Cityscapes:
+        """Raises DataError for absent or incomplete data."""
+        check_tasks(tasks, _FILES, "Cityscapes")
+        archives = "leftImg8bit_trainvaltest.zip, gtFine_trainvaltest.zip and disparity_trainvaltest.zip"
+        dataset = cls(package_root(config, cls.folder, cls.lists, archives), split, tasks)
+        for name in tasks:
+            dataset.require(*_FILES[name])
+            dataset.require(*_LABEL_IDS)  # depth needs them too, for the sky
+        return dataset
+
+    @property
+    def source(self) -> str:
+        return f"{self.lists}/{self.split}"
+
+    def list_ids(self) -> list[str]:
+        """<city>/<city>_<sequence>_<frame> of every image, sorted."""
+        ids = sorted(self.files(*self.images))
+        if not ids:
+            raise DataError(
+                f"{self.root / self.source} holds no <city>/*{self.images[1]}. Unpack the archive there again."
+            )
+        return ids
+
+    def files(self, folder: str, suffix: str) -> set[str]:
+        root = self.root / folder / self.split
+        names = (f"{city}/{name}" for city in names_in(root) for name in names_in(root / city))
+        return {name.removesuffix(suffix) for name in names if name.endswith(suffix)}
+
+    def image_path(self, index: int) -> Path:
+        return self._path(*self.images, self.ids[index])
+
+    def read_label(self, name: str, id: str, size: tuple[int, int]) -> Tensor:
+        path = self._path(*_LABEL_IDS, id)
+        label_ids = nearest(plane(read_values(path), path, 255), size)
+        if name == "semseg":
+            return torch.from_numpy(_INDEX[label_ids])[None]
+        disparity = nearest(read_disparity(self._path(*_FILES["depth"], id)), size)
+        return torch.from_numpy(np.where(label_ids == SKY, np.float32(0), disparity))[None]
+
+    def _path(self, folder: str, suffix: str, id: str) -> Path:
+        return self.root / folder / self.split / f"{id}{suffix}"
+
+
+def read_disparity(path: Path) -> np.ndarray:
+    """16-bit PNG of 256·d + 1 → (H, W) float32 disparity d, pixels, 0 where unknown. Raises DataError."""
+    values = read_values(path)
+    if values.ndim != 2 or values.dtype.kind not in "iu" or values.dtype == np.uint8:
+        raise DataError(
+            f"{path} holds {values.dtype} values of shape {values.shape}, expected a 16-bit grey PNG. Unpack it again."
+        )
+    return (np.maximum(values.astype(np.float32) - 1, 0) / 256).astype(np.float32)
+
+
+def _indices() -> np.ndarray:
+    """(256,) label id → class index, 255 for ids that are not evaluated."""
+    table = np.full(256, 255, np.uint8)
+    table[list(CLASSES)] = np.arange(len(CLASSES))
+    return table
+
+
+_INDEX = _indices()
