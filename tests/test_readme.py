@@ -1,4 +1,4 @@
-"""Every block of the README runs: Python as it stands, commands on small data, `pamm train` up to its experiment."""
+"""The README: Python blocks and `predict` and `data` commands run, `pamm train` up to its experiment."""
 
 from __future__ import annotations
 

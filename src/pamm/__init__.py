@@ -1,4 +1,4 @@
-"""PAMM: one image in, segmentation, parts, depth, normals, saliency and boundaries out.
+"""PAMM and MTMamba: one image in, segmentation, parts, depth, normals, saliency and boundaries out.
 
 Public names are imported when first used, so that `import pamm` takes milliseconds.
 """
