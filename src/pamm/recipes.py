@@ -216,7 +216,7 @@ def demo() -> Experiment:
 
 @recipe
 def mosaic_pamm() -> Experiment:
-    """A small PAMM from random weights on a folder of photographs with partial labels, six tasks, on a CPU."""
+    """A small PAMM from random weights on a folder of photographs with partial labels (--data.root), on a CPU."""
     base = demo()
     return replace(
         base,
