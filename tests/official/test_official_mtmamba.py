@@ -13,12 +13,14 @@ import torch
 import torch.nn.functional as F
 
 from pamm.build import create_tasks
+from pamm.cli import main
 from pamm.data import dataset_options
 from pamm.experiment import BackboneConfig, DataConfig, ModelConfig, MTMambaConfig
 from pamm.models.registry import build_model
 from pamm.models.saved import load_model
 from pamm.official import OfficialError, gradients, intermediates, load
 from pamm.official.mtmamba import layout
+from pamm.predict import Predictor
 from pamm.recipes import get_recipe
 from pamm.tasks import create_task
 from tiny import MTMAMBA, SWIN
@@ -206,6 +208,21 @@ def test_a_network_returns_from_its_published_names(name, tmp_path):
         for task, logits in model.decode(maps, (64, 128)).items():
             assert torch.equal(again.decode(maps, (64, 128))[task], logits)
     assert {key: (tuple(v.shape), v.dtype) for key, v in published(again, system).items()} == sizes
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_the_command_line_imports_what_the_predictor_runs(system, tmp_path, capsys):
+    model = build(system)
+    torch.save({"model": {f"module.{k}": v for k, v in published(model, system).items()}}, tmp_path / "checkpoint.pth")
+    folder = tmp_path / "model"
+    sizes = ["--image-size", "64", "128"]
+    assert main(["import", str(tmp_path / "checkpoint.pth"), "--out", str(folder), *sizes]) == 0
+    assert f"{system}: " in capsys.readouterr().out
+    image = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
+    ours, imported = Predictor(model)(image), Predictor(folder)(image)
+    assert {task: imported[task].shape for task in imported} == {"semseg": (50, 70), "depth": (50, 70)}
+    for task in imported:
+        assert np.array_equal(imported[task], ours[task])
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
