@@ -97,6 +97,8 @@ class BackboneConfig:
     """Swin: attention heads of every stage."""
     window: int | None = None
     """Swin: side of the attention windows, tokens."""
+    mlp_ratio: float | None = None
+    """Hidden channels of a block's MLP per token channel."""
     class_token: bool = True
     """A class token stands in the sequence beside the image's tokens; the released PAMM has none."""
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 from pamm.build import create_tasks
 from pamm.cli import main
@@ -172,7 +173,9 @@ NETWORKS = {
     "other sizes": {"expand": 3, "state_size": 5},
     "other sizes, plus": {"expand": 1, "state_size": 7, "head_width": 20, "system": "mtmamba++"},
     "other Swin": {
-        "backbone": replace(SWIN, width=24, stage_depths=(2, 1, 1, 3), stage_heads=(3, 2, 4, 6), window=3, patch=8)
+        "backbone": replace(
+            SWIN, width=24, stage_depths=(2, 1, 1, 3), stage_heads=(3, 2, 4, 6), window=3, patch=8, mlp_ratio=3.0
+        )
     },
     "three stages of a Swin": {"backbone": replace(SWIN, taps=(1, 2, 3))},
     "no backbone": {"backbone": BackboneConfig("none", False, (1, 2, 3, 4), width=8), "system": "mtmamba++"},
@@ -208,6 +211,18 @@ def test_a_network_returns_from_its_published_names(name, tmp_path):
         for task, logits in model.decode(maps, (64, 128)).items():
             assert torch.equal(again.decode(maps, (64, 128))[task], logits)
     assert {key: (tuple(v.shape), v.dtype) for key, v in published(again, system).items()} == sizes
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_format_that_sorts_the_keys_does_not_change_the_order_of_the_tasks(system, tmp_path):
+    """safetensors sorts by data type first: integers (index buffers, BatchNorm's counter) stand before the rest."""
+    model = build(system, names=("semseg", "depth", "edge"))
+    state = {key: value.contiguous() for key, value in published(model, system).items()}
+    save_file(state, tmp_path / "weights.safetensors")
+    loaded = load(tmp_path / "weights.safetensors", image_size=(64, 128))
+    assert list(loaded.tasks) == ["semseg", "depth", "edge"]
+    assert "keys are sorted" in str(loaded.load_report)
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in loaded.state_dict().items())
 
 
 @pytest.mark.parametrize("system", SYSTEMS)

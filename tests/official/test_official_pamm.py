@@ -136,11 +136,11 @@ def test_golden_from_files_and_wrappers(golden, tmp_path):
 # -- a small network under the published names, which needs no reference files ---------------------------------------------
 
 
-def small(**changes: object) -> pamm.MultiTaskModel:
+def small(mlp_ratio: float | None = None, **changes: object) -> pamm.MultiTaskModel:
     """A network with random weights, constants included."""
     torch.manual_seed(0)
     settings = {"width": 32, "state_size": 4, "kernel": 3, "experts": ExpertsConfig(count=10, top_k=9, rank=2)}
-    backbone = replace(BACKBONE, class_token=False)
+    backbone = replace(BACKBONE, class_token=False, mlp_ratio=mlp_ratio)
     tasks = {"semseg": create_task("semseg", classes=["a", "b", "c"]), "depth": create_task("depth")}
     model = build_model(ModelConfig(backbone, ReleasedConfig(**(settings | changes))), tasks, SIZE).eval()
     with torch.no_grad():
@@ -185,12 +185,26 @@ def test_names_are_one_to_one_and_both_ways():
         assert all(torch.equal(loaded[name], value) for name, value in own.items())
 
 
+def test_the_gradient_of_two_equal_images_is_that_of_one():
+    """In eval mode and with the mean as the loss; torch alone gets a single image's gradient wrong."""
+    model = small()
+    image = torch.linspace(-1, 1, 3 * SIZE[0] * SIZE[1]).sin().view(1, 3, *SIZE)
+    found = []
+    for images in (1, 2):
+        model.zero_grad()
+        sum(logits.square().mean() for logits in model(image.expand(images, -1, -1, -1)).values()).backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    largest = max(float(gradient.norm()) for gradient in found[0].values())
+    for name, gradient in found[0].items():
+        assert float((gradient - found[1][name]).norm()) <= 1e-3 * float(gradient.norm()) + 1e-6 * largest, name
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {},
         {"shared_bias": False, "expand": 1, "delta_rank": 5, "state_size": 7},
-        {"task_conv": False},
+        {"task_conv": False, "mlp_ratio": 2.5},
         {"experts": ExpertsConfig(count=4, top_k=4, rank=3), "kernel": 5},
         {"experts": ExpertsConfig(B=False, count=10, top_k=9, rank=2)},
         {"experts": ExpertsConfig(B=False, C=False), "projection_bias": True},

@@ -18,13 +18,20 @@ SWIN_STRIDE = 2
 """Tokens of a Swin stage per token of the next, along one side."""
 
 ARGUMENTS = {
-    VisionTransformer: {"patch": "patch_size", "width": "embed_dim", "depth": "depth", "heads": "num_heads"},
+    VisionTransformer: {
+        "patch": "patch_size",
+        "width": "embed_dim",
+        "depth": "depth",
+        "heads": "num_heads",
+        "mlp_ratio": "mlp_ratio",
+    },
     SwinTransformer: {
         "patch": "patch_size",
         "width": "embed_dim",
         "stage_depths": "depths",
         "stage_heads": "num_heads",
         "window": "window_size",
+        "mlp_ratio": "mlp_ratio",
     },
 }
 """timm class → field of BackboneConfig → timm's name of that argument."""

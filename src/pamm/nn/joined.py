@@ -53,13 +53,27 @@ def join_drop_paths(module: nn.Module) -> None:
                 setattr(parent, name, JoinedDropPath(child.drop_prob, child.scale_by_keep))
 
 
+class _ContiguousGradient(torch.autograd.Function):
+    """The same values; their gradient goes back with its positions in order."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient.contiguous()
+
+
 class JoinedBatchNorm2d(nn.BatchNorm2d):
     """Batch normalisation over (B, H, W) of the joined batch, on any device (torch's SyncBatchNorm refuses a CPU)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) → (B, C, H, W); computed in float32 whatever the autocast."""
         if not self.training or world_size() == 1:
-            return super().forward(x)
+            # torch (2.15, CPU) mistakes the layout of a single image's gradient whose channels come last: wrong numbers.
+            y = super().forward(x.contiguous())
+            return _ContiguousGradient.apply(y) if torch.is_grad_enabled() else y
         wide = x.float()
         count = wide.numel() // wide.shape[1] * world_size()
         mean = dist_functional.all_reduce(wide.sum((0, 2, 3))) / count

@@ -137,7 +137,7 @@ def inspect(state: Mapping[str, Tensor], notices: list[str]) -> tuple[ModelConfi
     found = re.findall(r"^expand_layers\.(.+)_\d+\.expand\.weight$", "\n".join(state), flags=re.MULTILINE)
     ordered = task_order(found)
     tasks = list(dict.fromkeys(found))
-    if list(state) == sorted(state) and tasks != ordered:  # sorted by name, as some formats do: the order says nothing
+    if sorted_by_name(state) and tasks != ordered:  # the order of the keys says nothing of that of the tasks
         tasks = ordered
         notices.append(f"the keys are sorted, so the tasks are taken in the benchmarks' order: {', '.join(tasks)}")
     channels = {task: len(tensor_of(state, f"final_project.{task}.weight", 4)) for task in tasks}
@@ -145,6 +145,14 @@ def inspect(state: Mapping[str, Tensor], notices: list[str]) -> tuple[ModelConfi
     width = len(tensor_of(state, f"concat_layers.{tasks[0]}_{max(stages, 1) - 1}.weight"))
     model = ModelConfig(inspect_backbone(state, width, stages + 1), inspect_decoder(state, tasks[0]))
     return model, tasks_of(channels, notices)
+
+
+def sorted_by_name(state: Mapping[str, Tensor]) -> bool:
+    """Whether a format arranged the keys: by name, as safetensors does among the tensors of every data type."""
+    kinds: dict[torch.dtype, list[str]] = {}
+    for key, tensor in state.items():
+        kinds.setdefault(tensor.dtype, []).append(key)
+    return all(keys == sorted(keys) for keys in kinds.values())
 
 
 def inspect_decoder(state: Mapping[str, Tensor], task: str) -> MTMambaConfig:
@@ -182,6 +190,7 @@ def inspect_backbone(state: Mapping[str, Tensor], width: int, stages: int) -> Ba
         stage_depths=tuple(count_of(state, blocks.format(i)) for i in range(stages)),
         stage_heads=tuple(table.shape[1] for table in tables),
         window=(math.isqrt(len(tables[0])) + 1) // 2,
+        mlp_ratio=len(tensor_of(state, "backbone.stages.0.blocks.0.ffn.layers.0.0.weight", 2)) / patch.shape[0],
     )
 
 

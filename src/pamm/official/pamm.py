@@ -112,6 +112,8 @@ class Layout:
     embed: int
     """Channels of the vision transformer."""
     depth: int
+    mlp: int
+    """Hidden channels of its blocks."""
     tokens: int
     """Positions of the grid the checkpoint was trained on."""
     stages: int
@@ -127,6 +129,7 @@ def inspect(state: Mapping[str, Tensor]) -> Layout:
         patch=patch,
         embed=embed,
         depth=len(numbers_of(state, r"backbone\.blocks\.(\d+)\..+")),
+        mlp=shape_of(state, "backbone.blocks.0.mlp.fc1.weight", 2)[0],
         tokens=shape_of(state, "backbone.pos_embed", 3)[1] - 1,
         stages=len(numbers_of(state, rf"{re.escape(STAGE)}\.(\d+)\..+")),
         decoder=inspect_decoder(state, tasks[0]),
@@ -202,6 +205,7 @@ def backbone_config(layout: Layout, num_heads: int | None, notices: list[str]) -
         width=layout.embed,
         depth=layout.depth,
         heads=num_heads,
+        mlp_ratio=layout.mlp / layout.embed,
         class_token=False,
     )
 
