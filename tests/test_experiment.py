@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
-from pamm.experiment import ConfigError, Experiment, TaskConfig, check, dump, from_dict, load, to_dict
+from pamm.experiment import Experiment, TaskConfig, check, dump, load
 from pamm.recipes import RECIPES, VARIANTS, get_recipe
+from pamm.strict import ConfigError, from_dict, to_dict
 
 
 @pytest.mark.parametrize("name", [*RECIPES, *(f"pascal-pamm-b+{v}" for v in VARIANTS)])

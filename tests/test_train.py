@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from pamm.build import create_tasks
-from pamm.experiment import ConfigError, TaskConfig, TrainConfig, dump
+from pamm.experiment import TaskConfig, TrainConfig, dump
 from pamm.models.saved import CheckpointError
+from pamm.strict import ConfigError
 from pamm.tasks import NonFiniteError
 from pamm.train import TrainingError, create_loop, create_optimizer, learning_rate, step_seed, train
 from tiny import experiment

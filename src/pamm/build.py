@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pamm.data import dataset_options
-from pamm.experiment import ConfigError, Experiment
+from pamm.experiment import Experiment
 from pamm.models.model import MultiTaskModel
 from pamm.models.registry import build_model
 from pamm.recipes import get_recipe
+from pamm.strict import ConfigError
 from pamm.tasks import Task, create_task
 
 

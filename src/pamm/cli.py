@@ -111,7 +111,8 @@ def parse_experiment(name: str, arguments: list[str]) -> tuple[Experiment, argpa
     """
     import tyro
 
-    from pamm.experiment import ConfigError, Experiment, check
+    from pamm.experiment import Experiment, check
+    from pamm.strict import ConfigError
 
     own = parser(
         name, epilog="Every leaf of the experiment can be set: see `pamm train RECIPE --help`.", add_help=False
@@ -306,8 +307,8 @@ def data(arguments: list[str]) -> int:
 def recipes(arguments: list[str]) -> int:
     import yaml
 
-    from pamm.experiment import to_dict
     from pamm.recipes import MTMAMBA_VARIANTS, RECIPES, VARIANTS, get_recipe
+    from pamm.strict import to_dict
 
     own = parser("recipes")
     own.add_argument("recipe", nargs="?", help="print this one as YAML")

@@ -12,9 +12,10 @@ from pamm.build import create_model, create_tasks
 from pamm.data import open_dataset
 from pamm.data.transforms import EvalTransform
 from pamm.evaluate import evaluate_split
-from pamm.experiment import ConfigError, Experiment
+from pamm.experiment import Experiment
 from pamm.models.saved import load_model
 from pamm.report import Figure, figure_from, format_table, write_report
+from pamm.strict import ConfigError
 from pamm.train import launch, train
 
 FIGURES = 8

@@ -19,13 +19,14 @@ from tqdm import tqdm
 from pamm.data import Batch, dataset_options, open_dataset
 from pamm.data.loader import eval_loader
 from pamm.data.transforms import EvalTransform
-from pamm.experiment import ConfigError, Experiment, load
+from pamm.experiment import Experiment, load
 from pamm.files import replace_text
 from pamm.models.model import MultiTaskModel
 from pamm.models.registry import rebuild_model
 from pamm.models.saved import find_checkpoint, load_model
 from pamm.nn.joined import world_size
 from pamm.recipes import get_recipe
+from pamm.strict import ConfigError
 from pamm.tasks import Task, create_task
 from pamm.tasks.segmentation import numbered_classes
 

@@ -12,7 +12,6 @@ from difflib import get_close_matches
 
 from pamm.experiment import (
     BackboneConfig,
-    ConfigError,
     DataConfig,
     Experiment,
     ModelConfig,
@@ -22,6 +21,7 @@ from pamm.experiment import (
     TaskConfig,
     TrainConfig,
 )
+from pamm.strict import ConfigError
 
 RECIPES: dict[str, Callable[[], Experiment]] = {}
 """Recipe name → function that builds it."""

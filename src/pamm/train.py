@@ -29,12 +29,13 @@ from pamm.data import Batch, open_dataset
 from pamm.data.loader import train_loader
 from pamm.data.transforms import TrainTransform
 from pamm.evaluate import Evaluation, evaluate_split
-from pamm.experiment import ConfigError, Experiment, TrainConfig, check, dump, load, to_dict
+from pamm.experiment import Experiment, TrainConfig, check, dump, load
 from pamm.log import Log
 from pamm.memory import keep_memory
 from pamm.models.model import WEIGHTS_FILE, MultiTaskModel
 from pamm.models.registry import build_model
 from pamm.models.saved import first_line, load_weights
+from pamm.strict import ConfigError, to_dict
 from pamm.tasks import Task
 
 FREE_KEYS = (

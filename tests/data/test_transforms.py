@@ -19,7 +19,8 @@ from pamm.data.transforms import (
     photometric_distortion,
     rgb_to_hsv,
 )
-from pamm.experiment import ConfigError, DataConfig
+from pamm.experiment import DataConfig
+from pamm.strict import ConfigError
 from pamm.tasks import create_task
 
 STILL = DataConfig(size=(64, 96), scale=(1.0, 1.0), flip=0.0, color=False)

@@ -10,12 +10,13 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from pamm.experiment import BackboneConfig, ConfigError, ExpertsConfig, ModelConfig, PAMMConfig
+from pamm.experiment import BackboneConfig, ExpertsConfig, ModelConfig, PAMMConfig
 from pamm.models.backbone import create_backbone
 from pamm.models.pamm import PAME, ParameterExperts, Router, TaskDecoder
 from pamm.models.registry import build_model
 from pamm.nn.serialize import scan_orders
 from pamm.recipes import VARIANTS, get_recipe
+from pamm.strict import ConfigError
 from pamm.tasks import create_task
 from tiny import BACKBONE, DECODER
 

@@ -9,9 +9,9 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from pamm.experiment import ConfigError
 from pamm.models.backbone import Swin, create_backbone
 from pamm.recipes import get_recipe
+from pamm.strict import ConfigError
 from tiny import SWIN
 
 

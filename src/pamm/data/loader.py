@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from pamm.data.sample import Batch, DataError, Dataset, Sample, collate
 from pamm.data.transforms import EvalTransform, TrainTransform
-from pamm.experiment import ConfigError
+from pamm.strict import ConfigError
 from pamm.tasks import Task
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from pamm.data.sample import DataError, Sample
-from pamm.experiment import ConfigError
+from pamm.strict import ConfigError
 from pamm.tasks import Task
 
 if TYPE_CHECKING:

@@ -11,8 +11,9 @@ from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from pamm.experiment import BackboneConfig, ConfigError
+from pamm.experiment import BackboneConfig
 from pamm.nn.joined import join_drop_paths
+from pamm.strict import ConfigError
 
 SWIN_STRIDE = 2
 """Tokens of a Swin stage per token of the next, along one side."""

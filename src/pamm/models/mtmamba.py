@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from pamm.experiment import ConfigError, MTMambaConfig
+from pamm.experiment import MTMambaConfig
 from pamm.nn.joined import JoinedBatchNorm2d
 from pamm.nn.serialize import row_column_orders
 from pamm.nn.ssm import init_A_log, init_D, init_delta_bias, init_delta_weight
 from pamm.nn.task_layers import TaskConv3x3, TaskDropPath, TaskLayerNorm, TaskLinear
 from pamm.nn.window_attention import WindowAttention
 from pamm.ops import selective_scan
+from pamm.strict import ConfigError
 
 ORDERS = 4
 """Scan orders of SS2D: rows, columns, and both backwards."""

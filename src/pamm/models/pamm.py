@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pamm.experiment import ConfigError, ExpertsConfig, PAMMConfig
+from pamm.experiment import ExpertsConfig, PAMMConfig
 from pamm.nn.joined import joined_draw
 from pamm.nn.serialize import scan_orders
 from pamm.nn.ssm import init_A_log, init_D, init_delta_bias
 from pamm.nn.task_layers import TaskLinear
 from pamm.ops import selective_scan
+from pamm.strict import ConfigError
 
 GROUPS = 32
 """Groups of every GroupNorm."""

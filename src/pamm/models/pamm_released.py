@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from pamm.experiment import ConfigError, ReleasedConfig
+from pamm.experiment import ReleasedConfig
 from pamm.nn.joined import JoinedBatchNorm2d, joined_draw
 from pamm.nn.serialize import scan_orders
 from pamm.nn.ssm import init_A_log, init_D
 from pamm.ops import selective_scan
+from pamm.strict import ConfigError
 
 GROUPS = 32
 """Groups of every GroupNorm."""

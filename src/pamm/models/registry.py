@@ -7,13 +7,14 @@ from typing import Any
 
 from torch import nn
 
-from pamm.experiment import ConfigError, ModelConfig, MTMambaConfig, PAMMConfig, ReleasedConfig, from_dict, to_dict
+from pamm.experiment import ModelConfig, MTMambaConfig, PAMMConfig, ReleasedConfig
 from pamm.models.backbone import NoBackbone, Swin, ViT, create_backbone
 from pamm.models.heads import ConvHead
 from pamm.models.model import MultiTaskModel
 from pamm.models.mtmamba import DenseHead, LiteHead, MTMambaDecoder
 from pamm.models.pamm import PAMMDecoder
 from pamm.models.pamm_released import ReleasedDecoder
+from pamm.strict import ConfigError, from_dict, to_dict
 from pamm.tasks import Task, create_task
 
 Decoder = tuple[nn.Module, dict[str, nn.Module]]

@@ -8,9 +8,9 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from pamm.experiment import ConfigError
 from pamm.models.model import CONFIG_FILE, WEIGHTS_FILE, MultiTaskModel
 from pamm.models.registry import rebuild_model
+from pamm.strict import ConfigError
 
 
 class CheckpointError(RuntimeError):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pamm.experiment import BackboneConfig, ConfigError, ModelConfig, MTMambaConfig
+from pamm.experiment import BackboneConfig, ModelConfig, MTMambaConfig
 from pamm.models.backbone import Swin
 from pamm.models.model import MultiTaskModel
 from pamm.models.mtmamba import CTM, MFE, SCTM, STM, DenseHead, Stage
@@ -34,6 +34,7 @@ from pamm.official.parts import (
     place,
 )
 from pamm.official.tasks import task_order, tasks_of
+from pamm.strict import ConfigError
 from pamm.tasks import Task
 
 SYSTEM = "mtmamba"
