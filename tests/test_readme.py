@@ -1,4 +1,4 @@
-"""The README: Python blocks and `predict` and `data` commands run, `pamm train` up to its experiment."""
+"""The README: Python blocks and commands run, `pamm train` up to its experiment."""
 
 from __future__ import annotations
 
@@ -9,11 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from pamm.cli import main, parse_experiment
 from pamm.demo import run_demo
-from tiny import experiment
+from pamm.experiment import DataConfig, ModelConfig, TaskConfig
+from pamm.models.registry import build_model
+from pamm.official.mtmamba import layout
+from pamm.tasks import create_task
+from pamm.train import train
+from tiny import MTMAMBA, SWIN, experiment
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README.read_text(), re.M | re.S)
@@ -43,7 +49,20 @@ def workplace(tmp_path_factory) -> Path:
     (folder / "mine/dataset.yaml").write_text(
         "tasks: {semseg: {classes: [background, cat, dog]}, depth: {unit: millimetre}}\n"
     )
+    own = DataConfig(name="folder", root=str(folder / "mine"), size=(48, 64))
+    train(
+        replace(experiment(steps=1), tasks={"semseg": TaskConfig(), "depth": TaskConfig()}, data=own),
+        folder / "runs/mine",
+    )
+    save_published(folder / "checkpoint.pth.tar")
     return folder
+
+
+def save_published(path: Path) -> None:
+    """A small MTMamba with random weights, as its authors save one."""
+    model = build_model(ModelConfig(SWIN, MTMAMBA), {name: create_task(name) for name in ("semseg", "depth")}, (64, 64))
+    own = model.state_dict()
+    torch.save({"model": {f"module.{key}": place.collect(own) for key, place in layout(model, "mtmamba")}}, path)
 
 
 def test_the_report_of_a_demo_run_is_there(workplace):
@@ -66,11 +85,13 @@ def test_train_commands_give_an_experiment(arguments, workplace, monkeypatch):
     assert settings.tasks
 
 
-@pytest.mark.parametrize("arguments", [c for c in COMMANDS if c[0] in ("predict", "data")], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [c for c in COMMANDS if c[0] in ("predict", "data", "eval", "import")], ids=" ".join
+)
 def test_other_commands_run(arguments, workplace, monkeypatch, capsys):
     monkeypatch.chdir(workplace)
     assert main(arguments) == 0, capsys.readouterr()
 
 
 def test_every_kind_of_command_is_shown():
-    assert {"predict", "data", "train", "eval"} <= {command[0] for command in COMMANDS}
+    assert {"predict", "data", "train", "eval", "import"} <= {command[0] for command in COMMANDS}

@@ -109,13 +109,14 @@ def test_sigterm_saves_and_exits(rooms, tmp_path, whole_group):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("labels", ["complete", "missing"])
 @pytest.mark.parametrize("scheme", ["sum", "log_sum"])
-def test_two_processes_step_as_one_on_the_joined_batch(rooms, tmp_path, scheme):
+def test_two_processes_step_as_one_on_the_joined_batch(rooms, tmp_path, scheme, labels):
     results = []
     for devices in (1, 2):
         out = tmp_path / f"{devices}.pt"
         done = subprocess.run(
-            [sys.executable, str(TESTS / "joined_step.py"), rooms, str(devices), scheme, str(out)],
+            [sys.executable, str(TESTS / "joined_step.py"), rooms, str(devices), scheme, labels, str(out)],
             capture_output=True,
             text=True,
             check=False,

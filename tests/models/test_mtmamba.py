@@ -174,6 +174,10 @@ def test_every_parameter_of_every_variant_gets_a_gradient(system, variant):
     sum((x * torch.randn_like(x)).sum() for x in logits.values()).backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert without == []
+    statistics = ("running_mean", "running_var", "num_batches_tracked", "relative_position_index", "attn_mask")
+    assert [
+        name for name, _ in model.named_buffers() if not name.endswith(statistics)
+    ] == []  # nothing is held constant
 
 
 def test_a_fixed_gate_is_the_learned_one_at_its_limit():

@@ -71,6 +71,15 @@ def test_damaged_files_are_told(damage, suffix, tmp_path):
         ({}, "begin with nothing"),
         ({"model": {"a": [1, 2]}}, r"the entry 'a' is a list, expected only tensors"),
         ([torch.ones(3)], "holds a list, expected tensors by name"),
+        (
+            {"model": {"module.a": torch.tensor([1.0, float("nan")])}},
+            r"'module\.a' holds numbers that are not finite: .*download",
+        ),
+        ({"a": torch.ones(2, dtype=torch.complex64)}, r"'a' is torch\.complex64 of layout .*, expected a plain tensor"),
+        (
+            {"a": torch.eye(3).to_sparse()},
+            r"'a' is torch\.float32 of layout torch\.sparse_coo, expected a plain tensor",
+        ),
     ],
 )
 def test_foreign_files_are_told(content, message, tmp_path):

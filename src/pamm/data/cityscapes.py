@@ -4,8 +4,9 @@ leftImg8bit/{train,val}/<city>/<id>_leftImg8bit.png     RGB, 1024 x 2048; 2975 a
 gtFine/{train,val}/<city>/<id>_gtFine_labelIds.png      0..33, of which 19 classes are evaluated
 disparity/{train,val}/<city>/<id>_disparity.png         16-bit, 256·d + 1, 0 unknown
 
-Depth is disparity, pixels. Unlike in the published code, which gives unknown disparity the value -1 and trains on it, unknown
-pixels are ignored; and so is the sky, whose disparity of 0 it trains as well (its metric leaves both out, as here).
+Depth is disparity, pixels. Two kinds of pixels have the value 0 here, which the depth task ignores in loss and metric: unknown
+disparity, which the published code sets to -1 and trains on, and the sky, which it sets to 0 and trains on as well. Its metric
+leaves both out, as here.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ CLASSES = {
 """Label id → class, in the order of the class indices."""
 
 SKY = 23
-"""Label id of the sky."""
+"""Label id of the sky. The published code masks 10, the sky's class index: it compares the converted labels, not the files' ids."""
 
 LIMIT = 80.0
 """Disparity, pixels, from which on the published metric leaves pixels out."""

@@ -35,14 +35,28 @@ def read_state(source: Mapping[str, Tensor] | str | Path) -> dict[str, Tensor]:
 
 
 def named_tensors(content: Mapping[Any, Any], where: str) -> dict[str, Tensor]:
-    """The same tensors without the prefix. Raises OfficialError for an entry that is none."""
+    """The same tensors without the prefix. Raises OfficialError for an entry that is none, or not of plain numbers."""
     for key, value in content.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise OfficialError(
                 f"{where}: the entry {key!r} is a {type(value).__name__}, expected only tensors by name, plainly or under "
                 f"{' or '.join(map(repr, WRAPPERS))}"
             )
+        check_numbers(f"{where}: '{key}'", value)
     return {key.removeprefix(PREFIX): value for key, value in content.items()}
+
+
+def check_numbers(what: str, tensor: Tensor) -> None:
+    """Raise OfficialError unless the tensor is a plain array of real, finite numbers."""
+    if tensor.layout != torch.strided or tensor.is_complex() or tensor.is_quantized:
+        raise OfficialError(
+            f"{what} is {tensor.dtype} of layout {tensor.layout}, expected a plain tensor of real numbers"
+        )
+    if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor).all():
+        raise OfficialError(
+            f"{what} holds numbers that are not finite: the training diverged, or the file is damaged. Use an earlier "
+            "checkpoint, or download it again"
+        )
 
 
 def read_file(path: Path) -> Any:
