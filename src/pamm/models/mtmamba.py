@@ -323,7 +323,7 @@ class DenseHead(nn.Module):
 
 
 class LiteHead(nn.Sequential):
-    """MTMamba++'s head: Conv3×3, BatchNorm, ReLU, Conv1×1, all at the feature's resolution: (B, c, h, w) → (B, outputs, h, w)."""
+    """MTMamba++'s head: Conv3×3, BatchNorm, ReLU, Conv1×1, then bilinear ×4: (B, c, h, w) → (B, outputs, 4h, 4w)."""
 
     def __init__(self, channels: int, hidden: int, outputs: int):
         super().__init__(
@@ -331,4 +331,5 @@ class LiteHead(nn.Sequential):
             JoinedBatchNorm2d(hidden),
             nn.ReLU(),
             nn.Conv2d(hidden, outputs, 1),
+            nn.Upsample(scale_factor=4, mode="bilinear", align_corners=False),
         )
