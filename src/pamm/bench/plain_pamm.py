@@ -134,10 +134,14 @@ class PlainPAMM(nn.Module):
         whole = config.task_conv and config.pame and config.experts.B and config.experts.C
         count = len(model.backbone.taps)
         if not (whole and config.prior_B and config.prior_C and count > 1):
-            raise BenchError("the plain form of PAMM has every switch on; measure a recipe without variants, or --plain none")
+            raise BenchError(
+                "the plain form of PAMM has every switch on; measure a recipe without variants, or --plain none"
+            )
         self.scan, self.curve, tasks = scan, (config.scan, config.orders), list(model.tasks)
         self.stages = nn.ModuleList(PlainStage(config, model.backbone.channels, tasks) for _ in range(count))
-        self.heads = nn.ModuleDict({t: PlainHead(config.width, count, task.channels) for t, task in model.tasks.items()})
+        self.heads = nn.ModuleDict(
+            {t: PlainHead(config.width, count, task.channels) for t, task in model.tasks.items()}
+        )
         self.load_state_dict(plain_state(model.state_dict(), tasks))
         self.train(model.training)
 

@@ -196,4 +196,3 @@ def dead_shape(
     if part == "1":
         return (alive[0], 2 * hidden) if weight else alive
     return () if kind == "num_batches_tracked" else (width,)  # ln_sp and the BatchNorms
-
