@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from pamm.bench import BenchError
-from pamm.bench.record import FIELDS, append, complete, table
+from pamm.bench.record import append, complete, table
+
+Cases = Iterable[list[dict[str, Any]]]
+"""Records, case by case, as they are measured."""
 
 DTYPES = {"float32": "float32", "bf16": "bfloat16", "float16": "float16"}
 
@@ -35,9 +38,8 @@ def main(arguments: list[str]) -> int:
             print(f"\npamm bench {' '.join(line)}", flush=True)
             main([*line, "--out", str(plain.out), *(["--threads", str(plain.threads)] if plain.threads else [])])
         return 0
-    lines = list(MEASURE[plain.bench](plain))
-    finish(lines, plain.out)
-    return 1 if all(line["error"] for line in lines) else 0
+    done = [line for lines in MEASURE[plain.bench](plain) for line in finish(lines, plain.out)]
+    return 1 if all(line["error"] for line in done) else 0
 
 
 def arguments_parser() -> argparse.ArgumentParser:
@@ -135,7 +137,7 @@ def _job(plain: argparse.Namespace, work: str, settings: dict[str, Any]) -> dict
     return {"work": work, "settings": common | settings, **timing}
 
 
-def _scan(plain: argparse.Namespace) -> Iterable[dict[str, Any]]:
+def _scan(plain: argparse.Namespace) -> Cases:
     from pamm.bench.run import measure
     from pamm.ops.selective_scan import ENGINES
 
@@ -155,7 +157,7 @@ def _scan(plain: argparse.Namespace) -> Iterable[dict[str, Any]]:
                 "candidates": names,
             }
             job = _job(plain, "scan", settings | scan_shape(shape))
-            yield from measure(
+            yield measure(
                 "scan", shape, "forward + backward" if what == "backward" else what, job, memory=not plain.no_memory
             )
 
@@ -175,19 +177,19 @@ def scan_shape(text: str) -> dict[str, int]:
     return dict(zip(keys, map(int, parts), strict=True))
 
 
-def _model(plain: argparse.Namespace) -> Iterable[dict[str, Any]]:
+def _model(plain: argparse.Namespace) -> Cases:
     from pamm.bench.run import measure
 
     settings = _network(plain) | {"part": plain.part, "dead_branch": plain.dead_branch}
     settings["candidates"][1:1] = ["pamm, compiled"] if plain.compile else []
     what = "prediction" if plain.part == "whole" else "decoder and heads"
-    yield from measure("model", plain.recipe, what, _job(plain, "model", settings), memory=not plain.no_memory)
+    yield measure("model", plain.recipe, what, _job(plain, "model", settings), memory=not plain.no_memory)
 
 
-def _train(plain: argparse.Namespace) -> Iterable[dict[str, Any]]:
+def _train(plain: argparse.Namespace) -> Cases:
     from pamm.bench.run import measure
 
-    yield from measure(
+    yield measure(
         "train", plain.recipe, "training step", _job(plain, "train", _network(plain)), memory=not plain.no_memory
     )
 
@@ -201,7 +203,7 @@ def _network(plain: argparse.Namespace) -> dict[str, Any]:
     return {"recipe": plain.recipe, "size": plain.size, "batch": plain.batch, "candidates": names}
 
 
-def _scaling(plain: argparse.Namespace) -> Iterable[dict[str, Any]]:
+def _scaling(plain: argparse.Namespace) -> Cases:
     from pamm.bench.run import measure
     from pamm.bench.scaling import AXES
     from pamm.experiment import PAMMConfig
@@ -215,12 +217,12 @@ def _scaling(plain: argparse.Namespace) -> Iterable[dict[str, Any]]:
         for value in AXES[axis]:
             names = ["decoder and heads", *(["backbone"] if plain.backbone and axis == "tokens" else [])]
             job = _job(plain, "scaling", {"recipe": plain.recipe, "axis": axis, "value": value, "candidates": names})
-            yield from measure(
+            yield measure(
                 "scaling", f"{value} {axis}", axis, job | {"inline_memory": not plain.no_memory}, memory=False
             )
 
 
-def _data(plain: argparse.Namespace) -> Iterable[dict[str, Any]]:
+def _data(plain: argparse.Namespace) -> Cases:
     from dataclasses import replace
 
     from pamm.bench.data import throughput
@@ -247,25 +249,24 @@ def _data(plain: argparse.Namespace) -> Iterable[dict[str, Any]]:
             "device": "cpu",
         }
         measured = {"seconds": found["seconds"], "images_per_second": found["images_per_second"]}
-        yield complete(told | measured | {"shape": shape | {"workers": workers, "first_batch_seconds": found["first"]}})
+        yield [
+            complete(told | measured | {"shape": shape | {"workers": workers, "first_batch_seconds": found["first"]}})
+        ]
 
 
 MEASURE = {"scan": _scan, "model": _model, "train": _train, "data": _data, "scaling": _scaling}
 
 
-def finish(lines: list[dict[str, Any]], out: Path | None) -> None:
-    """Print the table, and append the lines with the machine they were measured on."""
+def finish(lines: list[dict[str, Any]], out: Path | None) -> list[dict[str, Any]]:
+    """Print a case's table and append its lines, with the machine they were measured on."""
     from pamm.bench.machine import describe
 
     machine = describe()
     for line in lines:
         line["machine"] = machine
         line["threads"] = line["threads"] or os.cpu_count()
-        assert list(line) == list(FIELDS)
-    print(table(lines))
-    print("ratio: median over the first candidate's; memory: needed by the work, of all that the process held")
-    where = f"{machine['cpu']}, {machine['cores']} cores, {machine['gpu'] or 'no GPU'}"
-    print(f"{where}, torch {machine['torch']}, commit {machine['commit']}")
     if out:
         append(out, lines)
-        print(f"appended to {out}")
+    where = f"{machine['cpu']}, {machine['cores']} cores, {machine['gpu'] or 'no GPU'}"
+    print(f"{table(lines)}\n  {where}, torch {machine['torch']}, commit {machine['commit']}\n", flush=True)
+    return lines

@@ -16,9 +16,9 @@ FIELDS = (
 """Every JSON line has these; those that do not apply are null. Units: seconds, bytes, operations per second.
 
 seconds: {median, q1, q3, calls, cold}, cold where the one call was the first. ratio: median over that of the case's first
-candidate. memory: {peak, before, working}. flops: of matrix products and convolutions. gemm_share: flops / seconds over the rate of a large
-matrix product of this dtype, measured beside it. floor_share: least possible time over the median. limits: what these are measured
-against. difference: largest difference of the output from the first candidate's, relative to its largest value.
+candidate. memory: {peak, before, working}. flops: of matrix products and convolutions. gemm_share: flops / seconds over the
+rate of a large matrix product of this dtype, measured beside it. floor_share: least possible time over the median. limits: what
+these are measured against. difference: largest difference of the output from the first candidate's, relative to its largest value.
 """
 
 
@@ -127,7 +127,7 @@ def amount(size: float) -> str:
 
 
 def table(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Records as text in columns. Memory: what the work needs, of all that the process held."""
+    """Records as text in columns. Ratio: over the first row. Memory: what the work needs, of all that the process held."""
     rows = [HEADINGS, *(cells(line) for line in lines)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
     return "\n".join(
