@@ -49,7 +49,8 @@ def run(job: dict[str, Any], begin: Any) -> dict[str, Any]:
         torch.set_num_threads(job["threads"])
     torch.manual_seed(0)
     if device == "cpu":
-        keep_memory()
+        if settings["allocator"] == "keep":
+            keep_memory()
         limit_memory()
     work: Workload = importlib.import_module(WORKS[job["work"]]).workload(settings, job.get("only"))
     facts = {"shape": dict(work.shape), "images": work.images, "threads": torch.get_num_threads()}

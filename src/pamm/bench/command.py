@@ -91,6 +91,8 @@ def _kind(kinds: Any, name: str, text: str, *, timed: bool = True) -> argparse.A
     if timed:
         own.add_argument("--dtype", choices=list(DTYPES), default="float32")
         own.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+        kept = "keep: on a CPU, freed memory stays with the process, as in this package's training; for every candidate"
+        own.add_argument("--allocator", choices=["system", "keep"], default="keep", help=kept)
         own.add_argument("--threads", type=int, help="threads of torch (default: torch's own choice)")
         own.add_argument("--rounds", type=int, default=5, help="turns of every candidate")
         own.add_argument(
@@ -132,7 +134,7 @@ def _network_options(own: argparse.ArgumentParser) -> None:
 
 
 def _job(plain: argparse.Namespace, work: str, settings: dict[str, Any]) -> dict[str, Any]:
-    common = {"dtype": DTYPES[plain.dtype], "device": plain.device}
+    common = {"dtype": DTYPES[plain.dtype], "device": plain.device, "allocator": plain.allocator}
     timing = {"rounds": plain.rounds, "budget": plain.budget, "threads": plain.threads}
     return {"work": work, "settings": common | settings, **timing}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 PLAN: tuple[tuple[str, ...], ...] = (
     ("scan", "nyud-b", "pascal-l", "--rounds", "3", "--budget", "12"),
+    ("scan", "nyud-b", "--what", "forward", "--rounds", "3", "--budget", "12", "--allocator", "system", "--no-memory"),
     ("model", "nyud-pamm-released-b", "--part", "decoder", "--plain", "engine", "recurrence", "--rounds", "3"),
     # The recurrence takes minutes here: its first call is the measurement, and its memory is at least the engine's form's.
     ("model", "pascal-pamm-released-l", "--part", "decoder", "--plain", "recurrence", "--rounds", "3", "--no-memory"),

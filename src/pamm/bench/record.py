@@ -10,15 +10,17 @@ from typing import Any
 from pamm.bench import BenchError
 
 FIELDS = (
-    "bench", "case", "what", "candidate", "shape", "dtype", "device", "threads", "seconds", "ratio", "images_per_second",
-    "memory", "flops", "gemm_share", "floor_share", "state_steps_per_second", "difference", "limits", "error", "machine",
+    "bench", "case", "what", "candidate", "shape", "dtype", "device", "allocator", "threads", "seconds", "ratio",
+    "images_per_second", "memory", "flops", "gemm_share", "floor_share", "state_steps_per_second", "difference", "limits",
+    "error", "machine",
 )  # fmt: skip
 """Every JSON line has these; those that do not apply are null. Units: seconds, bytes, operations per second.
 
-seconds: {median, q1, q3, calls, cold}, cold where the one call was the first. ratio: median over that of the case's first
-candidate. memory: {peak, before, working}. flops: of matrix products and convolutions. gemm_share: flops / seconds over the
-rate of a large matrix product of this dtype, measured beside it. floor_share: least possible time over the median. limits: what
-these are measured against. difference: largest difference of the output from the first candidate's, relative to its largest value.
+allocator: "keep" where freed memory stays with the process (`pamm.memory`), else "system". seconds: {median, q1, q3, calls,
+cold}, cold where the one call was the first. ratio: median over that of the case's first candidate. memory: {peak, before,
+working}. flops: of matrix products and convolutions. gemm_share: flops / seconds over the rate of a large matrix product of
+this dtype, measured beside it. floor_share: least possible time over the median. limits: what these are measured against.
+difference: largest difference of the output from the first candidate's, relative to its largest value.
 """
 
 
@@ -34,6 +36,7 @@ def records(bench: str, case: str, what: str, job: Mapping[str, Any], found: Map
             "shape": found["shape"],
             "dtype": settings["dtype"],
             "device": settings["device"],
+            "allocator": settings["allocator"],
             "threads": found["threads"],
             "seconds": timing["seconds"],
             "memory": found["memories"].get(name),
@@ -102,6 +105,8 @@ def cells(line: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _notes(line: Mapping[str, Any]) -> Iterable[str]:
+    if line["allocator"] == "system":
+        yield "system's allocator"
     if line["floor_share"]:
         yield f"{line['floor_share']:.0%} of the floor"
     if line["flops"]:
