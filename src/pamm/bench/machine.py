@@ -6,7 +6,6 @@ import ctypes
 import os
 import platform
 import shlex
-import statistics
 import subprocess
 import tempfile
 import threading
@@ -90,33 +89,33 @@ def _lines(path: str) -> list[str]:
 
 
 def gemm_rate(device: str, dtype: str) -> float:
-    """Operations per second (2 per multiply-add) of a large square matrix product, median of several."""
+    """Operations per second (2 per multiply-add) of a large square matrix product, the best of several."""
     import torch
 
     side = 8192 if device == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device).to(getattr(torch, dtype)) for _ in range(2))
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    return 2 * side**3 / _median_seconds(lambda: (a @ b, wait()))
+    return 2 * side**3 / _least_seconds(lambda: (a @ b, wait()))
 
 
 def copy_rate(device: str) -> float:
-    """Bytes per second, read plus written, of a copy larger than the caches."""
+    """Bytes per second, read plus written, of a copy larger than the caches, the best of several."""
     import torch
 
     source = torch.ones(1 << 28 if device == "cuda" else 1 << 26, device=device)
     target = torch.empty_like(source)
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    return 2 * source.nbytes / _median_seconds(lambda: (target.copy_(source), wait()))
+    return 2 * source.nbytes / _least_seconds(lambda: (target.copy_(source), wait()))
 
 
-def _median_seconds(work: Callable[[], Any], calls: int = 7) -> float:
+def _least_seconds(work: Callable[[], Any], calls: int = 15) -> float:
     work()
     taken = []
     for _ in range(calls):
         start = time.perf_counter()
         work()
         taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+    return min(taken)
 
 
 def vector_rates(threads: int) -> dict[str, float] | None:

@@ -13,6 +13,9 @@ from typing import Any
 from pamm.bench import BenchError
 from pamm.bench.record import records
 
+CHILD = ("-m", "pamm.bench.child")
+"""Arguments of Python that start the process of a case."""
+
 TIME_LIMIT = 1800.0
 """Seconds after which a process is ended and its candidate reported."""
 
@@ -53,7 +56,7 @@ def _child(job: dict[str, Any]) -> tuple[dict[str, Any] | None, str | None, str]
     path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "pamm.bench.child"],
+            [sys.executable, *CHILD],
             input=json.dumps(job),
             capture_output=True,
             text=True,
