@@ -202,6 +202,7 @@ def test_a_network_is_measured_beside_its_plain_form(tmp_path):
         (["scan", "nyud-b", "--engine", "fast"], "--engine: found 'fast', expected one of native"),
         (["scan", "nyud-b", "--rounds", "0"], "--rounds: found 0, expected a number from 1 up"),
         (["model", "pascal-pam-b"], "unknown recipe 'pascal-pam-b'"),
+        (["all", "speed", "--out", "results.jsonl"], "found 'speed', expected kinds among scan, model"),
         (["scaling", "nyud-mtmamba"], "does not have; give pascal-pamm-b"),
         (["report", "nothing.jsonl", "--out", "page"], r"nothing.jsonl: No such file .*--out FILE"),
     ],

@@ -32,14 +32,31 @@ def main(arguments: list[str]) -> int:
         print(f"written: {', '.join(map(str, write(plain.results, plain.out)))}")
         return 0
     if plain.bench == "all":
-        from pamm.bench.plan import PLAN
-
-        for line in PLAN:
-            print(f"\npamm bench {' '.join(line)}", flush=True)
-            main([*line, "--out", str(plain.out), *(["--threads", str(plain.threads)] if plain.threads else [])])
-        return 0
+        return run_plan(plain)
     done = [line for lines in MEASURE[plain.bench](plain) for line in finish(lines, plain.out)]
     return 1 if all(line["error"] for line in done) else 0
+
+
+def run_plan(plain: argparse.Namespace) -> int:
+    """The measurements of `plan.py`, or those of the kinds named; one that cannot be made is told and the others go on."""
+    from pamm.bench.plan import PLAN
+
+    for kind in plain.kinds:
+        if kind not in MEASURE:
+            raise BenchError(f"found '{kind}', expected kinds among {', '.join(MEASURE)}, or none for all")
+    failed = 0
+    more = ["--out", str(plain.out)]
+    for line in PLAN:
+        if plain.kinds and line[0] not in plain.kinds:
+            continue
+        print(f"pamm bench {' '.join(line)}", flush=True)
+        threads = ["--threads", str(plain.threads)] if plain.threads and line[0] != "data" else []
+        try:
+            failed += main([*line, *more, *threads])
+        except (ValueError, ImportError) as error:
+            print(f"  not measured: {error}\n", flush=True)
+            failed += 1
+    return 1 if failed else 0
 
 
 def arguments_parser() -> argparse.ArgumentParser:
@@ -77,6 +94,7 @@ def arguments_parser() -> argparse.ArgumentParser:
         "--backbone", action="store_true", help="along tokens, the backbone as well (its attention is quadratic)"
     )
     every = kinds.add_parser("all", help="every measurement of benchmarks/, one after the other", allow_abbrev=False)
+    every.add_argument("kinds", nargs="*", metavar="KIND", help="only these kinds: scan, model, ...")
     every.add_argument("--out", type=Path, required=True, help="JSON lines are appended to this file")
     every.add_argument("--threads", type=int)
     report = kinds.add_parser("report", help="draw results as a page", allow_abbrev=False)

@@ -16,6 +16,9 @@ from pamm.bench.record import records
 CHILD = ("-m", "pamm.bench.child")
 """Arguments of Python that start the process of a case."""
 
+LONGEST = 60.0
+"""Seconds of a call beyond which it is not repeated for its memory."""
+
 TIME_LIMIT = 1800.0
 """Seconds after which a process is ended and its candidate reported."""
 
@@ -23,8 +26,8 @@ TIME_LIMIT = 1800.0
 def measure(bench: str, case: str, what: str, job: dict[str, Any], *, memory: bool) -> list[dict[str, Any]]:
     """Time a case's candidates in one process, then, if asked, find the peak memory of each in one more process each.
 
-    A candidate whose process ends early is recorded with the reason, and the others are measured without it. Raises BenchError
-    for a job that cannot be begun.
+    Calls of more than LONGEST seconds are not repeated for their memory. A candidate whose process ends early is recorded with
+    the reason, and the others are measured without it. Raises BenchError for a job that cannot be begun.
     """
     names = job["settings"]["candidates"]
     lost: dict[str, str] = {}
@@ -41,7 +44,8 @@ def measure(bench: str, case: str, what: str, job: dict[str, Any], *, memory: bo
     found["candidates"] = {n: timed.get(n) or nothing | {"error": lost.get(n)} for n in names}
     found["memories"] = {names[0]: found["memory"]} if found.get("memory") else {}
     if memory:
-        for name in (n for n in names if not found["candidates"][n]["error"]):
+        seconds = {name: (timing["seconds"] or {}).get("median") for name, timing in found["candidates"].items()}
+        for name in (n for n in names if seconds[n] is not None and seconds[n] <= LONGEST):
             done, _, reason = _child({**job, "mode": "memory", "only": name})
             if done:
                 found["memories"][name] = done["memory"]

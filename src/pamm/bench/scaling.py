@@ -19,9 +19,9 @@ PATCH = 16
 
 AXES: dict[str, tuple[int, ...]] = {
     "tokens": (256, 1024, 4096, 16384),
-    "tasks": (1, 2, 3, 4, 5, 6),
-    "experts": (9, 15, 30, 60),
-    "state": (8, 16, 32, 64, 128),
+    "tasks": (1, 2, 4, 6),
+    "experts": (15, 30, 60),
+    "state": (16, 64, 128),
 }
 """What varies → the values measured; the others stay at 1024 tokens, five tasks, 15 experts, the recipe's state size."""
 
