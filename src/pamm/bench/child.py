@@ -6,9 +6,11 @@ A job is {"work": name in WORKS, "mode": "time" | "memory", "settings": {...}, "
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 WORKS = {
@@ -79,7 +81,10 @@ def limits(work: Any, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def limit_memory() -> None:
-    """Let an allocation beyond the machine's free memory fail in this process, instead of the system ending some other one."""
+    """Let an allocation beyond the machine's free memory fail in this process, instead of the system ending some other one.
+
+    Should memory run out all the same, this process is the first that Linux ends. Does nothing on other systems.
+    """
     from pamm.bench.machine import free_memory, process_memory
 
     free = free_memory()
@@ -87,6 +92,8 @@ def limit_memory() -> None:
         return
     import resource
 
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
     allowed = int(0.92 * free) + process_memory("VmData")
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     if hard == resource.RLIM_INFINITY or allowed < hard:
