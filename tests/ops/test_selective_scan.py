@@ -227,9 +227,9 @@ def test_same_bits_for_any_number_of_threads(per_order):
     for count in (1, 2, 5):
         torch.set_num_threads(count)
         with torch.no_grad():
-            values = [inputs[name].abs() if name == "delta" else inputs[name] for name in NAMES[:5]]
-            y, kept = torch.ops.pamm.selective_scan(*values, orders, "native", True)
-            results.append((y, *torch.ops.pamm.selective_scan_backward(y, *values, orders, kept, "native")))
+            values = list(inputs.values())
+            y, kept = torch.ops.pamm.selective_scan(*values, orders, True, "native", True)
+            results.append((y, *torch.ops.pamm.selective_scan_backward(y, *values, orders, kept, True, "native")))
     torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(a.isfinite().all() and torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -246,11 +246,13 @@ def test_raster_orders_of_mtmamba():
 @pytest.mark.parametrize("per_order", [False, True], ids=["shared", "per-order"])
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own checker's
 @pytest.mark.parametrize("engine", RUNNING)
-def test_registration_as_an_operator(engine, per_order):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_registration_as_an_operator(engine, per_order, dtype):
     """The operator that torch.compile sees: its schema, its shapes without values, its gradient's registration."""
     inputs, orders = problem(1, 2, 2, (3, 4), 6, 4, per_order=per_order)
-    tensors = [inputs[name].detach().abs().requires_grad_() for name in NAMES[:5]]
-    torch.library.opcheck(torch.ops.pamm.selective_scan.default, (*tensors, orders, engine, True))
+    for name in ("x", "delta"):
+        inputs[name] = inputs[name].detach().to(dtype).requires_grad_()
+    torch.library.opcheck(torch.ops.pamm.selective_scan.default, (*inputs.values(), orders, True, engine, True))
 
 
 @pytest.mark.parametrize("engine", RUNNING)

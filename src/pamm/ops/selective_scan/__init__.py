@@ -1,8 +1,16 @@
 """The selective scan over several scan orders, with engines for every machine.
 
-Engines, the preferred first; each is a module with `unavailable`, `refuses`, `describe`, `forward`,
-`kept` (an empty tensor like what its forward keeps) and `backward`.
-The environment variable PAMM_SCAN_ENGINE replaces the automatic choice.
+Engines, the preferred first; each is a module with
+
+    unavailable(), refuses(device, dtype)   why it cannot run here, or does not take such inputs; else None
+    describe()                              what it is, for `pamm doctor`
+    forward(x, delta, A, B, C, D, delta_bias, orders, softplus, keep) -> (y, kept)
+    kept(x, A, orders, keep)                an empty tensor like what its forward keeps
+    backward(dy, x, delta, A, B, C, D, delta_bias, orders, softplus, kept)
+        -> (dx, ddelta, dA, dB, dC, dD, ddelta_bias)
+
+Shapes are those of `selective_scan`. x and delta share one dtype, that of y, dx and ddelta; all else is float32 (float64 with
+float64). The environment variable PAMM_SCAN_ENGINE replaces the automatic choice.
 """
 
 from __future__ import annotations
@@ -12,7 +20,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pamm.ops.selective_scan import native, reference, step
@@ -75,16 +82,13 @@ def selective_scan(
         if name == "reference":
             _check_orders(orders)
             return reference.selective_scan(x, delta, A, B, C, D, orders, delta_bias, softplus)
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        values, delta, A, B, C, D = (tensor.to(dtype) for tensor in (x, delta, A, B, C, D))
-        if delta_bias is not None:
-            delta = delta + delta_bias.to(dtype)[:, None, ..., None, :]
-        if softplus:
-            delta = F.softplus(delta)
-        keep = torch.is_grad_enabled() and any(t.requires_grad for t in (values, delta, A, B, C))
-        y, _ = _scan(values, delta, A, B, C, orders, name, keep)
-        skip = D.sum(1) if delta.dim() == 5 else D * len(orders)
-        return torch.addcmul(y, values, skip[:, None, None, :]).to(x.dtype)
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        narrow = x.dtype if delta.dtype == x.dtype else wide
+        bias = torch.zeros_like(D) if delta_bias is None else delta_bias
+        inputs = (x.to(narrow), delta.to(narrow), *(tensor.to(wide) for tensor in (A, B, C, D, bias)))
+        keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+        y, _ = _scan(*inputs, orders, softplus, name, keep)
+        return y.to(x.dtype)
 
 
 @torch.compiler.assume_constant_result
@@ -181,43 +185,65 @@ def _check_orders(orders: Tensor) -> None:
 
 @torch.library.custom_op("pamm::selective_scan", mutates_args=())
 def _scan(
-    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, orders: Tensor, engine: str, keep: bool
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    delta_bias: Tensor,
+    orders: Tensor,
+    softplus: bool,
+    engine: str,
+    keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The scan without bias, softplus and skip, as one node of a graph: y and what the engine keeps for backward."""
+    """The scan as one node of a graph: y and what the engine keeps for backward."""
     _check_orders(orders)
-    return ENGINES[engine].forward(x, delta, A, B, C, orders, keep)
+    return ENGINES[engine].forward(x, delta, A, B, C, D, delta_bias, orders, softplus, keep)
 
 
 @_scan.register_fake
-def _(x, delta, A, B, C, orders, engine, keep):
+def _(x, delta, A, B, C, D, delta_bias, orders, softplus, engine, keep):
     return torch.empty_like(x, memory_format=torch.contiguous_format), ENGINES[engine].kept(x, A, orders, keep)
 
 
 @torch.library.custom_op("pamm::selective_scan_backward", mutates_args=())
 def _scan_backward(
-    dy: Tensor, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, orders: Tensor, kept: Tensor, engine: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dy: Tensor,
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    delta_bias: Tensor,
+    orders: Tensor,
+    kept: Tensor,
+    softplus: bool,
+    engine: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     with _without_autocast(x.device.type):
-        return ENGINES[engine].backward(dy, x, delta, A, B, C, orders, kept)
+        return ENGINES[engine].backward(dy, x, delta, A, B, C, D, delta_bias, orders, softplus, kept)
 
 
 @_scan_backward.register_fake
-def _(dy, x, delta, A, B, C, orders, kept, engine):
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, delta, A, B, C))
+def _(dy, x, delta, A, B, C, D, delta_bias, orders, kept, softplus, engine):
+    inputs = (x, delta, A, B, C, D, delta_bias)
+    return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, engine, _ = inputs
+    *tensors, softplus, engine, _ = inputs
     ctx.set_materialize_grads(False)  # the kept states have no gradient: no zeros of their size
     ctx.save_for_backward(*tensors, output[1])
-    ctx.engine = engine
+    ctx.softplus, ctx.engine = softplus, engine
 
 
 def _backward(ctx, dy, _):
     if dy is None:
-        return (None,) * 8
-    x, delta, A, B, C, orders, kept = ctx.saved_tensors
-    return (*_scan_backward(dy, x, delta, A, B, C, orders, kept, ctx.engine), None, None, None)
+        return (None,) * 11
+    gradients = _scan_backward(dy, *ctx.saved_tensors, ctx.softplus, ctx.engine)
+    return (*gradients, None, None, None, None)
 
 
 _scan.register_autograd(_backward, setup_context=_setup_context)

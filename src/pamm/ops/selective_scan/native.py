@@ -21,6 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pamm.ops.selective_scan import around
+
 SOURCE = Path(__file__).with_name("scan.c")
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-pthread", "-Wno-psabi")
 NATIVE = ("-march=native", "-mcpu=native")
@@ -60,19 +62,52 @@ def describe() -> str:
 
 def kept(x: Tensor, A: Tensor, orders: Tensor, keep: bool) -> Tensor:
     """Nothing is kept: the backward pass recomputes the states."""
-    return x.new_empty(0)
+    return A.new_empty(0)
 
 
 def forward(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    delta_bias: Tensor,
+    orders: Tensor,
+    softplus: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """Contract: see `pamm.ops.selective_scan`."""
+    return around.forward(_scan, x, delta, A, B, C, D, delta_bias, orders, softplus, keep)
+
+
+def _scan(
     x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, orders: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    """Scan without bias, softplus and skip → y (G, B, L, D), nothing. Shapes: see `pamm.ops.selective_scan`; float32."""
+    """The bare recurrence in float32 → y (G, B, L, D), nothing."""
     y = x.new_empty(x.shape)
     _run(1, y=y, x=x, delta=delta, A=A, B=B, C=C, orders=orders)
     return y, kept(x, A, orders, keep)
 
 
 def backward(
+    dy: Tensor,
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    delta_bias: Tensor,
+    orders: Tensor,
+    softplus: bool,
+    kept: Tensor,
+) -> tuple[Tensor, ...]:
+    """Contract: see `pamm.ops.selective_scan`."""
+    return around.backward(_scan_backward, dy, x, delta, A, B, C, D, delta_bias, orders, softplus, kept)
+
+
+def _scan_backward(
     dy: Tensor, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, orders: Tensor, kept: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, delta, A, B and C from that of y, (G, B, L, D)."""

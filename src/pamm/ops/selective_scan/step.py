@@ -14,6 +14,8 @@ from math import isqrt
 import torch
 from torch import Tensor
 
+from pamm.ops.selective_scan import around
+
 SHORT_SEGMENT = 4
 """Steps computed together where no state is kept: few, so that they stay in the processor's cache."""
 
@@ -38,9 +40,25 @@ def describe() -> str:
 
 
 def forward(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    delta_bias: Tensor,
+    orders: Tensor,
+    softplus: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """Contract: see `pamm.ops.selective_scan`."""
+    return around.forward(_scan, x, delta, A, B, C, D, delta_bias, orders, softplus, keep)
+
+
+def _scan(
     x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, orders: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    """Scan without bias, softplus and skip. Shapes: see `pamm.ops.selective_scan`; one dtype for all but `orders`.
+    """The bare recurrence; one dtype for all but `orders`.
 
     Returns y (G, B, L, D) and, where `keep`, the states at the start of every segment (segments, K, G, B, N, D).
     """
@@ -64,10 +82,27 @@ def kept(x: Tensor, A: Tensor, orders: Tensor, keep: bool) -> Tensor:
     """A tensor without values shaped like the states that `forward` keeps."""
     G, images, length, channels = x.shape
     segments = -(-length // segment_length(length)) if keep else 0
-    return x.new_empty(segments, len(orders), G, images, A.shape[-1], channels)
+    return x.new_empty(segments, len(orders), G, images, A.shape[-1], channels, dtype=A.dtype)
 
 
 def backward(
+    dy: Tensor,
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    delta_bias: Tensor,
+    orders: Tensor,
+    softplus: bool,
+    kept: Tensor,
+) -> tuple[Tensor, ...]:
+    """Contract: see `pamm.ops.selective_scan`."""
+    return around.backward(_scan_backward, dy, x, delta, A, B, C, D, delta_bias, orders, softplus, kept)
+
+
+def _scan_backward(
     dy: Tensor, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, orders: Tensor, states: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, delta, A, B and C from that of y, (G, B, L, D), and the kept states."""
