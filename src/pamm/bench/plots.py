@@ -17,7 +17,10 @@ Bar = tuple[str, float, float, float]
 
 
 def bars(title: str, groups: Mapping[str, Sequence[Bar]], show: Callable[[float], str]) -> str:
-    """Groups of bars with whiskers over the middle half of the measurements; equal labels have equal colours."""
+    """Groups of bars with whiskers over the middle half of the measurements; equal labels have equal colours.
+
+    Behind a bar stand its median and, from the second on, the median's ratio to the first of its group.
+    """
     labels = list(dict.fromkeys(bar[0] for rows in groups.values() for bar in rows))
     values = [value for rows in groups.values() for bar in rows for value in bar[1:]]
     low, high = 10 ** math.floor(math.log10(min(values))), 10 ** math.ceil(math.log10(max(values)) + 1e-9)
@@ -31,12 +34,13 @@ def bars(title: str, groups: Mapping[str, Sequence[Bar]], show: Callable[[float]
         parts.append(_text(10, y + 15, name, weight="bold"))
         y += ROW
         for label, median, q1, q3 in rows:
+            told = show(median) if label == rows[0][0] else f"{show(median)}, {median / rows[0][1]:.3g}×"
             color = COLORS[labels.index(label) % len(COLORS)]
             parts += [
                 _text(LEFT - 8, y + 15, label, anchor="end"),
                 f'<rect x="{LEFT}" y="{y + 3}" width="{place(median) - LEFT:.1f}" height="{ROW - 7}" fill="{color}"/>',
                 _line(place(q1), y + ROW / 2, place(q3), y + ROW / 2, INK),
-                _text(max(place(median), place(q3)) + 6, y + 15, show(median)),
+                _text(max(place(median), place(q3)) + 6, y + 15, told),
             ]
             y += ROW
         y += 8
