@@ -74,9 +74,9 @@ def run(job: dict[str, Any], begin: Any) -> dict[str, Any]:
 
 def limits(work: Any, settings: dict[str, Any]) -> dict[str, Any]:
     """What the machine can do at most in this work's arithmetic, measured now."""
-    from pamm.bench.machine import gemm_rate
+    from pamm.bench.machine import product_rates
 
-    found = {"gemm": gemm_rate(settings["device"], settings["dtype"])} if work.images else {}
+    found = product_rates(settings["device"], settings["dtype"]) if work.images else {}
     return found | ({"floor": work.floor()} if work.floor else {})
 
 

@@ -16,23 +16,24 @@ from pamm.experiment import Experiment
 
 
 def throughput(experiment: Experiment, batches: int, workers: int) -> dict[str, Any]:
-    """Read `batches` batches with so many processes. The time to the first batch, in which they start, is told apart.
+    """Time `batches` batches with so many processes, after a first one for each: what they read ahead meanwhile is not counted.
 
-    Returns first (seconds), seconds (median, q1, q3, calls: of the later batches), images_per_second (of the later batches).
-    Raises DataError, ConfigError.
+    Returns first (seconds until the first batch, in which the processes start), seconds (median, q1, q3, calls) and
+    images_per_second of the timed batches. Raises DataError, ConfigError.
     """
     tasks = create_tasks(experiment)
     dataset = open_dataset(experiment.data, "train", tasks)
     if hasattr(dataset, "prepare"):
         dataset.prepare(progress=False)
-    config = replace(experiment.train, steps=batches + 1, workers=workers, accumulate=1)
+    ahead = 1 + workers
+    config = replace(experiment.train, steps=batches + ahead, workers=workers, accumulate=1)
     marks = [time.perf_counter()]
     for _ in train_loader(dataset, TrainTransform(tasks, experiment.data, config.seed), config):
         marks.append(time.perf_counter())
     taken = np.diff(marks)
-    low, middle, high = np.percentile(taken[1:], [25, 50, 75])
+    low, middle, high = np.percentile(taken[ahead:], [25, 50, 75])
     return {
         "first": taken[0],
-        "seconds": {"median": middle, "q1": low, "q3": high, "calls": len(taken) - 1, "cold": False},
-        "images_per_second": config.batch * (len(taken) - 1) / (marks[-1] - marks[1]),
+        "seconds": {"median": middle, "q1": low, "q3": high, "calls": batches, "cold": False},
+        "images_per_second": config.batch * batches / (marks[-1] - marks[ahead]),
     }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import gc
 import os
 import platform
 import shlex
@@ -73,6 +75,15 @@ def process_memory(name: str) -> int:
     return 1024 * int(found[0].split()[1]) if found else 0
 
 
+def give_back() -> None:
+    """Return freed memory to the system and begin VmHWM anew, so that both tell of what follows. Does nothing outside Linux."""
+    gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def _meminfo(name: str) -> int | None:
     found = [line for line in _lines("/proc/meminfo") if line.startswith(f"{name}:")]
     return 1024 * int(found[0].split()[1]) if found else None
@@ -88,14 +99,26 @@ def _lines(path: str) -> list[str]:
 # -- rates ---------------------------------------------------------------------------------------------------------------
 
 
-def gemm_rate(device: str, dtype: str) -> float:
-    """Operations per second (2 per multiply-add) of a large square matrix product, the best of several."""
-    import torch
+def product_rates(device: str, dtype: str) -> dict[str, float]:
+    """Operations per second (2 per multiply-add) of a large matrix product and of a wide 3×3 convolution, the best of several.
 
-    side = 8192 if device == "cuda" else 2048
-    a, b = (torch.randn(side, side, device=device).to(getattr(torch, dtype)) for _ in range(2))
+    `gemm` is the larger of the two: on some processors one library is much slower than the other.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    side, maps = (8192, 64) if device == "cuda" else (2048, 1)
+    kind = getattr(torch, dtype)
+    a, b = (torch.randn(side, side, device=device).to(kind) for _ in range(2))
+    x, w = torch.randn(maps, 1024, 32, 32, device=device), torch.randn(1024, 1024, 3, 3, device=device)
+    x, w = x.to(kind), w.to(kind)
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    return 2 * side**3 / _least_seconds(lambda: (a @ b, wait()))
+    with torch.inference_mode():
+        found = {
+            "matrix": 2 * side**3 / _least_seconds(lambda: (a @ b, wait())),
+            "convolution": 18 * 1024**2 * x[:, 0].numel() / _least_seconds(lambda: (F.conv2d(x, w, padding=1), wait())),
+        }
+    return found | {"gemm": max(found.values())}
 
 
 def copy_rate(device: str) -> float:

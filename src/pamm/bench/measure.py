@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pamm.bench.machine import process_memory
+from pamm.bench.machine import give_back, process_memory
 
 VISIT = 0.25
 """Seconds of calls of one candidate before the next one's turn; at least one call."""
@@ -159,12 +159,13 @@ def tensors(output: Any) -> Iterator[Tensor]:
 def memory(candidate: Candidate, calls: int, device: str) -> dict[str, int]:
     """Bytes at the peak of the first calls and before them. To be called once, in a fresh process, with one candidate.
 
-    CPU: resident memory of the process. GPU: what torch has allocated on it.
+    CPU: resident memory of the process, what building the work has left behind given back. GPU: what torch has allocated on it.
     """
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
+        give_back()
         before = process_memory("VmRSS")
     for _ in range(calls):
         candidate.run()

@@ -18,9 +18,10 @@ FIELDS = (
 
 allocator: "keep" where freed memory stays with the process (`pamm.memory`), else "system". seconds: {median, q1, q3, calls,
 cold}, cold where the one call was the first. ratio: median over that of the case's first candidate. memory: {peak, before,
-working}. flops: of matrix products and convolutions. gemm_share: flops / seconds over the rate of a large matrix product of
-this dtype, measured beside it. floor_share: least possible time over the median. limits: what these are measured against.
-difference: largest difference of the output from the first candidate's, relative to its largest value.
+working}. flops: of matrix products and convolutions. gemm_share: flops / seconds over the
+rate of a large matrix product or 3×3 convolution of this dtype, whichever is faster, measured beside it. floor_share: least
+possible time over the median. limits: what these are measured against. difference: largest difference of the output from the
+first candidate's, relative to its largest value.
 """
 
 
