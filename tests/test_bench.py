@@ -328,33 +328,29 @@ def test_the_loader_is_measured(tmp_path, capsys):
     assert "images/s" in capsys.readouterr().out
 
 
+MACHINE = {"cpu": "a & b", "capability": "AVX2", "matrix_units": False, "cores": 2, "memory": 8e9, "gpu": None}
+MACHINE |= {"torch": "2.6", "commit": "abc", "date": "2026-01-01T00:00:00Z"}
+
+
+def result(**changes: object) -> dict:
+    common = {"dtype": "float32", "device": "cpu", "allocator": "keep", "threads": 2, "machine": MACHINE, "shape": {}}
+    return complete(common | changes)
+
+
+def around(median: float) -> dict:
+    return {"median": median, "q1": median / 2, "q3": median * 2, "calls": 3, "cold": False}
+
+
 def test_the_report_draws_the_newest_results(tmp_path):
-    machine = {"cpu": "a & b", "capability": "AVX2", "matrix_units": False, "cores": 2, "memory": 8e9, "gpu": None}
-    machine |= {"torch": "2.6", "commit": "abc", "date": "2026-01-01T00:00:00Z"}
-
-    def line(**changes: object) -> dict:
-        common = {
-            "dtype": "float32",
-            "device": "cpu",
-            "allocator": "keep",
-            "threads": 2,
-            "machine": machine,
-            "shape": {},
-        }
-        return complete(common | changes)
-
-    def seconds(median: float) -> dict:
-        return {"median": median, "q1": median / 2, "q3": median * 2, "calls": 3, "cold": False}
-
     scan = {"bench": "scan", "case": "nyud-b", "what": "forward"}
     growth = {"bench": "scaling", "what": "tokens", "candidate": "decoder and heads"}
     lines = [
-        line(**scan, candidate="pamm", seconds=seconds(0.5), ratio=1.0),
-        line(**scan, candidate="recurrence", seconds=seconds(1.5), ratio=3.0),
-        line(**scan, candidate="mambapy", error="ended by signal 9"),
-        line(**growth, case="256 tokens", shape={"value": 256}, seconds=seconds(0.1)),
-        line(**growth, case="1024 tokens", shape={"value": 1024}, seconds=seconds(0.4)),
-        line(**scan, candidate="pamm", seconds=seconds(0.25), ratio=1.0),
+        result(**scan, candidate="pamm", seconds=around(0.5), ratio=1.0),
+        result(**scan, candidate="recurrence", seconds=around(1.5), ratio=3.0),
+        result(**scan, candidate="mambapy", error="ended by signal 9"),
+        result(**growth, case="256 tokens", shape={"value": 256}, seconds=around(0.1)),
+        result(**growth, case="1024 tokens", shape={"value": 1024}, seconds=around(0.4)),
+        result(**scan, candidate="pamm", seconds=around(0.25), ratio=1.0),
     ]
     append(tmp_path / "results.jsonl", lines)
     assert main(["report", str(tmp_path / "results.jsonl"), "--out", str(tmp_path / "page")]) == 0

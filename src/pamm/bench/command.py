@@ -68,15 +68,7 @@ def arguments_parser() -> argparse.ArgumentParser:
         dest="bench", required=True, metavar="scan | model | train | data | scaling | all | report"
     )
     _scan_options(_kind(kinds, "scan", "the selective scan: engines, the published recurrence, mamba.py"))
-    model = _kind(kinds, "model", "a prediction: this package's network and its plain form")
-    _network_options(model)
-    model.add_argument(
-        "--part", choices=["whole", "decoder"], default="whole", help="decoder: decoder, heads, final resizing"
-    )
-    model.add_argument(
-        "--dead-branch", action="store_true", help="plain released form: with the branch that is thrown away"
-    )
-    model.add_argument("--compile", action="store_true", help="also torch.compile of this package's form")
+    _model_options(_kind(kinds, "model", "a prediction: this package's network and its plain form"))
     _network_options(_kind(kinds, "train", "a training step: forward, losses, backward, optimizer"))
     data = _kind(kinds, "data", "the training loader's throughput", timed=False)
     data.add_argument("recipe", help="a recipe's name: its data set is read")
@@ -138,6 +130,15 @@ def _scan_options(own: argparse.ArgumentParser) -> None:
     )
 
 
+def _model_options(own: argparse.ArgumentParser) -> None:
+    _network_options(own)
+    part = "decoder: decoder, heads and the resizing of their logits"
+    own.add_argument("--part", choices=["whole", "decoder"], default="whole", help=part)
+    dead = "plain released form: with the branch whose output is thrown away"
+    own.add_argument("--dead-branch", action="store_true", help=dead)
+    own.add_argument("--compile", action="store_true", help="also torch.compile of this package's form")
+
+
 def _network_options(own: argparse.ArgumentParser) -> None:
     own.add_argument("recipe", help="a name that `pamm recipes` lists")
     own.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="pixels (default: the recipe's)")
@@ -152,6 +153,11 @@ def _network_options(own: argparse.ArgumentParser) -> None:
 
 
 def _job(plain: argparse.Namespace, work: str, settings: dict[str, Any]) -> dict[str, Any]:
+    if plain.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise BenchError("--device cuda: torch finds no CUDA device here; `pamm doctor` lists the devices")
     common = {"dtype": DTYPES[plain.dtype], "device": plain.device, "allocator": plain.allocator}
     timing = {"rounds": plain.rounds, "budget": plain.budget, "threads": plain.threads}
     return {"work": work, "settings": common | settings, **timing}
