@@ -1,7 +1,7 @@
 """The process that measures one case: a job as JSON on standard input, events as JSON lines on standard output.
 
-A job is {"work": name in WORKS, "mode": "time" | "memory", "settings": {...}, "rounds", "budget", "threads", "skip": [...],
-"only": name}. Events are {"begin": candidate}, then {"result": {...}} or {"failed": message}.
+A job is {"work": name in WORKS, "mode": "time" | "memory", "settings": {...}, "rounds", "budget", "longest", "threads",
+"skip": [...], "only": name}. Events are {"begin": candidate}, then {"result": {...}} or {"failed": message}.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ def run(job: dict[str, Any], begin: Any) -> dict[str, Any]:
     if job.get("inline_memory"):
         facts["memory"] = memory(next(iter(kept.values())), work.memory_calls, device)
     chosen = Workload(kept, work.shape, work.images, work.steps, work.memory_calls, work.floor)
-    timings = in_turn(chosen, rounds=job["rounds"], budget=job["budget"], device=device, begin=begin)
+    timings = in_turn(
+        chosen, rounds=job["rounds"], budget=job["budget"], longest=job["longest"], device=device, begin=begin
+    )
     facts |= {"steps": work.steps, "limits": limits(work, settings)}
     measured = {
         name: {"seconds": t.summary(), "flops": t.flops, "difference": t.difference, "error": t.error}

@@ -17,6 +17,10 @@ VISIT = 0.25
 """Seconds of calls of one candidate before the next one's turn; at least one call."""
 
 
+SHORT = 1.0
+"""Seconds of a first call below which a second one gives the estimate."""
+
+
 @dataclass(frozen=True)
 class Candidate:
     """One way to do the work. `run` does it once and returns a tensor or tensors by name, by which candidates are compared."""
@@ -50,7 +54,7 @@ class Timing:
     seconds: list[float] = field(default_factory=list)
     """Every timed call."""
     cold: bool = False
-    """Whether the only call is the first one, because it took longer than the budget."""
+    """Whether the only call is the first one, because it took too long to repeat."""
     flops: int | None = None
     difference: float | None = None
     """Largest difference of its first output from the first candidate's, relative to that one's largest value."""
@@ -64,17 +68,24 @@ class Timing:
 
 
 def in_turn(
-    workload: Workload, *, rounds: int, budget: float, device: str, begin: Callable[[str], None] = lambda name: None
+    workload: Workload,
+    *,
+    rounds: int,
+    budget: float,
+    device: str,
+    longest: float = 0.0,
+    begin: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Timing]:
     """Warm every candidate up once, then give each its turn, `rounds` times or until it has used `budget` seconds.
 
-    A candidate that raises leaves the others running; `begin` is told the name before every turn.
+    A first call of more than `longest` (and `budget`) seconds is the only one. A candidate that raises leaves the others
+    running; `begin` is told the name before every turn.
     """
     found = {name: Timing() for name in workload.candidates}
     first: Any = None
     for name, candidate in workload.candidates.items():
         begin(name)
-        output = _warm_up(candidate, found[name], budget, device)
+        output = _warm_up(candidate, found[name], max(budget, longest), device)
         if first is None:
             first = output
         elif output is not None:
@@ -82,8 +93,9 @@ def in_turn(
         del output
     estimate = {name: timing.seconds.pop() for name, timing in found.items() if timing.seconds and not timing.cold}
     for _ in range(rounds):
-        for name, expected in estimate.items():
+        for name in estimate:
             timing = found[name]
+            expected = timing.seconds[-1] if timing.seconds else estimate[name]
             if timing.error or (timing.seconds and sum(timing.seconds) + expected > budget):
                 continue
             begin(name)
@@ -91,7 +103,7 @@ def in_turn(
     return found
 
 
-def _warm_up(candidate: Candidate, timing: Timing, budget: float, device: str) -> Any:
+def _warm_up(candidate: Candidate, timing: Timing, longest: float, device: str) -> Any:
     """The first call: counts operations, gives the estimate (`timing.seconds`) and the output, which is returned."""
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -103,12 +115,12 @@ def _warm_up(candidate: Candidate, timing: Timing, budget: float, device: str) -
             with counter:
                 output, taken = _timed(candidate.run, device)
             timing.flops = counter.get_total_flops()
-            if taken < budget / 10:  # what was allocated or compiled in the first call is not the estimate
+            if taken < SHORT:  # what was allocated or compiled in the first call is not the estimate
                 output, taken = _timed(candidate.run, device)
     except Exception as error:
         timing.error = told(error)
         return None
-    timing.cold = taken > budget
+    timing.cold = taken > longest
     timing.seconds.append(taken)
     return output
 

@@ -17,7 +17,7 @@ CHILD = ("-m", "pamm.bench.child")
 """Arguments of Python that start the process of a case."""
 
 LONGEST = 60.0
-"""Seconds of a call beyond which it is not repeated for its memory."""
+"""Seconds of a first call beyond which it is not repeated, neither for its time (unless the budget is larger) nor its memory."""
 
 TIME_LIMIT = 1800.0
 """Seconds after which a process is ended and its candidate reported."""
@@ -33,7 +33,7 @@ def measure(bench: str, case: str, what: str, job: dict[str, Any], *, memory: bo
     lost: dict[str, str] = {}
     found: dict[str, Any] | None = None
     while found is None and len(lost) < len(names):
-        found, name, reason = _child({**job, "mode": "time", "skip": list(lost)})
+        found, name, reason = _child({**job, "mode": "time", "longest": LONGEST, "skip": list(lost)})
         if found is None:
             if name is None or name in lost:
                 raise BenchError(f"{bench} {case}: the process ended before the first candidate: {reason}")
