@@ -1,13 +1,14 @@
 # make demo: a network learns six maps from one image, in minutes on a CPU.   make test: the whole test suite.
+# make bench: speed and memory against plain forms, some fifteen minutes on two cores, and their page in benchmarks/speed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,demo,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,demo,bench,dev]'
 	touch $@
 
 demo: $(VENV)/ready
@@ -21,6 +22,10 @@ test: $(VENV)/ready
 lint: $(VENV)/ready
 	$(BIN)/ruff check --fix src tests
 	$(BIN)/ruff format src tests
+
+bench: $(VENV)/ready
+	$(BIN)/pamm bench all --out benchmarks/speed/results.jsonl
+	$(BIN)/pamm bench report benchmarks/speed/results.jsonl --out benchmarks/speed
 
 clean:
 	rm -rf $(VENV) runs

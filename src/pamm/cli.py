@@ -303,6 +303,13 @@ def data(arguments: list[str]) -> int:
     return 1 if any(row.problems for row in rows) else 0
 
 
+@command("measure speed and memory: scan, model, train, data, scaling, all, report")
+def bench(arguments: list[str]) -> int:
+    from pamm.bench.command import main as run
+
+    return run(arguments)
+
+
 @command("list the recipes, or print one")
 def recipes(arguments: list[str]) -> int:
     import yaml

@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 EXTRAS = {
     "train": ["lightning_fabric", "torchmetrics", "scipy", "skimage", "tensorboard"],
     "demo": ["trimesh", "embreex", "scipy", "skimage"],
+    "bench": ["mambapy"],
 }
 """Extra → the modules it brings."""
 

@@ -99,6 +99,13 @@ def nyud_pamm_released_l() -> Experiment:
 
 
 @recipe
+def nyud_pamm_released_b() -> Experiment:
+    """As nyud-pamm-released-l with ViT-B/16, for comparisons of speed; no such network was published."""
+    backbone = replace(VIT_B, class_token=False)
+    return replace(nyud_pamm_b(), model=ModelConfig(backbone, ReleasedConfig(width=768, state_size=16)))
+
+
+@recipe
 def nyud_mtmamba() -> Experiment:
     """MTMamba on NYUD-v2, Swin-L, 448×576, four tasks (paper Table 1: 55.82 0.5066 18.63 78.70).
 

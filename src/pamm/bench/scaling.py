@@ -1,0 +1,61 @@
+"""How the cost of a decoder and its heads grows with tokens, tasks, experts and state size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from pamm.bench.measure import Candidate, Workload
+from pamm.bench.model import predicting
+from pamm.build import create_model
+from pamm.experiment import DataConfig, Experiment, TaskConfig
+from pamm.recipes import get_recipe
+
+TASKS = ("semseg", "human_parts", "sal", "normals", "edge", "depth")
+PATCH = 16
+
+AXES: dict[str, tuple[int, ...]] = {
+    "tokens": (256, 1024, 4096, 16384),
+    "tasks": (1, 2, 4, 6),
+    "experts": (15, 30, 60),
+    "state": (16, 64, 128),
+}
+"""What varies → the values measured; the others stay at 1024 tokens, five tasks, 15 experts, the recipe's state size."""
+
+
+def workload(settings: Mapping[str, Any], only: str | None = None) -> Workload:
+    """Candidates "decoder and heads" and, where asked for, "backbone". settings: recipe, axis, value, dtype, device, candidates."""
+    experiment = varied(get_recipe(settings["recipe"]), settings["axis"], settings["value"])
+    model = create_model(experiment, pretrained=False).to(settings["device"]).eval()
+    size = experiment.data.size
+    image = torch.randn(1, 3, *size, device=settings["device"])
+    grid = [side // PATCH for side in size]
+    stages = [torch.randn(1, model.backbone.channels, *grid, device=settings["device"]) for _ in model.backbone.taps]
+    known = {
+        "decoder and heads": predicting(model.decode, stages, size, settings),
+        "backbone": predicting(lambda given, _: dict(enumerate(model.backbone(given))), image, size, settings),
+    }
+    found = {name: Candidate(known[name]) for name in ([only] if only else settings["candidates"])}
+    shape = {"recipe": settings["recipe"], "axis": settings["axis"], "value": settings["value"], "size": list(size)}
+    return Workload(found, shape | {"tasks": list(model.tasks)}, images=1)
+
+
+def varied(experiment: Experiment, axis: str, value: int) -> Experiment:
+    """The recipe on synthetic data (all six tasks) with one quantity changed."""
+    side = PATCH * round((value if axis == "tokens" else 1024) ** 0.5)
+    names = TASKS[: value if axis == "tasks" else 5]
+    decoder = experiment.model.decoder
+    if axis == "experts":
+        kept = min(decoder.experts.top_k, value)
+        decoder = replace(decoder, experts=replace(decoder.experts, count=value, top_k=kept))
+    elif axis == "state":
+        decoder = replace(decoder, state_size=value)
+    return replace(
+        experiment,
+        tasks={name: TaskConfig() for name in names},
+        data=DataConfig(name="synthetic", size=(side, side), images=(1, 1)),
+        model=replace(experiment.model, decoder=decoder),
+    )

@@ -1,0 +1,375 @@
+"""Benchmarks: plain forms compute what this package's networks compute; results are whole; failures are told, not fatal."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from pamm.bench import BenchError, child, run
+from pamm.bench.command import main, scan_shape
+from pamm.bench.machine import scan_floor, vector_rates
+from pamm.bench.measure import Candidate, Workload, in_turn
+from pamm.bench.plain_pamm import PlainPAMM, plain_state
+from pamm.bench.plain_released import PlainReleased
+from pamm.bench.plain_scan import SCANS, Parts, along_orders, mambapy, recurrence
+from pamm.bench.plan import PLAN
+from pamm.bench.record import FIELDS, append, complete
+from pamm.bench.scaling import AXES, varied
+from pamm.bench.train import random_label
+from pamm.cli import main as pamm
+from pamm.experiment import ExpertsConfig, ModelConfig, ReleasedConfig, check
+from pamm.models.registry import build_model
+from pamm.nn.serialize import scan_orders
+from pamm.ops.selective_scan import reference
+from pamm.recipes import get_recipe
+from pamm.tasks import TASKS, create_task
+from tiny import BACKBONE, DECODER, MODEL
+
+SIZE = (48, 64)
+RELEASED = ReleasedConfig(width=32, state_size=4, experts=ExpertsConfig(count=11, top_k=9, rank=2), kernel=3)
+NAMES = ("semseg", "depth", "normals")
+
+
+def build(config: ModelConfig):
+    torch.manual_seed(0)
+    model = build_model(config, {name: create_task(name) for name in NAMES}, SIZE).eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    return model
+
+
+def assert_close(ours: dict[str, torch.Tensor], plain: dict[str, torch.Tensor]) -> None:
+    """Within 1e-4 of the largest value, as for published outputs."""
+    assert ours.keys() == plain.keys()
+    for name, value in ours.items():
+        assert (value - plain[name]).abs().max() <= 1e-4 * value.abs().max(), name
+
+
+def scan_parts(per_order: bool) -> tuple[Parts, torch.Tensor]:
+    """Channel-major float32 inputs of 2 images, 5 channels, a 3×4 map, state size 3, two orders."""
+    torch.manual_seed(0)
+    orders = scan_orders("hilbert", 3, 4, 2)
+    own = (2,) if per_order else ()
+    x, delta = torch.randn(2, 5, 12), torch.randn(2, *own, 5, 12)
+    B, C = (torch.randn(2, *own, 3, 12) for _ in range(2))
+    A, D, bias = -torch.rand(*own, 5, 3) - 0.1, torch.randn(*own, 5), torch.randn(*own, 5)
+    return Parts(*(values.requires_grad_() for values in (x, delta, A, B, C, D, bias))), orders
+
+
+@pytest.mark.parametrize("per_order", [False, True], ids=["shared", "per order"])
+@pytest.mark.parametrize("one", [recurrence, mambapy])
+def test_plain_scans_equal_the_definition(one, per_order):
+    if one is mambapy:
+        pytest.importorskip("mambapy", reason="the library mambapy is not installed (extra bench)")
+    parts, orders = scan_parts(per_order)
+    x, delta, A, B, C, D, bias = parts
+    tokens = (values.transpose(-1, -2)[None] for values in (x, delta, B, C))
+    u, d, b, c = tokens
+    expected = reference.selective_scan(u, d, A[None], b, c, D[None], orders, bias[None], True)[0].transpose(1, 2)
+    y = along_orders(one, parts, orders)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    weight = torch.randn_like(y)
+    for ours, theirs in zip(
+        torch.autograd.grad((y * weight).sum(), parts),
+        torch.autograd.grad((expected * weight).sum(), parts),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dead_branch", [False, True])
+@pytest.mark.parametrize("scan", SCANS)
+def test_the_plain_released_form_computes_the_same_outputs(scan, dead_branch):
+    model = build(ModelConfig(replace(BACKBONE, class_token=False), RELEASED))
+    for stage in model.decoder.stages:
+        stage.B.prior.normal_()
+        stage.C.prior.normal_()
+    with torch.no_grad():
+        stages = model.backbone(torch.randn(2, 3, *SIZE))
+        plain = PlainReleased(model, SCANS[scan], dead_branch=dead_branch)
+        assert_close(model.decode(stages, SIZE), plain(stages, SIZE))
+
+
+def plain_twin(model, scan: str = "recurrence") -> PlainPAMM:
+    return PlainPAMM(model, DECODER, SCANS[scan])
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_plain_form_of_pamm_computes_the_same_outputs_and_gradients(training):
+    model = build(MODEL)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".noise." in name:  # the two forms draw their noise in another order
+                parameter.zero_()
+    model.train(training)
+    plain = plain_twin(model)
+    stages = [stage.detach() for stage in model.backbone(torch.randn(2, 3, *SIZE))]
+    ours, theirs = model.decode(stages, SIZE), plain(stages, SIZE)
+    assert_close(ours, theirs)
+    weights = {name: torch.randn_like(value) for name, value in ours.items()}
+    for outputs in (ours, theirs):
+        sum((value * weights[name]).mean() for name, value in outputs.items()).backward()
+    zero = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+    expected = plain_state(zero, list(NAMES))
+    found = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None and ".noise." not in name}
+    assert len(found) > 100
+    largest = max(value.abs().max() for value in expected.values())
+    for name, gradient in found.items():
+        assert (gradient - expected[name]).abs().max() <= 1e-4 * expected[name].abs().max() + 1e-6 * largest, name
+
+
+def test_the_plain_form_of_a_variant_is_refused():
+    model = build(replace(MODEL, decoder=replace(DECODER, prior_B=False)))
+    with pytest.raises(BenchError, match="every switch on"):
+        PlainPAMM(model, replace(DECODER, prior_B=False), SCANS["engine"])
+
+
+def test_scan_writes_whole_json_lines(tmp_path, capsys):
+    out = tmp_path / "results.jsonl"
+    shape = "8,4,3,5,2"
+    arguments = [
+        "bench",
+        "scan",
+        shape,
+        "--plain",
+        "recurrence",
+        "--engine",
+        "step",
+        "--rounds",
+        "1",
+        "--budget",
+        "0.2",
+    ]
+    assert pamm([*arguments, "--threads", "1", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    names = ["pamm", "pamm: step", "recurrence"]
+    assert [(line["what"], line["candidate"]) for line in lines] == [
+        (what, name) for what in ("forward", "forward + backward") for name in names
+    ]
+    for line in lines:
+        assert tuple(line) == FIELDS and line["error"] is None
+        assert line["shape"] | {"channels": 8, "state": 4, "height": 3, "width": 5, "orders": 2} == line["shape"]
+        seconds, memory = line["seconds"], line["memory"]
+        assert 0 < seconds["q1"] <= seconds["median"] <= seconds["q3"] and seconds["calls"] >= 1
+        assert memory["peak"] >= memory["before"] > 0 and memory["working"] == memory["peak"] - memory["before"]
+        assert line["state_steps_per_second"] == pytest.approx(8 * 4 * 15 * 2 / seconds["median"])
+        assert (line["difference"] is None) == (line["candidate"] == "pamm")
+        assert line["difference"] is None or line["difference"] < 1e-4
+        assert (line["dtype"], line["device"], line["threads"], line["allocator"]) == ("float32", "cpu", 1, "keep")
+        assert line["machine"]["cores"] >= 1 and line["machine"]["torch"] == torch.__version__
+        assert line["candidate"] in printed
+    assert lines[0]["ratio"] == 1
+
+
+def test_a_network_is_measured_beside_its_plain_form(tmp_path):
+    out = tmp_path / "results.jsonl"
+    arguments = [
+        "--size",
+        "48",
+        "64",
+        "--rounds",
+        "1",
+        "--budget",
+        "1",
+        "--threads",
+        "1",
+        "--no-memory",
+        "--out",
+        str(out),
+    ]
+    assert main(["model", "demo", "--part", "decoder", *arguments]) == 0
+    assert main(["train", "demo", *arguments]) == 0
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["candidate"] for line in lines] == ["pamm", "plain, engine"] * 2
+    assert all(line["error"] is None and line["images_per_second"] > 0 for line in lines)
+    assert all(line["flops"] > 0 and line["gemm_share"] > 0 for line in lines)
+    assert lines[1]["difference"] < 1e-4
+    assert lines[0]["shape"]["size"] == [48, 64] and "depth" in lines[0]["shape"]["tasks"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["scan", "64,4"], "shape '64,4': expected one of nyud-b"),
+        (["scan", "8,4,3,5,9"], "1 to 8 orders"),
+        (["scan", "nyud-b", "--engine", "fast"], "--engine: found 'fast', expected one of native"),
+        (["scan", "nyud-b", "--rounds", "0"], "--rounds: found 0, expected a number from 1 up"),
+        (["model", "pascal-pam-b"], "unknown recipe 'pascal-pam-b'"),
+        (["all", "speed", "--out", "results.jsonl"], "found 'speed', expected kinds among scan, model"),
+        (["scaling", "nyud-mtmamba"], "does not have; give pascal-pamm-b"),
+        (["report", "nothing.jsonl", "--out", "page"], r"nothing.jsonl: No such file .*--out FILE"),
+    ],
+)
+def test_bad_arguments_are_told(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message) as told:
+        main(arguments)
+    assert type(told.value).__module__.startswith("pamm.")
+
+
+def test_a_candidate_that_fails_leaves_the_others_running():
+    def fails():
+        raise RuntimeError("not enough memory")
+
+    calls = []
+    work = Workload({"a": Candidate(lambda: calls.append(1)), "b": Candidate(fails), "c": Candidate(lambda: None)}, {})
+    found = in_turn(work, rounds=2, budget=0.1, device="cpu")
+    assert found["b"].error == "RuntimeError: not enough memory" and found["b"].summary() is None
+    assert found["a"].error is None and len(found["a"].seconds) >= 2 and len(found["c"].seconds) >= 2
+    assert len(calls) > len(found["a"].seconds)  # warm-up is not timed
+
+
+def test_a_call_beyond_the_budget_is_its_only_one():
+    import time
+
+    found = in_turn(Workload({"slow": Candidate(lambda: time.sleep(0.05))}, {}), rounds=5, budget=0.01, device="cpu")
+    assert found["slow"].cold and found["slow"].summary()["calls"] == 1
+
+
+CRASH = """
+import json, os, sys
+job = json.loads(sys.stdin.read())
+left = [name for name in job["settings"]["candidates"] if name not in job["skip"]]
+for name in left:
+    print(json.dumps({"begin": name}), flush=True)
+    if name == "doomed":
+        os.kill(os.getpid(), 9)
+timing = {"seconds": {"median": 2.0, "q1": 1.0, "q3": 3.0, "calls": 2, "cold": False}}
+timing |= {"flops": None, "difference": None, "error": None}
+result = {"shape": {}, "images": None, "steps": None, "threads": 1, "candidates": dict.fromkeys(left, timing)}
+print(json.dumps({"result": result}))
+"""
+
+
+def test_a_candidate_whose_process_is_killed_is_reported(tmp_path, monkeypatch):
+    (tmp_path / "crash.py").write_text(CRASH)
+    monkeypatch.setattr(run, "CHILD", (str(tmp_path / "crash.py"),))
+    settings = {"candidates": ["a", "doomed", "c"], "dtype": "float32", "device": "cpu", "allocator": "keep"}
+    lines = run.measure("scan", "case", "forward", {"settings": settings}, memory=False)
+    assert [(line["candidate"], line["error"] is None) for line in lines] == [
+        ("a", True),
+        ("doomed", False),
+        ("c", True),
+    ]
+    assert "signal 9" in lines[1]["error"] and lines[1]["seconds"] is None and lines[2]["ratio"] == 1
+
+
+def test_an_allocation_beyond_the_free_memory_fails_in_its_own_process(monkeypatch):
+    shape = {"channels": 1 << 13, "state": 1 << 13, "height": 64, "width": 64, "orders": 1}  # decays of 1.1 TB
+    settings = shape | {"batch": 1, "per_order": False, "backward": False, "candidates": ["recurrence"]}
+    common = {"dtype": "float32", "device": "cpu", "allocator": "system"}
+    job = {"work": "scan", "settings": settings | common, "rounds": 1, "budget": 1.0, "threads": 1}
+    (line,) = run.measure("scan", "large", "forward", job, memory=False)
+    assert "memory" in line["error"] and line["seconds"] is None
+
+
+def test_the_floor_counts_operations_and_shared_exponentials():
+    rates = vector_rates(1)
+    if rates is None:
+        pytest.skip("no C compiler here: rates of the processor are not measured")
+    assert all(rate > 1e8 for rate in rates.values())
+    floor = scan_floor(1e9, 4, True, 0.0, "cpu", 1)
+    expected = 3e9 / floor["rates"]["multiply_adds"] + 0.25e9 / floor["rates"]["exponentials"]
+    assert floor["seconds"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_random_labels_have_a_loss(name):
+    task = create_task(name)
+    label = random_label(task, 2, (8, 8), torch.Generator().manual_seed(0))
+    logits = torch.randn(2, task.channels, 8, 8, requires_grad=True)
+    task.loss(logits, label).backward()
+    assert logits.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_scaling_changes_one_quantity(axis):
+    experiment = varied(get_recipe("pascal-pamm-b"), axis, AXES[axis][-1])
+    check(experiment)
+    tokens = experiment.data.size[0] * experiment.data.size[1] // 256
+    decoder = experiment.model.decoder
+    found = {
+        "tokens": tokens,
+        "tasks": len(experiment.tasks),
+        "experts": decoder.experts.count,
+        "state": decoder.state_size,
+    }
+    assert found == {"tokens": 1024, "tasks": 5, "experts": 15, "state": 64} | {axis: AXES[axis][-1]}
+
+
+def test_the_loader_is_measured(tmp_path, capsys):
+    pytest.importorskip("embreex", reason="the renderer of synthetic rooms is not installed (extra demo)")
+    assert (
+        main(
+            [
+                "data",
+                "demo",
+                "--root",
+                str(tmp_path),
+                "--images",
+                "2",
+                "--batch",
+                "2",
+                "--batches",
+                "2",
+                "--workers",
+                "0",
+            ]
+        )
+        == 0
+    )
+    assert "images/s" in capsys.readouterr().out
+
+
+MACHINE = {"cpu": "a & b", "capability": "AVX2", "matrix_units": False, "cores": 2, "memory": 8e9, "gpu": None}
+MACHINE |= {"torch": "2.6", "commit": "abc", "date": "2026-01-01T00:00:00Z"}
+
+
+def result(**changes: object) -> dict:
+    common = {"dtype": "float32", "device": "cpu", "allocator": "keep", "threads": 2, "machine": MACHINE, "shape": {}}
+    return complete(common | changes)
+
+
+def around(median: float) -> dict:
+    return {"median": median, "q1": median / 2, "q3": median * 2, "calls": 3, "cold": False}
+
+
+def test_the_report_draws_the_newest_results(tmp_path):
+    scan = {"bench": "scan", "case": "nyud-b", "what": "forward"}
+    growth = {"bench": "scaling", "what": "tokens", "candidate": "decoder and heads"}
+    lines = [
+        result(**scan, candidate="pamm", seconds=around(0.5), ratio=1.0),
+        result(**scan, candidate="recurrence", seconds=around(1.5), ratio=3.0),
+        result(**scan, candidate="mambapy", error="ended by signal 9"),
+        result(**growth, case="256 tokens", shape={"value": 256}, seconds=around(0.1)),
+        result(**growth, case="1024 tokens", shape={"value": 1024}, seconds=around(0.4)),
+        result(**scan, candidate="pamm", seconds=around(0.25), ratio=1.0),
+    ]
+    append(tmp_path / "results.jsonl", lines)
+    assert main(["report", str(tmp_path / "results.jsonl"), "--out", str(tmp_path / "page")]) == 0
+    page = (tmp_path / "page/README.md").read_text()
+    for told in ("| pamm | 250 ms |", "| recurrence | 1.5 s |", "ended by signal 9", "commit abc"):
+        assert told in page
+    assert "| pamm | 500 ms |" not in page
+    for picture in ("scan.svg", "scaling_tokens.svg"):
+        assert f"({picture})" in page
+        ElementTree.parse(tmp_path / "page" / picture)
+
+
+def test_the_plan_is_one_of_known_measurements():
+    from pamm.bench.command import arguments_parser
+
+    for line in PLAN:
+        plain = arguments_parser().parse_args(line)
+        for shape in getattr(plain, "shapes", []):
+            scan_shape(shape)
+        if hasattr(plain, "recipe"):
+            get_recipe(plain.recipe)
+    assert set(child.WORKS) | {"data"} == {line[0] for line in PLAN}
