@@ -256,6 +256,15 @@ def test_only_the_gradients_asked_for(engine):
     assert_close({"dA": gradient}, {"dA": expected["dA"]}, FLOAT32_TOLERANCE)
 
 
+@pytest.mark.parametrize("engine", RUNNING)
+def test_more_positions_than_a_cache_holds(engine):
+    inputs, orders = problem(1, 1, 2, (96, 96), 5, 3)
+    tensors = {name: value.detach() for name, value in inputs.items()}
+    y = selective_scan(**tensors, orders=orders, engine=engine)
+    expected = selective_scan(**in_double(tensors), orders=orders, engine="reference")
+    assert_close({"y": y}, {"y": expected.detach()}, FLOAT32_TOLERANCE)
+
+
 @pytest.mark.parametrize("per_order", [False, True], ids=["shared", "per-order"])
 @pytest.mark.parametrize("engine", RUNNING)
 def test_same_bits_every_time(engine, per_order):

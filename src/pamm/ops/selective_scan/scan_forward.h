@@ -4,6 +4,7 @@
 #include "scan_problem.h"
 
 #define FORWARD_STATES 8
+#define STORED_LIMIT (4 << 20) /* bytes of E beyond which reading it costs more than computing it again */
 
 /* Arrays of one job: per position one vector and, for E, FORWARD_STATES vectors. */
 typedef struct {
@@ -62,6 +63,16 @@ static void forward_only(const ForwardTile *tile, const vec *a, const int32_t *o
     forward_order(tile, a, order, length, COMPUTED);
 }
 
+/* All orders with one parameter set. */
+static void forward_orders(const ForwardTile *tile, const vec *a, const int32_t *orders, int64_t count, int64_t length) {
+    if (count == 1 || length * FORWARD_STATES * (int64_t)sizeof(vec) > STORED_LIMIT) {
+        for (int64_t k = 0; k < count; k++) forward_only(tile, a, orders + k * length, length);
+        return;
+    }
+    forward_first(tile, a, orders, length);
+    for (int64_t k = 1; k < count; k++) forward_next(tile, orders + k * length, length);
+}
+
 static int64_t channel_blocks(const Problem *p) { return (p->channels + LANES - 1) / LANES; }
 
 static int64_t forward_jobs(const Problem *p) { return p->groups * p->images * channel_blocks(p); }
@@ -79,12 +90,10 @@ static void forward_job(const Problem *p, int64_t job, float *work) {
             load_A(a, p, image, set, first, n, width, count, S);
             for (int m = 0; m < S; m++) a[m] *= LOG2_E;
             load_strip(tile.strip, p, image, set, n, count, S);
-            if (p->sets > 1 || p->orders_count == 1) {
+            if (p->sets > 1)
                 forward_only(&tile, a, p->orders + set * L, L);
-                continue;
-            }
-            forward_first(&tile, a, p->orders, L);
-            for (int64_t k = 1; k < p->orders_count; k++) forward_next(&tile, p->orders + k * L, L);
+            else
+                forward_orders(&tile, a, p->orders, p->orders_count, L);
         }
     }
     for (int64_t l = 0; l < L; l++) store_channels(p->y, (image * L + l) * D + first, width, p->half, tile.y[l]);
