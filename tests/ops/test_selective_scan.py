@@ -142,12 +142,38 @@ def test_without_bias(engine, options):
     assert_close(run(inputs, orders, engine, **options), expected, FLOAT32_TOLERANCE)
 
 
+@pytest.mark.parametrize("per_order", [False, True], ids=["shared", "per-order"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("engine", RUNNING)
-def test_bfloat16_inputs_keep_float32_states(engine):
-    inputs, orders = problem(**CASES["long"], dtype=torch.bfloat16)
+def test_inputs_of_16_bits_keep_float32_states(engine, dtype, per_order):
+    inputs, orders = problem(**CASES["long"], dtype=dtype, per_order=per_order)
     found = run(inputs, orders, engine)
-    assert all(value.dtype == torch.bfloat16 for value in found.values())
+    assert all(value.dtype == dtype for value in found.values())
     assert_close(found, run(in_double(inputs), orders, "reference"), BFLOAT16_TOLERANCE)
+
+
+@pytest.mark.parametrize("engine", RUNNING)
+def test_bfloat16_activations_with_float32_parameters(engine):
+    """Under autocast x and delta are narrow and the parameters are not; channels fill no whole number of vectors."""
+    inputs, orders = problem(2, 2, 3, (4, 5), 37, 5)
+    for name in ("x", "delta"):
+        inputs[name] = inputs[name].detach().bfloat16().requires_grad_()
+    found, expected = run(inputs, orders, engine), run(in_double(inputs), orders, "reference")
+    narrow = {name: value.dtype == torch.bfloat16 for name, value in found.items()}
+    assert narrow == {name: name in ("y", "dx", "ddelta") for name in found}
+    assert_close(found, expected, BFLOAT16_TOLERANCE)
+
+
+@pytest.mark.parametrize(("low", "high"), [(-80, -60), (-50, -45), (-20, -10), (-1, 1), (10, 50)])
+@pytest.mark.parametrize("engine", RUNNING)
+def test_softplus_is_accurate_for_any_argument(engine, low, high):
+    """Without the skip every value of y is proportional to Δ: tiny ones must be as accurate as large ones."""
+    inputs, orders = problem(**CASES["typical"])
+    generator = torch.Generator().manual_seed(3)
+    delta = low + (high - low) * torch.rand(inputs["delta"].shape, generator=generator)
+    nothing = {name: torch.zeros_like(inputs[name]).requires_grad_() for name in ("D", "delta_bias")}
+    inputs |= {"delta": delta.requires_grad_(), **nothing}
+    assert_close(run(inputs, orders, engine), run(in_double(inputs), orders, "reference"), FLOAT32_TOLERANCE)
 
 
 @pytest.mark.parametrize("engine", [*RUNNING, "reference"])
@@ -171,6 +197,26 @@ def test_inputs_of_any_strides(engine):
     y = selective_scan(**{**inputs, "x": one}, orders=orders, engine=engine)
     y_dense = selective_scan(**{**inputs, "x": one.contiguous()}, orders=orders, engine=engine)
     assert torch.equal(y, y_dense)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("per_order", [False, True], ids=["shared", "per-order"])
+@pytest.mark.parametrize("engine", RUNNING)
+def test_inputs_side_by_side_in_a_wider_matrix(engine, per_order, dtype):
+    """As one projection makes them: the same bits as from tensors of their own."""
+    inputs, orders = problem(**CASES["odd"], per_order=per_order)
+    values = {name: tensor.detach() for name, tensor in inputs.items()}
+    for name in ("x", "delta"):
+        values[name] = values[name].to(dtype)
+    for name in ("x", "delta", "B", "C"):
+        tensor = values[name]
+        values[name] = torch.cat([tensor, tensor, tensor], -1)[..., tensor.shape[-1] : 2 * tensor.shape[-1]]
+        assert not values[name].is_contiguous()
+    dense = {name: tensor.contiguous().requires_grad_() for name, tensor in values.items()}
+    strided = {name: tensor.requires_grad_() for name, tensor in values.items()}
+    found, expected = run(strided, orders, engine), run(dense, orders, engine)
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
 
 
 @pytest.mark.parametrize("per_order", [False, True], ids=["shared", "per-order"])
@@ -208,6 +254,15 @@ def test_only_the_gradients_asked_for(engine):
     weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).float()
     (gradient,) = torch.autograd.grad((y * weight).sum(), [inputs["A"]])
     assert_close({"dA": gradient}, {"dA": expected["dA"]}, FLOAT32_TOLERANCE)
+
+
+@pytest.mark.parametrize("engine", RUNNING)
+def test_more_positions_than_a_cache_holds(engine):
+    inputs, orders = problem(1, 1, 2, (96, 96), 5, 3)
+    tensors = {name: value.detach() for name, value in inputs.items()}
+    y = selective_scan(**tensors, orders=orders, engine=engine)
+    expected = selective_scan(**in_double(tensors), orders=orders, engine="reference")
+    assert_close({"y": y}, {"y": expected.detach()}, FLOAT32_TOLERANCE)
 
 
 @pytest.mark.parametrize("per_order", [False, True], ids=["shared", "per-order"])

@@ -21,21 +21,34 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pamm.ops.selective_scan import around
-
 SOURCE = Path(__file__).with_name("scan.c")
+INCLUDED = ("scan_vector.h", "scan_problem.h", "scan_forward.h", "scan_backward.h")
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-pthread", "-Wno-psabi")
 NATIVE = ("-march=native", "-mcpu=native")
 """Flags for this very processor; the first that the compiler takes is used."""
 JOBS = 32
 """Backward jobs to aim at; fixed, so that results do not depend on the number of threads."""
+PARTS_LIMIT = 2**26
+"""Bytes that the jobs' own gradients of B and C may take beyond one job per image."""
+LARGE_PAGE = 2**21
 
-_INTEGERS = ("images", "groups", "orders_count", "sets", "length", "channels", "states", "slices")
-_POINTERS = ("x", "delta", "A", "B", "C", "dy", "orders", "y", "dx", "ddelta", "dA", "dB", "dC", "work")
+_INTEGERS = "groups images orders_count sets length channels states slices half softplus"
+_VIEWS = "x delta B C dy"
+_POINTERS = "A D bias orders y dx ddelta dA dB dC dD dbias work parts"
+
+
+class _View(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("group", "image", "set", "row")))
 
 
 class _Problem(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in _INTEGERS] + [(name, ctypes.c_void_p) for name in _POINTERS]
+    """`Problem` of scan_problem.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in _INTEGERS.split()),
+        *((name, _View) for name in _VIEWS.split()),
+        *((name, ctypes.c_void_p) for name in _POINTERS.split()),
+    )
 
 
 class _BuildError(RuntimeError):
@@ -78,16 +91,10 @@ def forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """Contract: see `pamm.ops.selective_scan`."""
-    return around.forward(_scan, x, delta, A, B, C, D, delta_bias, orders, softplus, keep)
-
-
-def _scan(
-    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, orders: Tensor, keep: bool
-) -> tuple[Tensor, Tensor]:
-    """The bare recurrence in float32 → y (G, B, L, D), nothing."""
-    y = x.new_empty(x.shape)
-    _run(1, y=y, x=x, delta=delta, A=A, B=B, C=C, orders=orders)
-    return y, kept(x, A, orders, keep)
+    call = _Call(x, delta, A, B, C, D, delta_bias, orders, softplus)
+    y = call.output("y", x.shape, call.dtype)
+    call.run()
+    return y.to(x.dtype), kept(x, A, orders, keep)
 
 
 def backward(
@@ -104,37 +111,71 @@ def backward(
     kept: Tensor,
 ) -> tuple[Tensor, ...]:
     """Contract: see `pamm.ops.selective_scan`."""
-    return around.backward(_scan_backward, dy, x, delta, A, B, C, D, delta_bias, orders, softplus, kept)
+    call = _Call(x, delta, A, B, C, D, delta_bias, orders, softplus)
+    G, images = x.shape[:2]
+    call.view("dy", dy.to(call.dtype))
+    dx, ddelta = call.output("dx", x.shape, call.dtype), call.output("ddelta", delta.shape, call.dtype)
+    dB, dC = call.output("dB", B.shape), call.output("dC", C.shape)
+    dA = call.output("dA", (G, images, *A.shape[1:]))
+    dbias = call.output("dbias", (G, images, *delta_bias.shape[1:]))
+    dD = call.output("dD", (G, images, D.shape[-1]))
+    call.reserve_parts()
+    call.run()
+    dD = dD.sum(1)
+    dD = dD[:, None].expand_as(D).contiguous() if delta.dim() == 5 else dD * len(orders)
+    return dx.to(x.dtype), ddelta.to(delta.dtype), dA.sum(1), dB, dC, dD, dbias.sum(1)
 
 
-def _scan_backward(
-    dy: Tensor, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, orders: Tensor, kept: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, delta, A, B and C from that of y, (G, B, L, D)."""
-    G, images, _, channels = x.shape
-    blocks = -(-channels // _load()[0].scan_lanes())
-    slices = min(blocks, -(-JOBS // (G * images)))
-    dx, ddelta = x.new_empty(x.shape), x.new_empty(delta.shape)
-    dA = x.new_empty(G, images, *A.shape[1:])
-    dB, dC = x.new_zeros(slices, *B.shape), x.new_zeros(slices, *C.shape)
-    given = {"dy": dy, "x": x, "delta": delta, "A": A, "B": B, "C": C, "orders": orders}
-    _run(slices, **given, dx=dx, ddelta=ddelta, dA=dA, dB=dB, dC=dC)
-    return dx, ddelta, dA.sum(1), dB.sum(0), dC.sum(0)
+class _Call:
+    """The kernel's argument and the tensors that it points to.
 
+    `dtype` is that in which x, delta, y and their gradients pass: float32, or bfloat16 where x and delta are.
+    """
 
-def _run(slices: int, **tensors: Tensor) -> None:
-    """Call the kernel; the tensors that it fills must be contiguous."""
-    library = _load()[0]
-    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    tensors["orders"] = tensors["orders"].int()
-    G, images, length, channels = tensors["x"].shape
-    count = len(tensors["orders"])
-    sets = count if tensors["delta"].dim() == 5 else 1
-    threads = torch.get_num_threads()
-    tensors["work"] = _workspace(threads * library.scan_workspace(length))
-    sizes = (G * images, G, count, sets, length, channels, tensors["A"].shape[-1], slices)
-    problem = _Problem(*sizes, **{name: tensor.data_ptr() for name, tensor in tensors.items()})
-    library.scan_run(ctypes.byref(problem), threads, _openmp())
+    def __init__(self, x, delta, A, B, C, D, delta_bias, orders, softplus):
+        self.library = _load()[0]
+        self.dtype = torch.bfloat16 if x.dtype == delta.dtype == torch.bfloat16 else torch.float32
+        self.held: list[Tensor] = []
+        G, images, length, channels = x.shape
+        count = len(orders)
+        sets = count if delta.dim() == 5 else 1
+        half = self.dtype == torch.bfloat16
+        self.problem = _Problem(G, images, count, sets, length, channels, A.shape[-1], 1, half, softplus)
+        for name, tensor in (("x", x), ("delta", delta)):
+            self.view(name, tensor.to(self.dtype))
+        for name, tensor in (("B", B), ("C", C)):
+            self.view(name, tensor)
+        for name, tensor in (("A", A), ("D", D), ("bias", delta_bias), ("orders", orders.int())):
+            self.array(name, tensor.contiguous())
+
+    def array(self, name: str, tensor: Tensor) -> Tensor:
+        """Point to a contiguous tensor."""
+        self.held.append(tensor)
+        setattr(self.problem, name, tensor.data_ptr())
+        return tensor
+
+    def view(self, name: str, tensor: Tensor) -> None:
+        """Point to a (G, images, length, columns) or (G, images, sets, length, columns) tensor with adjacent columns."""
+        tensor = tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+        self.held.append(tensor)
+        group, image, *sets, row, _ = tensor.stride()
+        setattr(self.problem, name, _View(tensor.data_ptr(), group, image, sets[0] if sets else 0, row))
+
+    def output(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.array(name, torch.empty(shape, dtype=dtype))
+
+    def reserve_parts(self) -> None:
+        """Split the channels of one image into slices: as many jobs as are worth their memory."""
+        problem, lanes = self.problem, self.library.scan_lanes()
+        bytes_each = 4 * self.library.scan_parts(ctypes.byref(problem))
+        wanted = -(-JOBS // (problem.groups * problem.images))
+        problem.slices = max(1, min(-(-problem.channels // lanes), wanted, PARTS_LIMIT // bytes_each))
+        problem.parts = _workspace("parts", self.library.scan_parts(ctypes.byref(problem)))
+
+    def run(self) -> None:
+        threads = torch.get_num_threads()
+        self.problem.work = _workspace("work", threads * self.library.scan_workspace(self.problem.length))
+        self.library.scan_run(ctypes.byref(self.problem), threads, _openmp())
 
 
 @lru_cache(maxsize=1)
@@ -149,12 +190,21 @@ def _openmp() -> int | None:
 _buffers = threading.local()
 
 
-def _workspace(size: int) -> Tensor:
-    """Scratch memory of the calling thread, reused from call to call: fresh pages cost more than the arithmetic."""
-    held = getattr(_buffers, "work", None)
-    if held is None or held.numel() < size:
-        held = _buffers.work = torch.empty(size, dtype=torch.float32, device="cpu")
-    return held
+def _workspace(name: str, size: int) -> int:
+    """Address of `size` floats of scratch memory of the calling thread: fresh pages cost more than the arithmetic.
+
+    It is reused from call to call and lies on large pages where the system has them.
+    """
+    held = getattr(_buffers, name, None)
+    if held is None or held.numel() < size + LARGE_PAGE // 4:
+        held = torch.empty(size + LARGE_PAGE // 4, dtype=torch.float32, device="cpu")
+        setattr(_buffers, name, held)
+        _load()[0].scan_use_large_pages(_page_start(held), 4 * size)
+    return _page_start(held)
+
+
+def _page_start(held: Tensor) -> int:
+    return -(-held.data_ptr() // LARGE_PAGE) * LARGE_PAGE
 
 
 # -- building ------------------------------------------------------------------------------------------------------------
@@ -168,12 +218,13 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     except (_BuildError, OSError) as error:
         return None, str(error)
     library.scan_workspace.argtypes, library.scan_workspace.restype = [ctypes.c_int64], ctypes.c_int64
+    library.scan_parts.argtypes, library.scan_parts.restype = [ctypes.POINTER(_Problem)], ctypes.c_int64
+    library.scan_use_large_pages.argtypes, library.scan_use_large_pages.restype = (
+        [ctypes.c_void_p, ctypes.c_int64],
+        None,
+    )
     library.scan_run.argtypes, library.scan_run.restype = (
-        [
-            ctypes.POINTER(_Problem),
-            ctypes.c_int,
-            ctypes.c_void_p,
-        ],
+        [ctypes.POINTER(_Problem), ctypes.c_int, ctypes.c_void_p],
         None,
     )
     return library, None
@@ -187,7 +238,8 @@ def _built() -> Path:
     if not compiler or shutil.which(compiler[0]) is None:
         raise _BuildError(f"no C compiler '{' '.join(compiler)}' found; install gcc or clang, or set CC")
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    key = hashlib.sha256("\0".join([SOURCE.read_text(), *compiler, *FLAGS, version, _processor()]).encode()).hexdigest()
+    sources = [SOURCE.with_name(name).read_text() for name in (SOURCE.name, *INCLUDED)]
+    key = hashlib.sha256("\0".join([*sources, *compiler, *FLAGS, version, _processor()]).encode()).hexdigest()
     target = _cache() / f"scan-{key[:20]}.so"
     if not target.exists():
         _compile(compiler, target)

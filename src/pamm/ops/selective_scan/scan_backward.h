@@ -1,0 +1,213 @@
+/* The backward pass: jobs of a slice of the channels of one image.
+ *
+ * Nothing is kept by the forward pass. For one vector of channels and STATES states, every order is run twice: once along its
+ * visits, storing the state before every chunk of CHUNK visits, then chunk by chunk from the last, with the states recomputed
+ * (they stay in the nearest cache) and the gradient g of the state carried against the visits. The sums over channels that B and
+ * C need are taken in registers.
+ */
+#pragma once
+
+#include "scan_problem.h"
+
+#define STATES (LANES / 2)
+#define CHUNK 16
+
+/* Arrays of one job: per position one vector and, for E, STATES vectors. */
+typedef struct {
+    vec *x, *dy, *delta, *slope, *dx, *ddelta, *E, *starts;
+    float *strip;
+    float *dstrip; /* gradients of the strip, summed over the slice */
+} BackwardTile;
+
+static int64_t chunks(int64_t length) { return (length + CHUNK - 1) / CHUNK; }
+
+static int64_t backward_workspace(int64_t length) {
+    return length * (6 * LANES + STATES * (LANES + 2)) + chunks(length) * STATES * LANES;
+}
+
+static int64_t state_blocks(const Problem *p) { return (p->states + STATES - 1) / STATES; }
+
+static void backward_read(const Problem *p, const BackwardTile *tile, int64_t image, int64_t set, int64_t first, int64_t width) {
+    int64_t x_at = view_start(p, &p->x, image, 0) + first, dy_at = view_start(p, &p->dy, image, 0) + first;
+    int64_t delta_at = view_start(p, &p->delta, image, set) + first, group = image / p->images;
+    vec skip = load_skip(p, group, first, width), dD = {0};
+    vec bias = load_channels(p->bias, (group * p->sets + set) * p->channels + first, width, 0);
+    for (int64_t l = 0; l < p->length; l++) {
+        vec delta = load_channels(p->delta.data, delta_at + l * p->delta.row, width, p->half) + bias;
+        tile->delta[l] = p->softplus ? softplus_vec(delta, tile->slope + l) : delta;
+        tile->ddelta[l] = (vec){0};
+        if (set > 0) continue;
+        vec x = load_channels(p->x.data, x_at + l * p->x.row, width, p->half);
+        vec dy = load_channels(p->dy.data, dy_at + l * p->dy.row, width, p->half);
+        tile->x[l] = x;
+        tile->dy[l] = dy;
+        tile->dx[l] = skip * dy;
+        dD += dy * x;
+    }
+    if (set == 0) store_channels(p->dD, image * p->channels + first, width, 0, dD);
+}
+
+/* The states along one order: to `starts` the ones before every chunk.
+ *
+ * Where `exponent` is given, the decays exp(Δ A) are computed, and stored in E.
+ */
+INLINE void backward_starts(const BackwardTile *tile, const vec *exponent, const int32_t *order, int64_t length) {
+    vec h[STATES] = {{0}};
+    for (int64_t t = 0; t < length; t++) {
+        int64_t l = order[t];
+        vec delta = tile->delta[l], u = delta * tile->x[l], *E = tile->E + l * STATES;
+        if (t % CHUNK == 0)
+            UNROLLED for (int n = 0; n < STATES; n++) tile->starts[t / CHUNK * STATES + n] = h[n];
+        UNROLLED for (int n = 0; n < STATES; n++) {
+            vec decay = exponent ? exp2_vec(delta * exponent[n]) : E[n];
+            if (exponent) E[n] = decay;
+            h[n] = decay * h[n] + tile->strip[l * 2 * STATES + n] * u;
+        }
+    }
+}
+
+/* The states before each of the visits [start, end) and after the last. */
+INLINE void backward_states(const BackwardTile *tile, const int32_t *order, int64_t start, int64_t end, vec *states) {
+    vec h[STATES];
+    UNROLLED for (int n = 0; n < STATES; n++) states[n] = h[n] = tile->starts[start / CHUNK * STATES + n];
+    for (int64_t t = start; t < end; t++) {
+        int64_t l = order[t];
+        vec u = tile->delta[l] * tile->x[l];
+        states += STATES;
+        UNROLLED for (int n = 0; n < STATES; n++)
+            states[n] = h[n] = tile->E[l * STATES + n] * h[n] + tile->strip[l * 2 * STATES + n] * u;
+    }
+}
+
+/* What one visit reads and gathers. */
+typedef struct {
+    const float *b, *c;
+    const vec *E, *before, *after, *a;
+    vec dy, delta, kept, moved, du[2], exponent[2];
+} Visit;
+
+/* One state of one visit: takes g one step back; returns partial sums over channels of the gradients of b[n] and c[n]. */
+INLINE vec visit_state(Visit *v, int n, vec *g, vec *dA) {
+    vec after = g[n] + v->c[n] * v->dy;
+    v->du[n % 2] += v->b[n] * after;
+    g[n] = after * v->E[n];
+    vec share = g[n] * v->before[n]; /* gradient of Δ A */
+    v->exponent[n % 2] += v->a[n] * share;
+    dA[n] += v->delta * share;
+    return v->kept * fold_halves_kept(after, v->after[n]) + v->moved * fold_halves_moved(after, v->after[n]);
+}
+
+/* Visits [start, end) backwards: carries g, and adds to all gradients. */
+INLINE void backward_visits(const BackwardTile *tile, const vec *a, const int32_t *order, int64_t start, int64_t end,
+                            const vec *states, vec *g, vec *dA) {
+    enum { S = STATES };
+    for (int64_t t = end - 1; t >= start; t--) {
+        int64_t l = order[t];
+        const float *b = tile->strip + l * 2 * S;
+        const vec *before = states + (t - start) * S;
+        vec x = tile->x[l], dy = tile->dy[l], delta = tile->delta[l], u = delta * x, sums[S / 2], total;
+        Visit visit = {b, b + S, tile->E + l * S, before, before + S, a, dy, delta, .du = {{0}}, .exponent = {{0}}};
+        visit.kept = fold_halves_kept(u, dy);
+        visit.moved = fold_halves_moved(u, dy);
+        UNROLLED for (int n = 0; n < S / 2; n++)
+            sums[n] = fold_quarters(visit_state(&visit, n, g, dA), visit_state(&visit, n + S / 2, g, dA));
+#if LANES == 16
+        sums[0] = fold_eighths(sums[0], sums[2]);
+        sums[1] = fold_eighths(sums[1], sums[3]);
+#endif
+#if LANES >= 8
+        sums[0] = fold_neighbours(sums[0], sums[1]);
+#endif
+        memcpy(&total, tile->dstrip + l * 2 * S, sizeof total);
+        total += sums[0];
+        memcpy(tile->dstrip + l * 2 * S, &total, sizeof total);
+        vec du = visit.du[0] + visit.du[1];
+        tile->dx[l] += du * delta;
+        tile->ddelta[l] += du * x + (visit.exponent[0] + visit.exponent[1]);
+    }
+}
+
+static void backward_order(const BackwardTile *tile, const vec *a, const int32_t *order, int64_t length, int first, vec *dA) {
+    vec g[STATES] = {{0}}, states[(CHUNK + 1) * STATES], exponent[STATES];
+    for (int n = 0; n < STATES; n++) exponent[n] = a[n] * LOG2_E;
+    if (first)
+        backward_starts(tile, exponent, order, length);
+    else
+        backward_starts(tile, NULL, order, length);
+    for (int64_t start = (chunks(length) - 1) * CHUNK; start >= 0; start -= CHUNK) {
+        int64_t end = smaller(length, start + CHUNK);
+        backward_states(tile, order, start, end, states);
+        backward_visits(tile, a, order, start, end, states, g, dA);
+    }
+}
+
+/* One parameter set of one vector of channels, all its states; `dstrips` are the slice's, one per block of states. */
+static void backward_set(const Problem *p, BackwardTile *tile, int64_t image, int64_t set, int64_t first, int64_t width,
+                         float *dstrips) {
+    int64_t L = p->length, D = p->channels, N = p->states, at = image * p->sets + set;
+    int64_t k = p->sets > 1 ? set : 0, end = p->sets > 1 ? set + 1 : p->orders_count;
+    for (int64_t n = 0; n < N; n += STATES) {
+        int count = (int)smaller(N - n, STATES);
+        vec a[STATES], dA[STATES] = {{0}};
+        load_A(a, p, image, set, first, n, width, count, STATES);
+        load_strip(tile->strip, p, image, set, n, count, STATES);
+        tile->dstrip = dstrips + n * 2 * L;
+        for (int64_t order = k; order < end; order++) backward_order(tile, a, p->orders + order * L, L, order == k, dA);
+        for (int64_t c = 0; c < width; c++)
+            for (int m = 0; m < count; m++) p->dA[(at * D + first + c) * N + n + m] = dA[m][c];
+    }
+    vec dbias = {0};
+    for (int64_t l = 0; l < L; l++) {
+        vec ddelta = p->softplus ? tile->ddelta[l] * tile->slope[l] : tile->ddelta[l];
+        dbias += ddelta;
+        store_channels(p->ddelta, (at * L + l) * D + first, width, p->half, ddelta);
+    }
+    store_channels(p->dbias, at * D + first, width, 0, dbias);
+}
+
+/* Floats of the gradients of B and C of one slice of one image. */
+static int64_t slice_parts(const Problem *p) { return p->sets * state_blocks(p) * p->length * 2 * STATES; }
+
+static int64_t backward_jobs(const Problem *p) { return p->groups * p->images * p->slices; }
+
+static void backward_job(const Problem *p, int64_t job, float *work) {
+    int64_t L = p->length, image = job / p->slices, slice = job % p->slices, blocks = channel_blocks(p);
+    vec *v = (vec *)work, *E = v + 6 * L, *starts = E + STATES * L;
+    BackwardTile tile = {v, v + L, v + 2 * L, v + 3 * L, v + 4 * L, v + 5 * L, E, starts, (float *)(starts + chunks(L) * STATES), NULL};
+    float *dstrips = p->parts + job * slice_parts(p);
+    memset(dstrips, 0, slice_parts(p) * sizeof(float));
+    for (int64_t i = blocks * slice / p->slices; i < blocks * (slice + 1) / p->slices; i++) {
+        int64_t first = i * LANES, width = smaller(p->channels - first, LANES);
+        for (int64_t set = 0; set < p->sets; set++) {
+            backward_read(p, &tile, image, set, first, width);
+            backward_set(p, &tile, image, set, first, width, dstrips + set * state_blocks(p) * L * 2 * STATES);
+        }
+        for (int64_t l = 0; l < L; l++) store_channels(p->dx, (image * L + l) * p->channels + first, width, p->half, tile.dx[l]);
+    }
+}
+
+#define GATHERED 64 /* positions of one gathering job */
+
+static int64_t gather_jobs(const Problem *p) { return p->groups * p->images * p->sets * ((p->length + GATHERED - 1) / GATHERED); }
+
+/* The slices' gradients of B and C, summed in the order of the slices. */
+static void gather_job(const Problem *p, int64_t job, float *work) {
+    (void)work;
+    int64_t L = p->length, N = p->states, pieces = (L + GATHERED - 1) / GATHERED;
+    int64_t at = job / pieces, image = at / p->sets, set = at % p->sets, start = job % pieces * GATHERED;
+    const float *parts = p->parts + image * p->slices * slice_parts(p) + set * state_blocks(p) * L * 2 * STATES;
+    for (int64_t block = 0; block < state_blocks(p); block++) {
+        int count = (int)smaller(N - block * STATES, STATES);
+        for (int64_t l = start; l < smaller(L, start + GATHERED); l++) {
+            vec total = {0};
+            for (int64_t slice = 0; slice < p->slices; slice++) {
+                vec part;
+                memcpy(&part, parts + slice * slice_parts(p) + (block * L + l) * 2 * STATES, sizeof part);
+                total += part;
+            }
+            float *sums = (float *)&total;
+            memcpy(p->dB + (at * L + l) * N + block * STATES, sums, count * sizeof(float));
+            memcpy(p->dC + (at * L + l) * N + block * STATES, sums + STATES, count * sizeof(float));
+        }
+    }
+}

@@ -1,0 +1,100 @@
+/* What the kernel is asked to compute, and how channels are read and written. */
+#pragma once
+
+#include "scan_vector.h"
+
+/* Where a (groups, images, sets, length, columns) array lies: strides in elements, columns side by side. */
+typedef struct {
+    const void *data;
+    int64_t group, image, set, row;
+} View;
+
+/* V, the number of parameter sets, is 1 where the orders share their parameters, else the number of orders K.
+ *
+ * x, dy (G, I, L, D) and delta (G, I, V, L, D) are bfloat16 where `half`, else float32; so are y, dx and ddelta, of the same
+ * shapes and contiguous. B and C (G, I, V, L, N) are float32. A (G, V, D, N), D and bias (G, V, D) and orders (K, L) are
+ * contiguous. The gradients dA (G, I, V, D, N), dD (G, I, D) and dbias (G, I, V, D) are parts that the caller sums over images;
+ * dD is that of one order. dB and dC are (G, I, V, L, N).
+ */
+typedef struct {
+    int64_t groups, images, orders_count, sets, length, channels, states, slices, half, softplus;
+    View x, delta, B, C, dy;
+    const float *A, *D, *bias;
+    const int32_t *orders;
+    void *y, *dx, *ddelta;
+    float *dA, *dB, *dC, *dD, *dbias;
+    float *work;  /* threads × scan_workspace() floats, aligned to 64 bytes */
+    float *parts; /* backward: scan_parts() floats */
+} Problem;
+
+static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* Offset of a view's first row for one parameter set of one image, counted over the groups. */
+static int64_t view_start(const Problem *p, const View *view, int64_t image, int64_t set) {
+    return image / p->images * view->group + image % p->images * view->image + set * view->set;
+}
+
+/* `width` neighbouring channels as a vector, the other lanes zero. */
+INLINE vec load_channels(const void *data, int64_t at, int64_t width, int64_t half) {
+    hvec narrow = {0};
+    vec wide = {0};
+    if (half) {
+        memcpy(&narrow, (const uint16_t *)data + at, width < LANES ? width * sizeof(uint16_t) : sizeof narrow);
+        return (vec)(__builtin_convertvector(narrow, uvec) << 16);
+    }
+    if (width >= LANES) {
+        memcpy(&wide, (const float *)data + at, sizeof wide);
+        return wide;
+    }
+    if (width > 0) memcpy(&wide, (const float *)data + at, width * sizeof(float));
+    return wide;
+}
+
+INLINE void store_channels(void *data, int64_t at, int64_t width, int64_t half, vec value) {
+    if (half) { /* rounded to the nearest, to even between two */
+        uvec bits = (uvec)value, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+        ivec number = value == value;
+        hvec narrow = __builtin_convertvector((rounded & (uvec)number) | (0x7fc0 & ~(uvec)number), hvec);
+        memcpy((uint16_t *)data + at, &narrow, width < LANES ? width * sizeof(uint16_t) : sizeof narrow);
+    } else if (width >= LANES) {
+        memcpy((float *)data + at, &value, sizeof value);
+    } else {
+        memcpy((float *)data + at, &value, width * sizeof(float));
+    }
+}
+
+/* One block of A, a[n][lane]; states from `count` on and channels from `width` on are zero. */
+static void load_A(vec *a, const Problem *p, int64_t image, int64_t set, int64_t first, int64_t state, int64_t width, int count,
+                   int block) {
+    const float *A = p->A + ((image / p->images * p->sets + set) * p->channels + first) * p->states + state;
+    for (int n = 0; n < block; n++) {
+        float lanes[LANES] = {0};
+        for (int64_t c = 0; n < count && c < width; c++) lanes[c] = A[c * p->states + n];
+        memcpy(a + n, lanes, sizeof(vec));
+    }
+}
+
+#define LOG2_E 1.44269504088896341f
+
+/* One block's columns of B and C side by side, (length, 2, block), states from `count` on zero. */
+INLINE void load_strip(float *strip, const Problem *p, int64_t image, int64_t set, int64_t first, int count, int block) {
+    const float *B = (const float *)p->B.data + view_start(p, &p->B, image, set) + first;
+    const float *C = (const float *)p->C.data + view_start(p, &p->C, image, set) + first;
+    for (int64_t l = 0; l < p->length; l++, strip += 2 * block, B += p->B.row, C += p->C.row) {
+        if (count == block) { /* copies of a constant size */
+            memcpy(strip, B, block * sizeof(float));
+            memcpy(strip + block, C, block * sizeof(float));
+            continue;
+        }
+        memset(strip, 0, 2 * block * sizeof(float));
+        memcpy(strip, B, count * sizeof(float));
+        memcpy(strip + block, C, count * sizeof(float));
+    }
+}
+
+/* Sum over the orders of D for the channels [first, first + width). */
+static vec load_skip(const Problem *p, int64_t group, int64_t first, int64_t width) {
+    vec skip = {0};
+    for (int64_t set = 0; set < p->sets; set++) skip += load_channels(p->D, (group * p->sets + set) * p->channels + first, width, 0);
+    return p->sets > 1 ? skip : skip * (float)p->orders_count;
+}

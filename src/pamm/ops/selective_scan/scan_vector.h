@@ -1,0 +1,104 @@
+/* Vectors of LANES neighbouring channels, and the functions of them that the selective scan needs. */
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+#include <immintrin.h>
+#define LANES 16
+#elif defined(__AVX__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
+typedef uint16_t hvec __attribute__((vector_size(2 * LANES)));
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE vec splat(float value) { return value - (vec){0}; }
+
+INLINE vec select_vec(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) | (~mask & (ivec)no)); }
+
+/* 2^f for f in [−½, ½], relative error 2e-7; 1 at 0. */
+INLINE vec exp2_polynomial(vec f) {
+    vec p = splat(1.3202982e-3f);
+    p = p * f + 9.6749524e-3f;
+    p = p * f + 5.5510472e-2f;
+    p = p * f + 0.24022166f;
+    p = p * f + 0.69314659f;
+    return p * f + 1.0f;
+}
+
+#define ROUNDING 12582912.0f /* 1.5 · 2^23: adding it rounds to an integer, which stands in the low bits */
+
+/* 2^x, relative error 2e-7; 0 below 2^-126 (with AVX-512 below 2^-149), infinity from 2^128 on, NaN for NaN. */
+INLINE vec exp2_vec(vec x) {
+#if LANES == 16
+    vec whole = (vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return (vec)_mm512_scalef_ps((__m512)exp2_polynomial(x - whole), (__m512)whole);
+#else
+    vec limited = select_vec(x > 128.0f, splat(128.0f), x);
+    vec shifted = limited + ROUNDING;
+    vec p = exp2_polynomial(limited - (shifted - ROUNDING));
+    vec result = (vec)((ivec)p + ((ivec)shifted << 23));
+    return (vec)((ivec)result & ~(x < -126.0f));
+#endif
+}
+
+/* e^x for x ≤ 0, relative error 2e-7; 0 below 2^-126. The product with log2(e) is rounded after the integer is taken off. */
+INLINE vec exp_negative(vec x) {
+    vec shifted = x * 1.44269504f + ROUNDING, whole = shifted - ROUNDING;
+    vec f = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+    vec result = (vec)((ivec)exp2_polynomial(f * 1.44269504f) + ((ivec)shifted << 23));
+    return (vec)((ivec)result & ~(x < -87.33654f));
+}
+
+/* Softplus and its derivative, relative errors 3e-7. */
+INLINE vec softplus_vec(vec x, vec *slope) {
+    vec z = exp_negative(select_vec(x > 0.0f, -x, x)), s = z / (z + 2.0f), q = s * s; /* log(1 + z) = 2 artanh(s) */
+    vec p = splat(0.13425772f);
+    p = p * q + 0.14118306f;
+    p = p * q + 0.20003781f;
+    p = p * q + 0.3333332f;
+    p = p * q + 1.0f;
+    *slope = select_vec(x > 0.0f, splat(1.0f), z) / (z + 1.0f);
+    return select_vec(x < 0.0f, (vec){0}, x) + 2.0f * (s * p);
+}
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
+#endif
+
+#if LANES == 16
+#define LANE_LIST(F, s) F(0, s), F(1, s), F(2, s), F(3, s), F(4, s), F(5, s), F(6, s), F(7, s), \
+    F(8, s), F(9, s), F(10, s), F(11, s), F(12, s), F(13, s), F(14, s), F(15, s)
+#elif LANES == 8
+#define LANE_LIST(F, s) F(0, s), F(1, s), F(2, s), F(3, s), F(4, s), F(5, s), F(6, s), F(7, s)
+#else
+#define LANE_LIST(F, s) F(0, s), F(1, s), F(2, s), F(3, s)
+#endif
+
+/* Blocks of s lanes, alternately of a and of b: those that stay where they are, and those moved over from the other half. */
+#define KEPT_LANE(i, s) ((i) / (s) % 2 ? (i) + LANES : (i))
+#define MOVED_LANE(i, s) ((i) / (s) % 2 ? (i) - (s) + LANES : (i) + (s))
+#define DEFINE_FOLD(name, s)                                                                      \
+    INLINE vec name##_kept(vec a, vec b) { return SHUFFLE(a, b, LANE_LIST(KEPT_LANE, s)); }   \
+    INLINE vec name##_moved(vec a, vec b) { return SHUFFLE(a, b, LANE_LIST(MOVED_LANE, s)); } \
+    /* Half as many partial sums of a and of b, s lanes of a's beside s lanes of b's. */         \
+    INLINE vec name(vec a, vec b) { return name##_kept(a, b) + name##_moved(a, b); }
+DEFINE_FOLD(fold_halves, LANES / 2)
+DEFINE_FOLD(fold_quarters, LANES / 4)
+#if LANES == 16
+DEFINE_FOLD(fold_eighths, LANES / 8)
+#endif
+DEFINE_FOLD(fold_neighbours, 1)
+
+/* Loops over the states of a block are written out, so that the states live in registers. */
+#define UNROLLED _Pragma("GCC unroll 16")
