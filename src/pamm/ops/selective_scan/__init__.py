@@ -22,9 +22,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pamm.ops.selective_scan import native, reference, step
+from pamm.ops.selective_scan import native, reference, step, triton
 
-ENGINES = {"native": native, "step": step}
+ENGINES = {"native": native, "triton": triton, "step": step}
 """Engines of the operator, the preferred first. "reference" is known beside them and chosen only by name."""
 
 VARIABLE = "PAMM_SCAN_ENGINE"
