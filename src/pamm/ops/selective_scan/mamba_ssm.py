@@ -51,14 +51,13 @@ def selective_scan(
     delta_bias: Tensor | None,
     softplus: bool,
 ) -> Tensor:
-    """Sum over the orders of the recurrence along them, put in place. Shapes: see `pamm.ops.selective_scan`."""
+    """Sum over the orders of the recurrence along them, put in place; B and C go in x's dtype. Shapes: see the package."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
     (G, images, length, channels), K, N = x.shape, len(orders), A.shape[-1]
     if N > MOST_STATES:
         raise ValueError(f"state size {N}: mamba-ssm's kernel takes at most {MOST_STATES}; use engine='auto'")
-    delta = delta.to(x.dtype)  # u and delta of one dtype, B and C likewise
-    u, delta = (_visit(tensor, orders).flatten(1, 3) for tensor in (x, delta))  # (B, G·K·D, L)
+    u, delta = (_visit(tensor.to(x.dtype), orders).flatten(1, 3) for tensor in (x, delta))  # (B, G·K·D, L)
     B, C = (_visit(tensor.to(x.dtype), orders).flatten(1, 2) for tensor in (B, C))  # (B, G·K, N, L)
     per_order = A.dim() == 4
 
@@ -68,9 +67,7 @@ def selective_scan(
         return spread.float().flatten(0, 2).contiguous()
 
     bias = None if delta_bias is None else of_channels(delta_bias)
-    y = selective_scan_fn(
-        u, delta, of_channels(A), B, C, of_channels(D), z=None, delta_bias=bias, delta_softplus=softplus
-    )
+    y = selective_scan_fn(u, delta, of_channels(A), B, C, of_channels(D), delta_bias=bias, delta_softplus=softplus)
     y = y.view(images, G, K, channels, length)
     inverse = orders.argsort(1)[None, None, :, None].expand_as(y)
     return y.gather(-1, inverse).sum(2, dtype=torch.float32).permute(1, 0, 3, 2).to(x.dtype)
@@ -78,7 +75,6 @@ def selective_scan(
 
 def _visit(values: Tensor, orders: Tensor) -> Tensor:
     """(G, B, [K,] L, c) → (B, G, K, c, L), entry t from position orders[k, t]."""
-    if values.dim() == 4:
-        return values[:, :, orders].permute(1, 0, 2, 4, 3).contiguous()
     own = torch.arange(len(orders), device=orders.device)[:, None]
-    return values[:, :, own, orders].permute(1, 0, 2, 4, 3).contiguous()
+    visited = values[:, :, orders] if values.dim() == 4 else values[:, :, own, orders]
+    return visited.permute(1, 0, 2, 4, 3).contiguous()

@@ -7,6 +7,7 @@ spread over programs only as far as a GPU needs to be filled, since every spread
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -105,30 +106,20 @@ def backward(
     plan = _plan(x, delta, A, orders)
     shifted = _shifted(delta, delta_bias)
     inputs = _inputs(x, F.softplus(shifted) if softplus else shifted, A, B, C, D, orders)
-    G, images, length, channels = x.shape
-    K, N = len(orders), A.shape[-1]
-    owners = K if plan.per_order else plan.copies
-    slices = min(plan.tiles, -(-PROGRAMS // (plan.rows * plan.copies)))
-    tiles = -(-plan.tiles // slices)
-    slices = -(-plan.tiles // tiles)
+    slices, tiles = _slices(plan)
+    scratch, *sums = _backward_buffers(plan, x, slices)
+    grid = (slices, plan.rows, plan.copies)
+    tensors = (dy.contiguous(), *inputs, kept, scratch, *sums)
+    _launch("scan_backward", grid, plan, *tensors, *plan.sizes, tiles, covered=slices * tiles)
 
-    def empty(*shape: int) -> Tensor:
-        return x.new_empty(shape, dtype=torch.float32)
-
-    scratch = empty(slices * plan.rows * plan.copies * CHUNK // UNROLL, plan.block_n * plan.block_d)
-    dx, dA = empty(plan.rows, plan.copies, length, channels), empty(G, images, K, N, channels)
-    dstep = empty(G, images, owners, length, channels)
-    dB, dC = (empty(slices, G, images, owners, length, N) for _ in range(2))
-    tensors = (dy.contiguous(), *inputs, kept, scratch, dx, dstep, dA, dB, dC)
-    _launch("scan_backward", (slices, plan.rows, plan.copies), plan, *tensors, *plan.sizes, tiles, covered=slices * tiles)
-
+    dx, dstep, dA, dB, dC = sums
     dD = torch.einsum("gbld,gbld->gd", dy.float(), x.float())
     dA = dA.sum(1).transpose(-1, -2)
     if plan.per_order:
         dB, dC, dD = dB.sum(0), dC.sum(0), dD[:, None].expand_as(D)
     else:
-        dB, dC, dD = dB.sum((0, 3)), dC.sum((0, 3)), dD * K
-        dA, dstep = dA.sum(1), dstep.sum(2)
+        dA, dB, dC, dD = dA.sum(1), dB.sum((0, 3)), dC.sum((0, 3)), dD * len(orders)
+        dstep = dstep.sum(2)
     if softplus:
         dstep = dstep.mul_(shifted.sigmoid_())
     gradients = (dx.sum(1).view(x.shape), dstep, dA, dB, dC, dD, dstep.sum((1, -2)))
@@ -168,6 +159,27 @@ def _plan(x: Tensor, delta: Tensor, A: Tensor, orders: Tensor) -> _Plan:
     return _Plan(G * images, copies, tiles, block_n, block_d, delta.dim() == 5, sizes)
 
 
+def _slices(plan: _Plan) -> tuple[int, int]:
+    """How many programs of backward share the channel tiles of an image, and the tiles of each."""
+    tiles = -(-plan.tiles // min(plan.tiles, -(-PROGRAMS // (plan.rows * plan.copies))))
+    return -(-plan.tiles // tiles), tiles
+
+
+def _backward_buffers(plan: _Plan, x: Tensor, slices: int) -> list[Tensor]:
+    """Scratch memory, dx, dΔ, dA, dB and dC, with an axis for every sum that is left to make."""
+    images, K, length, N, channels, _ = plan.sizes
+    G, owners = x.shape[0], K if plan.per_order else plan.copies
+    shapes = (
+        (slices * plan.rows * plan.copies * CHUNK // UNROLL, plan.block_n * plan.block_d),
+        (plan.rows, plan.copies, length, channels),
+        (G, images, owners, length, channels),
+        (G, images, K, N, channels),
+        (slices, G, images, owners, length, N),
+        (slices, G, images, owners, length, N),
+    )
+    return [x.new_empty(shape, dtype=torch.float32) for shape in shapes]
+
+
 def _power_of_two(size: int) -> int:
     """The smallest that is not below size."""
     return 1 << (size - 1).bit_length()
@@ -184,13 +196,15 @@ def _inputs(x: Tensor, step: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
     return tuple(tensor.contiguous() for tensor in (x, step, A, B, C, D, orders.int()))
 
 
-def _launch(kernel: str, grid: tuple[int, ...], plan: _Plan, *arguments, covered: int | None = None, **constants) -> None:
+def _launch(
+    kernel: str, grid: tuple[int, ...], plan: _Plan, *arguments, covered: int | None = None, **constants
+) -> None:
     """`covered`: channel tiles that the programs visit, where these are not the plan's."""
     from pamm.ops.selective_scan import triton_kernels
 
     _, _, length, N, channels, _ = plan.sizes
     device = arguments[0].device
-    with torch.cuda.device(device) if device.type == "cuda" else torch.no_grad():
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         getattr(triton_kernels, kernel)[grid](
             *arguments,
             PER_ORDER=plan.per_order,

@@ -13,6 +13,8 @@ multiplied by log2 e, so that exp(ΔA) is one exp2. Pointers that a function tak
 state. Past the sequence's end everything reads as zero: the state stays as it is and nothing is added anywhere.
 """
 
+# ruff: noqa: RUF005 (Triton's language has no starred tuples)
+
 from __future__ import annotations
 
 import triton
@@ -112,7 +114,7 @@ def _replay(
     h, sequence, decay, first, L, N, channels, in_n, in_d, EVEN_L: tl.constexpr, UNROLL: tl.constexpr
 ):  # fmt: skip
     """The states before, between and after UNROLL positions (UNROLL + 1 of them), and the decays exp(ΔA) at each."""
-    x, step, B, C, order, dy = sequence
+    x, step, B, order = sequence[0], sequence[1], sequence[2], sequence[4]
     ahead = ()
     for u in tl.static_range(UNROLL):
         t = first + u
