@@ -87,19 +87,16 @@ def _loop(state: Tensor, visited: list[Tensor], A: Tensor) -> Tensor:
         for t in range(CHUNK):
             h = decay[t] * h + added[t]
             states.append(h)
-        return h, (C[..., None, :] @ torch.stack(states)).squeeze(-2)
+        return h, (C[..., None] * torch.stack(states)).sum(
+            -2
+        )  # no matmul: autocast would round it in the backward pass
 
     if exporting():
         from torch._higher_order_ops.scan import scan
 
-        return scan(lambda h, chunk: _fresh(*body(h, chunk)), state, visited)[1]
+        return scan(body, state, visited)[1]
     outputs = []
     for chunk in zip(*visited, strict=True):
         state, y = body(state, chunk)
         outputs.append(y)
     return torch.stack(outputs)
-
-
-def _fresh(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """The body of a `scan` node may return no view of another tensor."""
-    return h, y.clone()
