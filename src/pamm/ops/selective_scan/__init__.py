@@ -83,7 +83,7 @@ def selective_scan(
         name = choose(x.device.type, x.dtype, engine)
         form = reference if name == "reference" else ENGINES[name]
         if hasattr(form, "selective_scan"):
-            if not chunked.exporting():
+            if not (torch.compiler.is_compiling() or chunked.exporting()):
                 _check_orders(orders)
             return form.selective_scan(x, delta, A, B, C, D, orders, delta_bias, softplus)
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
