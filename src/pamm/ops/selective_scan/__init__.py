@@ -9,6 +9,8 @@ Engines, the preferred first; each is a module with
     backward(dy, x, delta, A, B, C, D, delta_bias, orders, softplus, kept)
         -> (dx, ddelta, dA, dB, dC, dD, ddelta_bias)
 
+or, in place of the last three, `selective_scan` like the reference's, which torch's autograd follows and which is not a node of
+its own in a graph (mamba_ssm, whose function has a backward pass; chunked, which is there to be seen through).
 Shapes are those of `selective_scan`. x and delta share one dtype, that of y, dx and ddelta; all else is float32 (float64 with
 float64). The environment variable PAMM_SCAN_ENGINE replaces the automatic choice.
 """
@@ -22,9 +24,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pamm.ops.selective_scan import native, reference, step
+from pamm.ops.selective_scan import chunked, mamba_ssm, native, reference, step, triton
 
-ENGINES = {"native": native, "step": step}
+ENGINES = {"native": native, "triton": triton, "mamba_ssm": mamba_ssm, "step": step, "chunked": chunked}
 """Engines of the operator, the preferred first. "reference" is known beside them and chosen only by name."""
 
 VARIABLE = "PAMM_SCAN_ENGINE"
@@ -79,9 +81,11 @@ def selective_scan(
     orders = orders.to(x.device)
     with _without_autocast(x.device.type):
         name = choose(x.device.type, x.dtype, engine)
-        if name == "reference":
-            _check_orders(orders)
-            return reference.selective_scan(x, delta, A, B, C, D, orders, delta_bias, softplus)
+        form = reference if name == "reference" else ENGINES[name]
+        if hasattr(form, "selective_scan"):
+            if not (torch.compiler.is_compiling() or chunked.exporting()):
+                _check_orders(orders)
+            return form.selective_scan(x, delta, A, B, C, D, orders, delta_bias, softplus)
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         narrow = x.dtype if delta.dtype == x.dtype else wide
         bias = torch.zeros_like(D) if delta_bias is None else delta_bias
@@ -95,12 +99,15 @@ def selective_scan(
 def choose(device: str, dtype: torch.dtype, engine: str = "auto") -> str:
     """Name of the engine for inputs on this kind of device ("cpu", "cuda", …) and of this dtype.
 
-    It is `engine` unless "auto", else the one PAMM_SCAN_ENGINE names, else the first that takes such inputs.
+    It is `engine` unless "auto", else the one PAMM_SCAN_ENGINE names, else "chunked" while a model is exported, else the first
+    that takes such inputs.
 
     Raises ValueError for an unknown engine and for a named one that cannot run here or does not take these inputs.
     """
     name = os.environ.get(VARIABLE, "auto") if engine == "auto" else engine
     if name == "auto":
+        if chunked.exporting():
+            return "chunked"
         return next(name for name in ENGINES if _objection(name, device, dtype) is None)
     known = (*ENGINES, "reference")
     if name not in known:

@@ -1,0 +1,102 @@
+"""The selective scan as a graph of plain torch operations: what `torch.export` and ONNX take, where a custom operator is opaque.
+
+The sequence is cut in chunks of CHUNK positions. While exporting, the loop over chunks is one `scan` node (ONNX: Scan) whose
+body is the recurrence of one chunk, so that the graph does not grow with the sequence; otherwise the loop is Python's, and
+autograd goes through it. The recurrence itself is the definition's: no products or logarithms of decays, which overflow.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK = 8
+"""Positions of one pass of the loop: enough that its overhead is small, few enough that the body stays small."""
+
+
+def unavailable() -> str | None:
+    """Why this form cannot run on this machine, or None."""
+    return None
+
+
+def refuses(device: str, dtype: torch.dtype) -> str | None:
+    """Why this form does not take inputs on this kind of device and of this dtype, or None."""
+    return None
+
+
+def describe() -> str:
+    return "plain torch without the custom operator; chosen by itself while a model is exported"
+
+
+def exporting() -> bool:
+    """Whether torch.export or torch.onnx traces the present call. (torch.compiler.is_exporting came with torch 2.7.)"""
+    return getattr(torch.compiler, "is_exporting", lambda: False)() or torch.onnx.is_in_onnx_export()
+
+
+def selective_scan(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    orders: Tensor,
+    delta_bias: Tensor | None,
+    softplus: bool,
+) -> Tensor:
+    """Sum over the orders of the recurrence along them, put in place. Shapes: see `pamm.ops.selective_scan`."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    per_order = delta.dim() == 5
+    values, delta, A, B, C, D = (tensor.to(dtype) for tensor in (x, delta, A, B, C, D))
+    if delta_bias is not None:
+        delta = delta + delta_bias.to(dtype)[:, None, ..., None, :]
+    if softplus:
+        delta = F.softplus(delta)
+    A = (A if per_order else A[:, None]).transpose(-1, -2)[:, None].contiguous()  # (G, 1, 1 or K, N, D)
+    own_input = delta * (values[:, :, None] if per_order else values)
+    visited = [_chunks(_visit(tensor, orders)) for tensor in (delta, own_input, B, C)]
+    state = visited[1].new_zeros(*visited[1].shape[2:5], *A.shape[-2:])  # (G, B, K, N, D)
+    y = _loop(state, visited, A).flatten(0, 1)[: x.shape[2]]  # (L, G, B, K, D)
+    y = _visit(y.permute(1, 2, 3, 0, 4), orders.argsort(1)).sum(2)
+    skip = D.sum(1) if per_order else D * len(orders)
+    return (y + values * skip[:, None, None, :]).to(x.dtype)
+
+
+def _visit(values: Tensor, orders: Tensor) -> Tensor:
+    """(G, B, [K,] L, c) → (G, B, K, L, c), entry [k, t] from position orders[k, t]."""
+    if values.dim() == 4:
+        return values[:, :, orders]
+    return values[:, :, torch.arange(len(orders), device=orders.device)[:, None], orders]
+
+
+def _chunks(values: Tensor) -> Tensor:
+    """(G, B, K, L, c) → (chunks, CHUNK, G, B, K, c); zeros fill the last chunk and leave its state as it is."""
+    values = F.pad(values, (0, 0, 0, -values.shape[3] % CHUNK))
+    return values.permute(3, 0, 1, 2, 4).unflatten(0, (-1, CHUNK)).contiguous()
+
+
+def _loop(state: Tensor, visited: list[Tensor], A: Tensor) -> Tensor:
+    """Outputs of all chunks (chunks, CHUNK, G, B, K, D)."""
+
+    def body(h: Tensor, chunk: list[Tensor]) -> tuple[Tensor, Tensor]:
+        delta, own_input, B, C = chunk
+        decay = torch.exp(delta[..., None, :] * A)
+        added = own_input[..., None, :] * B[..., None]
+        states = []
+        for t in range(CHUNK):
+            h = decay[t] * h + added[t]
+            states.append(h)
+        return h, (C[..., None] * torch.stack(states)).sum(
+            -2
+        )  # no matmul: autocast would round it in the backward pass
+
+    if exporting():
+        from torch._higher_order_ops.scan import scan
+
+        return scan(body, state, visited)[1]
+    outputs = []
+    for chunk in zip(*visited, strict=True):
+        state, y = body(state, chunk)
+        outputs.append(y)
+    return torch.stack(outputs)

@@ -1,0 +1,226 @@
+"""The selective scan as Triton kernels for GPUs; with TRITON_INTERPRET=1 Triton's interpreter runs them on the CPU, for tests.
+
+Forward keeps the states at every CHUNK-th position; backward recomputes those between. Orders and groups of channel tiles are
+spread over programs only as far as a GPU needs to be filled, since every spread costs a float32 copy of a sum.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK = 64
+"""Positions between two kept states: their memory is 1/64 of all states'."""
+UNROLL = 4
+"""Positions computed together; backward holds their states and decays in registers."""
+TILE = 512
+"""States × channels of a program, 16 to a lane: with fewer the sums across lanes weigh more, more do not fit the registers."""
+WIDEST = 64
+"""Largest number of channels of a tile."""
+PROGRAMS = 2048
+"""Programs to aim at: about what the largest GPUs hold at a time. Fixed, so that all GPUs sum in one order."""
+LARGEST = 2**31 - 1
+"""Offsets inside one sequence are 32-bit integers."""
+LOG2E = 1.4426950408889634
+
+
+@lru_cache(maxsize=1)
+def unavailable() -> str | None:
+    """Why this engine cannot run on this machine, or None."""
+    if find_spec("triton") is None:
+        return "Triton is not installed; it comes with torch's builds for NVIDIA and AMD GPUs on Linux"
+    if not _interpreted() and not torch.cuda.is_available():
+        return "torch finds no GPU here; with TRITON_INTERPRET=1 Triton's interpreter would run it on the CPU, slowly"
+    try:
+        from pamm.ops.selective_scan import triton_kernels  # noqa: F401
+    except Exception as error:
+        return f"Triton does not import: {type(error).__name__}: {error}"
+    return None
+
+
+def refuses(device: str, dtype: torch.dtype) -> str | None:
+    """Why this engine does not take inputs on this kind of device and of this dtype, or None."""
+    if device != "cuda" and not (device == "cpu" and _interpreted()):
+        return f"the Triton kernels run on GPUs, the inputs are on {device}"
+    if dtype == torch.float64:
+        return "the Triton kernels compute in float32, the inputs are float64"
+    return None
+
+
+def describe() -> str:
+    if _interpreted():
+        return "Triton kernels run by Triton's interpreter (TRITON_INTERPRET is set): for tests, very slow"
+    return f"Triton kernels on {torch.cuda.get_device_name()}"
+
+
+def kept(x: Tensor, A: Tensor, orders: Tensor, keep: bool) -> Tensor:
+    """A tensor without values shaped like the states that `forward` keeps."""
+    G, images, length, channels = x.shape
+    chunks = -(-length // CHUNK) if keep else 0
+    return x.new_empty(G * images, len(orders), chunks, A.shape[-1], channels, dtype=torch.float32)
+
+
+def forward(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    delta_bias: Tensor,
+    orders: Tensor,
+    softplus: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """Contract: see `pamm.ops.selective_scan`."""
+    plan = _plan(x, delta, A, orders)
+    shifted = _shifted(delta, delta_bias)
+    inputs = _inputs(x, F.softplus(shifted) if softplus else shifted, A, B, C, D, orders)
+    states = kept(x, A, orders, keep)
+    y = x.new_empty(plan.rows, plan.copies, *x.shape[2:], dtype=torch.float32)
+    _launch("scan_forward", (plan.tiles, plan.rows, plan.copies), plan, *inputs, y, states, *plan.sizes, KEEP=keep)
+    return y.sum(1).view(x.shape).to(x.dtype), states
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    delta_bias: Tensor,
+    orders: Tensor,
+    softplus: bool,
+    kept: Tensor,
+) -> tuple[Tensor, ...]:
+    """Contract: see `pamm.ops.selective_scan`."""
+    plan = _plan(x, delta, A, orders)
+    shifted = _shifted(delta, delta_bias)
+    inputs = _inputs(x, F.softplus(shifted) if softplus else shifted, A, B, C, D, orders)
+    slices, tiles = _slices(plan)
+    scratch, *sums = _backward_buffers(plan, x, slices)
+    grid = (slices, plan.rows, plan.copies)
+    tensors = (dy.contiguous(), *inputs, kept, scratch, *sums)
+    _launch("scan_backward", grid, plan, *tensors, *plan.sizes, tiles, covered=slices * tiles)
+
+    dx, dstep, dA, dB, dC = sums
+    dD = torch.einsum("gbld,gbld->gd", dy.float(), x.float())
+    dA = dA.sum(1).transpose(-1, -2)
+    if plan.per_order:
+        dB, dC, dD = dB.sum(0), dC.sum(0), dD[:, None].expand_as(D)
+    else:
+        dA, dB, dC, dD = dA.sum(1), dB.sum((0, 3)), dC.sum((0, 3)), dD * len(orders)
+        dstep = dstep.sum(2)
+    if softplus:
+        dstep = dstep.mul_(shifted.sigmoid_())
+    gradients = (dx.sum(1).view(x.shape), dstep, dA, dB, dC, dD, dstep.sum((1, -2)))
+    inputs = (x, delta, A, B, C, D, delta_bias)
+    return tuple(g.to(given.dtype).contiguous() for g, given in zip(gradients, inputs, strict=True))
+
+
+class _Plan(NamedTuple):
+    """How a problem is spread over programs."""
+
+    rows: int
+    """Groups × images."""
+    copies: int
+    """The number of orders where each goes to programs of its own, else 1."""
+    tiles: int
+    """Channel tiles."""
+    block_n: int
+    block_d: int
+    per_order: bool
+    sizes: tuple[int, ...]
+    """images, orders, positions, states, channels, chunks."""
+
+
+def _plan(x: Tensor, delta: Tensor, A: Tensor, orders: Tensor) -> _Plan:
+    G, images, length, channels = x.shape
+    K, N = len(orders), A.shape[-1]
+    if length * max(channels, N) > LARGEST or -(-length // CHUNK) * N * channels > LARGEST:
+        raise ValueError(
+            f"{length} positions of {channels} channels and {N} states: the Triton kernels take at most {LARGEST} values "
+            "per image and order; use engine='step'"
+        )
+    block_n = _power_of_two(N)
+    block_d = min(max(TILE // block_n, 4), WIDEST, _power_of_two(channels))
+    tiles = -(-channels // block_d)
+    copies = K if G * images * tiles < PROGRAMS else 1
+    sizes = (images, K, length, N, channels, -(-length // CHUNK))
+    return _Plan(G * images, copies, tiles, block_n, block_d, delta.dim() == 5, sizes)
+
+
+def _slices(plan: _Plan) -> tuple[int, int]:
+    """How many programs of backward share the channel tiles of an image, and the tiles of each."""
+    tiles = -(-plan.tiles // min(plan.tiles, -(-PROGRAMS // (plan.rows * plan.copies))))
+    return -(-plan.tiles // tiles), tiles
+
+
+def _backward_buffers(plan: _Plan, x: Tensor, slices: int) -> list[Tensor]:
+    """Scratch memory, dx, dΔ, dA, dB and dC, with an axis for every sum that is left to make."""
+    images, K, length, N, channels, _ = plan.sizes
+    G, owners = x.shape[0], K if plan.per_order else plan.copies
+    shapes = (
+        (slices * plan.rows * plan.copies * CHUNK // UNROLL, plan.block_n * plan.block_d),
+        (plan.rows, plan.copies, length, channels),
+        (G, images, owners, length, channels),
+        (G, images, K, N, channels),
+        (slices, G, images, owners, length, N),
+        (slices, G, images, owners, length, N),
+    )
+    return [x.new_empty(shape, dtype=torch.float32) for shape in shapes]
+
+
+def _power_of_two(size: int) -> int:
+    """The smallest that is not below size."""
+    return 1 << (size - 1).bit_length()
+
+
+def _shifted(delta: Tensor, delta_bias: Tensor) -> Tensor:
+    """delta and its bias, float32. Outside the kernels: there every lane of a channel would repeat the softplus, and every
+    order again, which costs more instructions than the scan saves in memory traffic."""
+    return torch.add(delta, delta_bias[:, None, ..., None, :])
+
+
+def _inputs(x: Tensor, step: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, orders: Tensor) -> tuple[Tensor, ...]:
+    A = A.transpose(-1, -2) * LOG2E
+    return tuple(tensor.contiguous() for tensor in (x, step, A, B, C, D, orders.int()))
+
+
+def _launch(
+    kernel: str, grid: tuple[int, ...], plan: _Plan, *arguments, covered: int | None = None, **constants
+) -> None:
+    """`covered`: channel tiles that the programs visit, where these are not the plan's."""
+    from pamm.ops.selective_scan import triton_kernels
+
+    _, _, length, N, channels, _ = plan.sizes
+    device = arguments[0].device
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        getattr(triton_kernels, kernel)[grid](
+            *arguments,
+            PER_ORDER=plan.per_order,
+            SPLIT=plan.copies > 1 or plan.sizes[1] == 1,
+            EVEN_N=plan.block_n == N,
+            EVEN_D=plan.block_d * (covered or plan.tiles) == channels,
+            EVEN_L=length % UNROLL == 0,
+            BLOCK_N=plan.block_n,
+            BLOCK_D=plan.block_d,
+            CHUNK=CHUNK,
+            UNROLL=UNROLL,
+            num_warps=1,
+            enable_fp_fusion=True,
+            **constants,
+        )
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
