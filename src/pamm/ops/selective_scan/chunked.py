@@ -65,8 +65,8 @@ def selective_scan(
 
 def _visit(values: Tensor, orders: Tensor) -> Tensor:
     """(G, B, [K,] L, c) → (G, B, K, L, c), entry [k, t] from position orders[k, t]."""
-    if values.dim() == 4:
-        return values[:, :, orders]
+    if values.dim() == 4:  # a place for each order's gradient: they are then summed in a fixed order
+        values = values[:, :, None].expand(-1, -1, len(orders), -1, -1)
     return values[:, :, torch.arange(len(orders), device=orders.device)[:, None], orders]
 
 
@@ -87,9 +87,8 @@ def _loop(state: Tensor, visited: list[Tensor], A: Tensor) -> Tensor:
         for t in range(CHUNK):
             h = decay[t] * h + added[t]
             states.append(h)
-        return h, (C[..., None] * torch.stack(states)).sum(
-            -2
-        )  # no matmul: autocast would round it in the backward pass
+        # No matmul, which autocast would round in the backward pass.
+        return h, (C[..., None] * torch.stack(states)).sum(-2)
 
     if exporting():
         from torch._higher_order_ops.scan import scan
