@@ -71,3 +71,8 @@ class JoinedBatchNorm2d(nn.BatchNorm2d):
             self.running_var.lerp_(variance * (count / max(count - 1, 1)), self.momentum)
         y = centred * torch.rsqrt(variance + self.eps)[:, None, None]
         return torch.addcmul(self.bias[:, None, None], y, self.weight[:, None, None]).to(x.dtype)
+
+    def factor_and_shift(self) -> tuple[Tensor, Tensor]:
+        """What eval mode computes is factor · x + shift: (C,) each, float32, from the running statistics."""
+        factor = self.weight.float() * torch.rsqrt(self.running_var.float() + self.eps)
+        return factor, self.bias.float() - self.running_mean.float() * factor
