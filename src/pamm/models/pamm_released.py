@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from pamm.experiment import ConfigError, ReleasedConfig
 from pamm.nn.joined import JoinedBatchNorm2d, joined_draw
+from pamm.nn.recompute import call, recomputed
 from pamm.nn.serialize import scan_orders
 from pamm.nn.ssm import init_A_log, init_D
 from pamm.ops import selective_scan
@@ -225,7 +226,12 @@ class ReleasedStage(nn.Module):
 
 
 class ReleasedDecoder(nn.Module):
-    """Stage maps of the backbone → one feature map per task, a softmax over the stages at every position."""
+    """Stage maps of the backbone → one feature map per task, a softmax over the stages at every position.
+
+    `recompute`: a stage's activations are made again in the backward pass instead of kept.
+    """
+
+    recompute = False
 
     def __init__(self, config: ReleasedConfig, channels: int, grid: tuple[int, int], stages: int, tasks: list[str]):
         super().__init__()
@@ -248,7 +254,8 @@ class ReleasedDecoder(nn.Module):
         """S maps (B, C, h, w) → task name → (B, d, h, w)."""
         height, width = stages[0].shape[-2:]
         orders = scan_orders(self.scan, height, width, self.orders).to(stages[0].device)
-        features = torch.stack([block(x, orders) for block, x in zip(self.stages, stages, strict=True)], dim=3)
+        run = recomputed if self.recompute else call
+        features = torch.stack([run(block, x, orders) for block, x in zip(self.stages, stages, strict=True)], dim=3)
         fused = {}
         for (task, fuse), maps in zip(self.fuse.items(), features, strict=True):  # maps (B, d, S, h, w)
             weights = fuse(maps.transpose(1, 2).flatten(1, 2)).float().softmax(1)
