@@ -23,10 +23,11 @@ MAY_USE = {
     "gain": {"tasks"},
     "build": {"data", "models", "tasks", "experiment", "recipes"},
     "checkpoint": {"models"},
-    "evaluate": {"models", "data", "tasks", "nn", "experiment", "files", "recipes"},
+    "evaluate": {"models", "data", "tasks", "nn", "experiment", "files", "precision", "recipes"},
     "log": {"files"},
     "official": {"data", "experiment", "models", "nn", "tasks"},
     "memory": set(),
+    "precision": {"experiment", "models"},
     "strict_yaml": set(),
     "train": {"build", "checkpoint", "data", "evaluate", "experiment", "log", "memory", "models", "tasks"},
 }

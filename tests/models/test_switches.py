@@ -45,7 +45,7 @@ def step(model: MultiTaskModel) -> tuple[dict[str, torch.Tensor], dict[str, torc
     """Logits and gradients of a training step with the same random draws every time."""
     torch.manual_seed(7)
     logits = model.train()(image())
-    sum((x.square().mean() for x in logits.values())).backward()
+    sum(x.square().mean() for x in logits.values()).backward()
     return logits, {name: p.grad for name, p in model.named_parameters()}
 
 
@@ -61,7 +61,9 @@ def test_without_a_gradient_it_is_the_same_function(model):
 def test_the_forward_pass_is_one_graph(model, training):
     model.train(training)
     torch._dynamo.reset()
-    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="eager" if training else "aot_eager", dynamic=False)
+    compiled = torch.compile(
+        copy.deepcopy(model), fullgraph=True, backend="eager" if training else "aot_eager", dynamic=False
+    )
     with torch.set_grad_enabled(training):
         torch.manual_seed(3)
         expected = model(image())

@@ -18,7 +18,9 @@ def shifted_upsampling(length: int, scale: int) -> Tensor:
     [:, :, k] takes output row X from the upsampled row X + k − 1; rows outside the large map are zero, as the zero padding
     of a 3×3 convolution on it.
     """
-    up = F.interpolate(torch.eye(length, device="cpu")[None], scale_factor=scale, mode="linear", align_corners=False)[0].T
+    up = F.interpolate(torch.eye(length, device="cpu")[None], scale_factor=scale, mode="linear", align_corners=False)[
+        0
+    ].T
     padded = F.pad(up, (0, 0, 1, 1))  # (length·scale + 2, length)
     return torch.stack([padded[k : k + length * scale] for k in range(3)], dim=2)
 

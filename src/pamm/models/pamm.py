@@ -181,7 +181,9 @@ class TaskDecoder(nn.Module):
         """S maps (B, T, d, h, w) → (B, T, d, h, w)."""
         reduce, activate, score = self.mlp
         tokens = [to_tokens(stage) for stage in stages]
-        weights = score(activate(concatenated_linear(reduce, tokens))).float().softmax(-1).to(stages[0].dtype)  # (T, B, L, S)
+        weights = (
+            score(activate(concatenated_linear(reduce, tokens))).float().softmax(-1).to(stages[0].dtype)
+        )  # (T, B, L, S)
         fused = tokens[0] * weights[..., :1]
         for s in range(1, len(tokens)):
             fused = torch.addcmul(fused, tokens[s], weights[..., s : s + 1])

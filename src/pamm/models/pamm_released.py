@@ -158,7 +158,9 @@ class ReleasedExperts(nn.Module):
         own, own_restore = self.task_reduce[task], self.task_restore[task]
         shared = (inner[:, None] * (self.restore * p[:, None, None]).transpose(0, 1).flatten(1)).float()  # (N, E·rank)
         private = m * own_restore.weight.flatten(1).float()
-        kernel = torch.addmm(self.general.weight.flatten(1).float(), shared, self.reduce.flatten(0, 1).flatten(1).float())
+        kernel = torch.addmm(
+            self.general.weight.flatten(1).float(), shared, self.reduce.flatten(0, 1).flatten(1).float()
+        )
         kernel.addmm_(private, own.weight.flatten(1).float())
         bias = shared @ self.reduce_bias.flatten().float() + inner * (p @ self.restore_bias.float()) + inner_shift
         bias = bias + private @ own.bias.float() + m * own_restore.bias.float() + self.general.bias.float()
