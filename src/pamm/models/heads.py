@@ -42,14 +42,16 @@ def upsampled_conv3x3(x: Tensor, weight: Tensor, scale: int) -> Tensor:
     A 1×1 convolution commutes with an interpolation per channel, so the nine taps are applied on the small map and each is
     interpolated to its shifted place: one GEMM and one banded interpolation per axis.
 
-    x (B, C, h, w), weight (O, C, 3, 3) → (B, O, h·scale, w·scale), channels-last in memory.
+    x (B, C, h, w), weight (O, C, 3, 3) → (B, O, h·scale, w·scale).
     """
-    small = tap_maps(x, weight)
-    batch, height, _, width, _, channels = small.shape
-    down = shifted_upsampling(height, scale).to(small).flatten(1)
-    across = shifted_upsampling(width, scale).to(small).flatten(1)
-    tall = (down @ small.reshape(batch, 3 * height, -1)).view(batch, -1, 3 * width, channels)
-    return (across @ tall).permute(0, 3, 1, 2)
+    batch, channels, height, width = x.shape
+    taps = weight.permute(2, 0, 3, 1).reshape(-1, channels)  # rows (ky, o, kx)
+    small = F.conv2d(x, taps[:, :, None, None]).view(batch, 3, -1, 3, height, width)
+    across, down = (
+        shifted_upsampling(side, scale).to(small).transpose(1, 2).flatten(1) for side in (width, height)
+    )  # columns (kx, w) and (ky, h)
+    wide = small.transpose(3, 4).reshape(batch, 3, -1, height, 3 * width) @ across.T  # (B, 3, O, h, W)
+    return down @ wide.transpose(1, 2).reshape(batch, -1, 3 * height, wide.shape[-1])
 
 
 def bands(matrix: Tensor) -> list[tuple[Tensor, slice]]:
