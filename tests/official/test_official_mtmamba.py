@@ -219,7 +219,7 @@ def test_the_command_line_imports_what_the_predictor_runs(system, tmp_path, caps
     assert main(["import", str(tmp_path / "checkpoint.pth"), "--out", str(folder), *sizes]) == 0
     assert f"{system}: " in capsys.readouterr().out
     image = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
-    ours, imported = Predictor(model)(image), Predictor(folder)(image)
+    ours, imported = Predictor(model)(image), Predictor(folder, precision="float32")(image)
     assert {task: imported[task].shape for task in imported} == {"semseg": (50, 70), "depth": (50, 70)}
     for task in imported:
         assert np.array_equal(imported[task], ours[task])
