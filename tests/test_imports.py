@@ -39,10 +39,11 @@ MAY_USE = {
     },
     "build": {"data", "models", "tasks", "experiment", "recipes", "strict"},
     "checkpoint": {"models"},
-    "evaluate": {"models", "data", "tasks", "nn", "experiment", "files", "recipes", "strict"},
+    "evaluate": {"models", "data", "tasks", "nn", "experiment", "files", "precision", "recipes", "strict"},
     "log": {"files"},
     "official": {"data", "experiment", "models", "nn", "tasks", "strict"},
     "memory": set(),
+    "precision": {"models", "strict"},
     "strict_yaml": set(),
     "train": {"build", "checkpoint", "data", "evaluate", "experiment", "log", "memory", "models", "tasks", "strict"},
 }

@@ -12,6 +12,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pamm.experiment import Experiment
 
+PRECISION_HELP = (
+    "arithmetic of matrix products; auto: bfloat16 on a CPU with units for it (see `pamm doctor`), else float32"
+)
+
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {}
 
 
@@ -194,6 +198,8 @@ def evaluate(arguments: list[str]) -> int:
     own.add_argument("--devices", type=at_least(1), default=1, help="processes; does not change the result")
     own.add_argument("--accelerator", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     own.add_argument("--workers", type=at_least(0), default=2, help="data loading processes")
+    own.add_argument("--precision", default="float32", choices=["auto", "float32", "bfloat16"], help=PRECISION_HELP)
+    own.add_argument("--compile", action="store_true", help="run the network through torch.compile")
     own.add_argument("--baseline", help="also the gain over a named baseline, or over a JSON file of results")
     own.add_argument("--untrained", action="store_true", help="also the row of the same network with random weights")
     own.add_argument("--out", type=Path, help="write the results to this JSON file")
@@ -213,6 +219,8 @@ def evaluate(arguments: list[str]) -> int:
         batch_size=plain.batch,
         workers=plain.workers,
         untrained=plain.untrained,
+        precision=plain.precision,
+        compile=plain.compile,
     )
     if is_first_process():
         gains = None
@@ -242,12 +250,15 @@ def predict(arguments: list[str]) -> int:
     own.add_argument("--formats", default="picture,png,npy", help="any of picture,png,npy")
     own.add_argument("--longest-side", type=at_least(1), help="shrink images to this longer side before the network")
     own.add_argument("--device", default="auto")
+    own.add_argument("--precision", default="float32", choices=["auto", "float32", "bfloat16"], help=PRECISION_HELP)
+    own.add_argument("--compile", action="store_true", help="run the network through torch.compile")
     own.add_argument("--no-sheet", action="store_true", help="no contact sheet")
     plain = own.parse_args(arguments)
     from pamm.predict import Predictor, expand_inputs, predict_files
 
     paths = expand_inputs(plain.inputs)
-    predictor = Predictor(plain.source, device=plain.device, longest_side=plain.longest_side)
+    arguments = {"longest_side": plain.longest_side, "precision": plain.precision, "compile": plain.compile}
+    predictor = Predictor(plain.source, device=plain.device, **arguments)
     formats = tuple(part for part in plain.formats.split(",") if part)
     summary = predict_files(predictor, paths, plain.out, formats=formats, sheet=not plain.no_sheet)
     print(f"{len(summary.done)} of {len(paths)} images predicted into {plain.out}")

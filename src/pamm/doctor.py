@@ -52,7 +52,13 @@ def _torch() -> bool:
 def _devices() -> None:
     import torch
 
-    print(f"  CPU            {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    from pamm.precision import bfloat16_units
+
+    units = bfloat16_units()
+    lower = (
+        f"bfloat16 by {units}: the default for predictions" if units else "no bfloat16 units: predictions in float32"
+    )
+    print(f"  CPU            {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, {lower}")
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             print(f"  GPU {index}          {torch.cuda.get_device_name(index)}")

@@ -25,6 +25,7 @@ from pamm.models.model import MultiTaskModel
 from pamm.models.registry import rebuild_model
 from pamm.models.saved import find_checkpoint, load_model
 from pamm.nn.joined import world_size
+from pamm.precision import Precision, choose_precision, prepare
 from pamm.recipes import get_recipe
 from pamm.strict import ConfigError
 from pamm.tasks import Task, create_task
@@ -179,10 +180,13 @@ def evaluate_saved(
     batch_size: int = 8,
     workers: int = 2,
     untrained: bool = False,
+    precision: Precision = "float32",
+    compile: bool = False,
 ) -> tuple[list[tuple[str, Row]], Evaluation, dict[str, Task]]:
     """Evaluate a saved model: rows for a table (with the untrained network's, if asked), the result, the tasks.
 
     source: what `load_model` takes. data: recipe or experiment.yaml whose data set is measured; the run's own by default.
+    precision, compile: as `pamm.precision.prepare` takes them.
     Raises CheckpointError, ConfigError, DataError.
     """
     model = load_model(source)
@@ -193,11 +197,14 @@ def evaluate_saved(
     rows = []
     if untrained:
         torch.manual_seed(experiment.train.seed)
-        blank = rebuild_model(model.settings).to(fabric.device)
+        blank = prepare(rebuild_model(model.settings).to(fabric.device), precision=precision, compile=compile)
         rows.append(("untrained", evaluate_split(fabric, blank, experiment, tasks, **arguments).row))
-    result = evaluate_split(fabric, model.to(fabric.device), experiment, tasks, **arguments)
+    model = prepare(model.to(fabric.device), precision=precision, compile=compile)
+    result = evaluate_split(fabric, model, experiment, tasks, **arguments)
     weights = find_checkpoint(Path(source)).name if Path(source).exists() else "hub"
-    result = dataclasses.replace(result, model={"source": source, "weights": weights.strip(".")})
+    arithmetic = str(choose_precision(precision, fabric.device)).removeprefix("torch.")
+    details = {"source": source, "weights": weights.strip("."), "precision": arithmetic}
+    result = dataclasses.replace(result, model=details)
     return [*rows, (Path(source).name or source, result.row)], result, tasks
 
 

@@ -241,6 +241,11 @@ class TrainConfig:
     """Seed of weights, sample order, augmentation and noise."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     """Arithmetic of the forward and backward pass; weights and scan states stay float32."""
+    recompute: bool = False
+    """Activation checkpointing: blocks, decoder stages and heads are computed again in the backward pass instead of kept.
+    The same gradients with less memory, in more time."""
+    compile: bool = False
+    """Let torch.compile fuse the network; the first step takes minutes."""
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Kind of device."""
     devices: int = 1
@@ -325,3 +330,8 @@ def check(experiment: Experiment) -> None:
         if value is not None and not low <= value <= high:
             wanted = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
             raise ConfigError(f"{leaf}: found {value}, expected a number {wanted}")
+    if experiment.train.compile and experiment.train.recompute:
+        raise ConfigError(
+            "train.compile and train.recompute are both on: a compiled network chooses itself what it computes again; turn "
+            "one of them off"
+        )

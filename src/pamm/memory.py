@@ -6,6 +6,7 @@ import ctypes
 import platform
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
+NEVER = -1
 LARGEST = (1 << 30, 32 << 20)
 """Sizes tried in turn, bytes: some versions of glibc take no more than the second."""
 
@@ -19,4 +20,4 @@ def keep_memory() -> None:
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         if any(libc.mallopt(MMAP_THRESHOLD, size) for size in LARGEST):
-            libc.mallopt(TRIM_THRESHOLD, LARGEST[0])
+            libc.mallopt(TRIM_THRESHOLD, NEVER)

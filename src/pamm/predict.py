@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,9 +19,11 @@ from tqdm import tqdm
 from pamm.data.images import ImageError
 from pamm.data.transforms import normalize
 from pamm.inputs import ImageLike, PredictError, expand_inputs, file_names, to_array
+from pamm.memory import keep_memory
 from pamm.models.model import MultiTaskModel
 from pamm.models.saved import load_model
 from pamm.pictures import SheetRow, compose_sheet, contact_sheet, save_sheet, sheet_row
+from pamm.precision import Precision, choose_precision, prepare
 from pamm.tasks import Task
 
 FORMATS = {"png": "{task}/{stem}.png", "npy": "arrays/{task}/{stem}.npy", "picture": "pictures/{task}/{stem}.png"}
@@ -130,6 +133,9 @@ class Predictor:
     source: what `pamm.load_model` takes (run folder, saved model, hub repository), or a model. device: "auto" (a given
     model's own; else CUDA, Apple's MPS or the CPU, the first there is) or a torch device. longest_side: pixels to which
     an image's longer side is shrunk for the network, default the longer side of the size the network was built for.
+    precision: "float32", which gives the checkpoint's own numbers, "bfloat16", or "auto": bfloat16 on a CPU with units for
+    it. compile: run the network through torch.compile, which pays for many images of one size. A given model is not
+    changed by either.
 
     An image is shrunk with antialiasing where its longer side exceeds `longest_side`, and never enlarged: a network
     learns the scale its images have. It is padded to multiples of the patch with the mean colour, itself in the centre;
@@ -143,12 +149,18 @@ class Predictor:
         *,
         device: str | torch.device = "auto",
         longest_side: int | None = None,
+        precision: Precision = "float32",
+        compile: bool = False,
     ):
         if longest_side is not None and longest_side < 1:
             raise PredictError(f"longest_side is {longest_side}, expected a number of pixels, e.g. 512")
         given = isinstance(source, nn.Module)
         chosen = _choose_device(device, next(source.parameters()).device if given else None)
-        self.model = (source if given else load_model(source)).to(chosen)
+        if chosen.type == "cpu":
+            keep_memory()
+        lower = choose_precision(precision, chosen) != torch.float32
+        model = load_model(source) if not given else copy.deepcopy(source) if lower or compile else source
+        self.model = prepare(model.to(chosen), precision=precision, compile=compile)
         self.device = chosen
         self.longest_side = longest_side or max(self.model.image_size)
 

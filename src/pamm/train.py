@@ -42,7 +42,16 @@ FREE_KEYS = (
     "data.root",
     *(
         f"train.{key}"
-        for key in ("workers", "save_every", "log_every", "eval_every", "accelerator", "devices", "nodes")
+        for key in (
+            "workers",
+            "save_every",
+            "log_every",
+            "eval_every",
+            "accelerator",
+            "devices",
+            "nodes",
+            "recompute",
+        )
     ),
 )
 """Leaves that may change when a run resumes: the weights of last/ do not depend on them.
@@ -107,6 +116,9 @@ def create_loop(experiment: Experiment, out: Path, *, progress: bool = False) ->
     data = open_dataset(experiment.data, "train", tasks)
     torch.manual_seed(config.seed)
     network = build_model(experiment.model, tasks, experiment.data.size)
+    network.set_recompute(config.recompute)
+    if config.compile:
+        network.compile(dynamic=False)
     model, optimizer = fabric.setup(network, create_optimizer(network, config))
     state = {"step": 0, "evaluated": 0, "best": math.inf, "best_step": 0}
     if (out / "last").exists():

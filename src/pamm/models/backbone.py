@@ -71,6 +71,10 @@ class ViT(nn.Module):
         grid = height // self.patch, width // self.patch
         return [stage.transpose(1, 2).unflatten(2, grid) for stage in stages]
 
+    def set_recompute(self, on: bool) -> None:
+        """Whether a block's activations are made again in the backward pass instead of kept."""
+        self.vit.set_grad_checkpointing(on)
+
 
 class Swin(nn.Module):
     """A timm SwinTransformer; the stages named by `taps` are handed out, each through a LayerNorm of its own (`norms`).
@@ -103,6 +107,10 @@ class Swin(nn.Module):
                 stages.append(self.norms[len(stages)](x).permute(0, 3, 1, 2))
         return stages
 
+    def set_recompute(self, on: bool) -> None:
+        """Whether a block's activations are made again in the backward pass instead of kept."""
+        self.swin.set_grad_checkpointing(on)
+
 
 class PaddedSwinBlock(SwinTransformerBlock):
     """timm's block, which shifts a map and then pads it to whole windows, in the order of MMSegmentation: pad, then shift.
@@ -130,6 +138,9 @@ class NoBackbone(nn.Module):
             "this network has no backbone: give its stage maps to model.decode(stages, size), or load a checkpoint that holds "
             "the backbone's weights"
         )
+
+    def set_recompute(self, on: bool) -> None:
+        """Nothing is kept here."""
 
 
 def create_backbone(config: BackboneConfig, image_size: tuple[int, int]) -> ViT | Swin | NoBackbone:

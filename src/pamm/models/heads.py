@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pamm.nn.joined import JoinedBatchNorm2d
 
+TILE = 32
+"""Side of the tiles of the large map that are made one after the other where no gradient is needed."""
 
-@lru_cache(maxsize=64)
-def shifted_upsampling(length: int, scale: int) -> np.ndarray:
-    """(length·scale, 3·length) float32: the three matrices of bilinear upsampling followed by a shift of −1, 0, 1, side by side.
 
-    Column block k holds the upsampled row X + k − 1 for every output row X; rows outside the large map are zero, as the
-    zero padding of a 3×3 convolution on it.
+def shifted_upsampling(length: int, scale: int) -> Tensor:
+    """(length·scale, length, 3): the matrices of bilinear upsampling followed by a shift of −1, 0, 1.
+
+    [:, :, k] takes output row X from the upsampled row X + k − 1; rows outside the large map are zero, as the zero padding
+    of a 3×3 convolution on it.
     """
-    identity = torch.eye(length)[None]
-    up = F.interpolate(identity, scale_factor=scale, mode="linear", align_corners=False)[0].T.numpy()
-    padded = np.pad(up, ((1, 1), (0, 0)))  # (length·scale + 2, length)
-    return np.concatenate([padded[k : k + len(up)] for k in range(3)], axis=1)
+    up = F.interpolate(torch.eye(length, device="cpu")[None], scale_factor=scale, mode="linear", align_corners=False)[
+        0
+    ].T
+    padded = F.pad(up, (0, 0, 1, 1))  # (length·scale + 2, length)
+    return torch.stack([padded[k : k + length * scale] for k in range(3)], dim=2)
+
+
+def tap_maps(x: Tensor, weight: Tensor) -> Tensor:
+    """Each of the nine taps of a 3×3 convolution applied as a 1×1 convolution.
+
+    x (B, C, h, w), weight (O, C, 3, 3) → (B, h, 3, w, 3, O): row, kernel row, column, kernel column, output channel.
+    """
+    batch, _, height, width = x.shape
+    taps = weight.permute(2, 3, 0, 1).reshape(-1, weight.shape[1], 1, 1)
+    maps = F.conv2d(x.contiguous(memory_format=torch.channels_last), taps).permute(0, 2, 3, 1)
+    return maps.reshape(batch, height, width, 3, 3, -1).transpose(2, 3)
 
 
 def upsampled_conv3x3(x: Tensor, weight: Tensor, scale: int) -> Tensor:
@@ -36,10 +47,25 @@ def upsampled_conv3x3(x: Tensor, weight: Tensor, scale: int) -> Tensor:
     batch, channels, height, width = x.shape
     taps = weight.permute(2, 0, 3, 1).reshape(-1, channels)  # rows (ky, o, kx)
     small = F.conv2d(x, taps[:, :, None, None]).view(batch, 3, -1, 3, height, width)
-    across = torch.from_numpy(shifted_upsampling(width, scale)).to(small)
-    down = torch.from_numpy(shifted_upsampling(height, scale)).to(small)
+    across, down = (
+        shifted_upsampling(side, scale).to(small).transpose(1, 2).flatten(1) for side in (width, height)
+    )  # columns (kx, w) and (ky, h)
     wide = small.transpose(3, 4).reshape(batch, 3, -1, height, 3 * width) @ across.T  # (B, 3, O, h, W)
     return down @ wide.transpose(1, 2).reshape(batch, -1, 3 * height, wide.shape[-1])
+
+
+def bands(matrix: Tensor) -> list[tuple[Tensor, slice]]:
+    """(length·scale, length, 3) → its blocks of TILE rows, each without the columns that are zero, and those columns.
+
+    Columns are counted as in the last two axes side by side.
+    """
+    outputs, length, _ = matrix.shape
+    scale, found = outputs // length, []
+    for start in range(0, outputs, TILE):
+        stop = min(start + TILE, outputs)
+        first, last = max(0, (start - 1) // scale - 1), min(length, stop // scale + 2)
+        found.append((matrix[start:stop, first:last].flatten(1), slice(3 * first, 3 * last)))
+    return found
 
 
 class ConvHead(nn.Module):
@@ -57,7 +83,28 @@ class ConvHead(nn.Module):
 
     def forward(self, feature: Tensor) -> Tensor:
         """(B, d, h, w) task feature → (B, channels, 4h, 4w) logits."""
+        if not (self.training or torch.is_grad_enabled()):
+            return self.infer(feature)
         x = upsampled_conv3x3(feature, self.conv.weight, self.scale)
         if self.conv.bias is not None:
             x = x + self.conv.bias[:, None, None].to(x.dtype)
         return self.predict(F.gelu(self.norm(x)))
+
+    def infer(self, feature: Tensor) -> Tensor:
+        """As `forward` in eval mode, without a gradient: the BatchNorm in the taps, the large map tile by tile."""
+        factor, shift = self.norm.factor_and_shift()
+        if self.conv.bias is not None:
+            shift = shift + factor * self.conv.bias
+        weight = (self.conv.weight * factor[:, None, None, None]).to(self.conv.weight.dtype)
+        small = tap_maps(feature, weight)
+        batch, height, _, width, _, channels = small.shape
+        small = small.reshape(batch, 3 * height, -1)
+        shift, predict = shift.to(small.dtype), self.predict.weight.flatten(1)
+        down, across = (bands(shifted_upsampling(length, self.scale).to(small)) for length in (height, width))
+        rows = []
+        for matrix, band in down:
+            tall = (matrix @ small[:, band]).view(-1, 3 * width, channels)
+            tiles = (torch.baddbmm(shift, m.expand(len(tall), -1, -1), tall[:, columns]) for m, columns in across)
+            logits = [F.linear(F.gelu(tile), predict, self.predict.bias) for tile in tiles]
+            rows.append(torch.cat(logits, dim=1).unflatten(0, (batch, -1)))
+        return torch.cat(rows, dim=1).permute(0, 3, 1, 2)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from huggingface_hub import ModelHubMixin
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pamm.nn.recompute import call, recomputed
+from pamm.nn.task_layers import TaskLinear
 from pamm.tasks import Task
 
 CONFIG_FILE = "config.json"
@@ -24,6 +28,9 @@ class MultiTaskModel(nn.Module, ModelHubMixin, library_name="pamm", tags=["multi
     `tasks`: the tasks in the order of the decoder's outputs. `settings`: JSON values from which `pamm.load_model` rebuilds
     the same network.
     """
+
+    recompute = False
+    bfloat16 = False
 
     def __init__(
         self,
@@ -46,13 +53,37 @@ class MultiTaskModel(nn.Module, ModelHubMixin, library_name="pamm", tags=["multi
 
         size: height and width of the logits, by default the image's.
         """
-        return self.decode(self.backbone(image), image.shape[-2:] if size is None else size)
+        with self._arithmetic(image):
+            stages = self.backbone(image)
+        return self.decode(stages, image.shape[-2:] if size is None else size)
 
     def decode(self, stages: Sequence[Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
         """The backbone's stage maps (B, C, h, w), first to last → task name → (B, channels, *size) logits."""
-        features = self.decoder(list(stages))
-        logits = {task: head(features[task]) for task, head in self.heads.items()}
+        run = recomputed if self.recompute else call
+        with self._arithmetic(stages[0]):
+            features = self.decoder(list(stages))
+            logits = {task: run(head, features[task]) for task, head in self.heads.items()}
         return {task: resize(x, size) for task, x in logits.items()}
+
+    def set_recompute(self, on: bool = True) -> None:
+        """Activation checkpointing, for training: what a block of the backbone, a stage of the decoder or a head computed on
+        the way is made again in the backward pass instead of kept. The same gradients, less memory, more time."""
+        self.recompute = self.decoder.recompute = on
+        self.backbone.set_recompute(on)
+
+    def use_bfloat16(self) -> None:
+        """From now on matrix products and convolutions run in bfloat16, the rest in float32. For inference.
+
+        Equal to bfloat16 autocast, except that the weights of these products are converted here once instead of at every
+        call: training would round them at every step.
+        """
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d, TaskLinear)):
+                module.to(torch.bfloat16)
+        self.bfloat16 = True
+
+    def _arithmetic(self, x: Tensor) -> AbstractContextManager:
+        return torch.autocast(x.device.type, torch.bfloat16) if self.bfloat16 else nullcontext()
 
     @property
     def image_size(self) -> tuple[int, int]:

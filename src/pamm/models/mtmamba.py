@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from pamm.experiment import MTMambaConfig
 from pamm.nn.joined import JoinedBatchNorm2d
+from pamm.nn.recompute import call, recomputed
 from pamm.nn.serialize import row_column_orders
 from pamm.nn.ssm import init_A_log, init_D, init_delta_bias, init_delta_weight
 from pamm.nn.task_layers import TaskConv3x3, TaskDropPath, TaskLayerNorm, TaskLinear
@@ -243,8 +244,11 @@ class Stage(nn.Module):
 class MTMambaDecoder(nn.Module):
     """Stage maps of the backbone → one feature map per task, at the resolution of the first stage map.
 
-    channels: of the stage maps, each twice the one before it. Raises ConfigError.
+    channels: of the stage maps, each twice the one before it. `recompute`: a stage's activations are made again in the
+    backward pass instead of kept. Raises ConfigError.
     """
+
+    recompute = False
 
     def __init__(self, config: MTMambaConfig, channels: tuple[int, ...], tasks: list[str]):
         super().__init__()
@@ -267,8 +271,9 @@ class MTMambaDecoder(nn.Module):
                 f"of {expected}: pad the image so that every stage has twice the sides of the next"
             )
         z = stages[-1].permute(0, 2, 3, 1).expand(len(self.tasks), -1, -1, -1, -1)
+        run = recomputed if self.recompute else call
         for stage, skip in zip(self.stages, stages[-2::-1], strict=True):
-            z = stage(z, skip)
+            z = run(stage, z, skip)
         return dict(zip(self.tasks, z.permute(0, 1, 4, 2, 3), strict=True))
 
     def observe(self, maps: dict[str, Tensor]) -> list[RemovableHandle]:

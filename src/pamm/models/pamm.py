@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from pamm.experiment import ExpertsConfig, PAMMConfig
 from pamm.nn.joined import joined_draw
+from pamm.nn.recompute import call, recomputed
 from pamm.nn.serialize import scan_orders
 from pamm.nn.ssm import init_A_log, init_D, init_delta_bias
-from pamm.nn.task_layers import TaskLinear
+from pamm.nn.task_layers import TaskLinear, concatenated_linear
 from pamm.ops import selective_scan
 from pamm.strict import ConfigError
 
@@ -44,7 +45,11 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(T, B, L, e) → (T, B, E) weights: softmax, all but the k largest zero, not renormalised."""
-        f_r = self.project(x.mean(2, dtype=torch.float32).to(x.dtype))
+        return self.route(pool(x))
+
+    def route(self, pooled: Tensor) -> Tensor:
+        """As `forward`, from the mean over the positions, (T, B, e)."""
+        f_r = self.project(pooled)
         logits = F.gelu(self.logits(f_r)).float()
         if self.training:
             tasks, batch, experts = logits.shape
@@ -72,12 +77,12 @@ class ParameterExperts(nn.Module):
             bound = 1 / math.sqrt(config.rank)
             self.restore = nn.Parameter(torch.empty(hidden, state_size).uniform_(-bound, bound))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(T, B, L, e) → (T, B, L, N)."""
+    def forward(self, x: Tensor, pooled: Tensor) -> Tensor:
+        """(T, B, L, e) and its mean over the positions (T, B, e) → (T, B, L, N)."""
         y = self.linear(x)
         if self.router is None:
             return y
-        weights = self.router(x).repeat_interleave(self.rank, -1)  # (T, B, E·rank)
+        weights = self.router.route(pooled).repeat_interleave(self.rank, -1)  # (T, B, E·rank)
         return y + (self.reduce(x) * weights[:, :, None].to(x.dtype)) @ self.restore
 
 
@@ -152,12 +157,13 @@ class PAME(nn.Module):
         local = F.silu(self.dwconv(n)).view_as(u)
         z = F.silu(self.gate(to_tokens(n.view_as(u))))
         x = self.expand(to_tokens(local))
+        pooled = pool(x)
         y = selective_scan(
             x,
             self.delta(x),
             -torch.exp(self.A_log.float()),
-            self.prior_B(self.B(x)),
-            self.prior_C(self.C(x)),
+            self.prior_B(self.B(x, pooled)),
+            self.prior_C(self.C(x, pooled)),
             self.D,
             orders,
             delta_bias=self.delta_bias,
@@ -174,13 +180,24 @@ class TaskDecoder(nn.Module):
 
     def forward(self, stages: list[Tensor]) -> Tensor:
         """S maps (B, T, d, h, w) → (B, T, d, h, w)."""
-        scores = self.mlp(to_tokens(torch.cat(stages, dim=2)))  # (T, B, L, S)
-        weights = to_maps(scores.float().softmax(-1), stages[0].shape[-2:])  # (B, T, S, h, w)
-        return sum(stage * weights[:, :, s, None].to(stage.dtype) for s, stage in enumerate(stages))
+        reduce, activate, score = self.mlp
+        tokens = [to_tokens(stage) for stage in stages]
+        weights = (
+            score(activate(concatenated_linear(reduce, tokens))).float().softmax(-1).to(stages[0].dtype)
+        )  # (T, B, L, S)
+        fused = tokens[0] * weights[..., :1]
+        for s in range(1, len(tokens)):
+            fused = torch.addcmul(fused, tokens[s], weights[..., s : s + 1])
+        return to_maps(fused, stages[0].shape[-2:])
 
 
 class PAMMDecoder(nn.Module):
-    """Stage maps of the backbone → one feature map per task."""
+    """Stage maps of the backbone → one feature map per task.
+
+    `recompute`: a stage's activations are made again in the backward pass instead of kept.
+    """
+
+    recompute = False
 
     def __init__(self, config: PAMMConfig, channels: int, stages: int, tasks: list[str]):
         super().__init__()
@@ -197,13 +214,19 @@ class PAMMDecoder(nn.Module):
 
     def forward(self, stages: list[Tensor]) -> dict[str, Tensor]:
         """S maps (B, C, h, w) → task name → (B, d, h, w)."""
-        features = [local(stage) for local, stage in zip(self.local, stages, strict=True)]
+        run = recomputed if self.recompute else call
+        features = [run(local, stage) for local, stage in zip(self.local, stages, strict=True)]
         if self.pame is not None:
             height, width = stages[0].shape[-2:]
             orders = scan_orders(self.scan, height, width, self.orders).to(stages[0].device)
-            features = [pame(u, orders) for pame, u in zip(self.pame, features, strict=True)]
-        fused = self.fuse(features) if self.fuse is not None else features[0]
+            features = [run(pame, u, orders) for pame, u in zip(self.pame, features, strict=True)]
+        fused = run(self.fuse, features) if self.fuse is not None else features[0]
         return dict(zip(self.tasks, fused.unbind(1), strict=True))
+
+
+def pool(x: Tensor) -> Tensor:
+    """(T, B, L, e) → (T, B, e), the mean over the positions, summed in float32."""
+    return x.mean(2, dtype=torch.float32).to(x.dtype)
 
 
 def to_tokens(maps: Tensor) -> Tensor:

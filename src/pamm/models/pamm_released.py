@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from pamm.experiment import ReleasedConfig
 from pamm.nn.joined import JoinedBatchNorm2d, joined_draw
+from pamm.nn.recompute import call, recomputed
 from pamm.nn.serialize import scan_orders
 from pamm.nn.ssm import init_A_log, init_D
 from pamm.ops import selective_scan
@@ -116,7 +117,9 @@ class ReleasedExperts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(T, B, e, h, w) → (T, B, N, h, w)."""
-        maps = [self.one_task(task, x_t) for task, x_t in zip(self.routers, x, strict=True)]
+        folded = not (self.training or torch.is_grad_enabled())
+        one_task = self.one_task_folded if folded else self.one_task
+        maps = [one_task(task, x_t) for task, x_t in zip(self.routers, x, strict=True)]
         return torch.stack(maps) + self.prior[:, None, :, None, None]
 
     def one_task(self, task: str, x: Tensor) -> Tensor:
@@ -131,6 +134,38 @@ class ReleasedExperts(nn.Module):
         chosen = F.conv2d(shared * scale, restore) + (weights @ self.restore_bias)[:, :, None, None].to(x.dtype)
         mixed = mix[:, :, None, None].to(x.dtype) * self.task_restore[task](private)
         return self.norm[task](self.norm_experts[task](chosen) + mixed + self.general(x.detach()))
+
+    def one_task_folded(self, task: str, x: Tensor) -> Tensor:
+        """As `one_task` in eval mode, where everything behind the routing is affine in x: one convolution per image.
+
+        No gradient: one would pass the general path, which sends none back.
+        """
+        weights, mix = self.routers[task](x)
+        maps = []
+        for p, m, image in zip(weights, mix, x, strict=True):
+            with torch.autocast(x.device.type, enabled=False):
+                kernel, factor, shift = self.fold(task, p.float(), m.float())
+            image = image[None].contiguous()  # channels-last takes twice the time with such large kernels
+            maps.append(torch.addcmul(shift, F.conv2d(image, kernel.to(x.dtype), padding=self.padding).float(), factor))
+        return torch.cat(maps)
+
+    def fold(self, task: str, p: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """p (E,), m (1,) → kernel (N, e, k, k), factor (N, 1, 1) and shift (N, 1, 1), all float32.
+
+        The map of that task and image is factor · (kernel * x) + shift.
+        """
+        inner, inner_shift = self.norm_experts[task].factor_and_shift()
+        factor, shift = self.norm[task].factor_and_shift()
+        own, own_restore = self.task_reduce[task], self.task_restore[task]
+        shared = (inner[:, None] * (self.restore * p[:, None, None]).transpose(0, 1).flatten(1)).float()  # (N, E·rank)
+        private = m * own_restore.weight.flatten(1).float()
+        kernel = torch.addmm(
+            self.general.weight.flatten(1).float(), shared, self.reduce.flatten(0, 1).flatten(1).float()
+        )
+        kernel.addmm_(private, own.weight.flatten(1).float())
+        bias = shared @ self.reduce_bias.flatten().float() + inner * (p @ self.restore_bias.float()) + inner_shift
+        bias = bias + private @ own.bias.float() + m * own_restore.bias.float() + self.general.bias.float()
+        return kernel.view_as(self.general.weight), factor[:, None, None], (factor * bias + shift)[:, None, None]
 
 
 class PlainProjection(nn.Module):
@@ -194,7 +229,12 @@ class ReleasedStage(nn.Module):
 
 
 class ReleasedDecoder(nn.Module):
-    """Stage maps of the backbone → one feature map per task, a softmax over the stages at every position."""
+    """Stage maps of the backbone → one feature map per task, a softmax over the stages at every position.
+
+    `recompute`: a stage's activations are made again in the backward pass instead of kept.
+    """
+
+    recompute = False
 
     def __init__(self, config: ReleasedConfig, channels: int, grid: tuple[int, int], stages: int, tasks: list[str]):
         super().__init__()
@@ -217,7 +257,8 @@ class ReleasedDecoder(nn.Module):
         """S maps (B, C, h, w) → task name → (B, d, h, w)."""
         height, width = stages[0].shape[-2:]
         orders = scan_orders(self.scan, height, width, self.orders).to(stages[0].device)
-        features = torch.stack([block(x, orders) for block, x in zip(self.stages, stages, strict=True)], dim=3)
+        run = recomputed if self.recompute else call
+        features = torch.stack([run(block, x, orders) for block, x in zip(self.stages, stages, strict=True)], dim=3)
         fused = {}
         for (task, fuse), maps in zip(self.fuse.items(), features, strict=True):  # maps (B, d, S, h, w)
             weights = fuse(maps.transpose(1, 2).flatten(1, 2)).float().softmax(1)

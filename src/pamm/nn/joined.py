@@ -12,8 +12,11 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as dist_functional
+import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
+
+from pamm.nn.recompute import computing_again
 
 
 def world_size() -> int:
@@ -70,18 +73,33 @@ class JoinedBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) → (B, C, H, W); computed in float32 whatever the autocast."""
+        again = self.training and not torch.compiler.is_compiling() and computing_again()
         if not self.training or world_size() == 1:
             # torch (2.15, CPU) mistakes the layout of a single image's gradient whose channels come last: wrong numbers.
-            y = super().forward(x.contiguous())
+            x = x.contiguous()
+            if again:
+                untouched = self.running_mean.clone(), self.running_var.clone()
+                y = F.batch_norm(x, *untouched, self.weight, self.bias, training=True, eps=self.eps)
+            else:
+                y = super().forward(x)
             return _ContiguousGradient.apply(y) if torch.is_grad_enabled() else y
         wide = x.float()
         count = wide.numel() // wide.shape[1] * world_size()
         mean = dist_functional.all_reduce(wide.sum((0, 2, 3))) / count
         centred = wide - mean[:, None, None]
         variance = dist_functional.all_reduce(centred.square().sum((0, 2, 3))) / count
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * (count / max(count - 1, 1)), self.momentum)
+        if not again:
+            self._track(mean, variance * (count / max(count - 1, 1)))
         y = centred * torch.rsqrt(variance + self.eps)[:, None, None]
         return torch.addcmul(self.bias[:, None, None], y, self.weight[:, None, None]).to(x.dtype)
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, variance: Tensor) -> None:
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance, self.momentum)
+
+    def factor_and_shift(self) -> tuple[Tensor, Tensor]:
+        """What eval mode computes is factor · x + shift: (C,) each, float32, from the running statistics."""
+        factor = self.weight.float() * torch.rsqrt(self.running_var.float() + self.eps)
+        return factor, self.bias.float() - self.running_mean.float() * factor

@@ -30,6 +30,7 @@ def curve(name: str) -> Callable[[ScanCurve], ScanCurve]:
     return register
 
 
+@torch.compiler.assume_constant_result
 def scan_orders(name: str, height: int, width: int, count: int = 4) -> Tensor:
     """The first `count` scan orders of a curve over a height×width map: LongTensor (count, height·width).
 
@@ -38,7 +39,7 @@ def scan_orders(name: str, height: int, width: int, count: int = 4) -> Tensor:
     likewise. "snake" (S-scan): along rows, along columns, and both backwards. Orders 5 to 8 of Hilbert are its first four
     backwards; Morton and snake hold their reversals among the first four and continue with the mirrored curves.
 
-    Raises ValueError for an unknown curve, an empty map, or a count outside 1 to 8.
+    A compiled graph holds them as a constant. Raises ValueError for an unknown curve, an empty map, or a count outside 1 to 8.
     """
     if name not in CURVES:
         raise ValueError(f"unknown scan curve '{name}'; known curves: {', '.join(sorted(CURVES))}")

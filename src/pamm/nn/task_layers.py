@@ -26,6 +26,15 @@ class TaskLinear(nn.Module):
         return y.unflatten(1, x.shape[1:-1])
 
 
+def concatenated_linear(layer: TaskLinear, parts: list[Tensor]) -> Tensor:
+    """The layer applied to `parts`, (T, ..., i) each, side by side along their last axis, without joining them in memory."""
+    weights = layer.weight.split([part.shape[-1] for part in parts], dim=1)
+    y = torch.zeros((), device=layer.weight.device) if layer.bias is None else layer.bias
+    for part, weight in zip(parts, weights, strict=True):
+        y = torch.baddbmm(y.to(part.dtype), part.flatten(1, -2), weight)
+    return y.unflatten(1, parts[0].shape[1:-1])
+
+
 class TaskLayerNorm(nn.Module):
     """One LayerNorm (ε 1e-5) per task: (T, ..., c) → (T, ..., c)."""
 

@@ -1,0 +1,46 @@
+"""Activation checkpointing: what a module computed on the way is made again in the backward pass instead of kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+_AGAIN = ContextVar("again", default=False)
+
+
+def call(function: Callable[..., Any], *inputs: Any) -> Any:
+    """function(*inputs)."""
+    return function(*inputs)
+
+
+def recomputed(function: Callable[..., Any], *inputs: Any) -> Any:
+    """function(*inputs), keeping its inputs alone for the backward pass.
+
+    Random draws and the autocast are the same the second time, and running statistics take part in the first alone.
+    """
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, context_fn=_contexts)
+
+
+def computing_again() -> bool:
+    """Whether this is the backward pass, making again what the forward pass made."""
+    return _AGAIN.get()
+
+
+def _contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+    return nullcontext(), _again()
+
+
+@contextmanager
+def _again() -> Iterator[None]:
+    token = _AGAIN.set(True)
+    try:
+        yield
+    finally:
+        _AGAIN.reset(token)

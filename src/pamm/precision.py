@@ -1,0 +1,47 @@
+"""Which arithmetic a prediction or an evaluation runs in: float32, or bfloat16 where the processor multiplies it faster."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+
+from pamm.models.model import MultiTaskModel
+from pamm.strict import ConfigError
+
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+def bfloat16_units() -> str | None:
+    """What multiplies bfloat16 matrices on this CPU, or None where nothing does and float32 is the faster one."""
+    for name, probe in (("AMX", "_is_amx_tile_supported"), ("AVX-512 BF16", "_is_avx512_bf16_supported")):
+        if getattr(torch.cpu, probe, lambda: False)():
+            return name
+    return None
+
+
+def choose_precision(name: Precision, device: str | torch.device = "cpu") -> torch.dtype:
+    """The dtype of matrix products on this device. "auto": bfloat16 on a CPU that has units for it, else float32.
+
+    Raises ConfigError for another name, and for bfloat16 on a device that has none.
+    """
+    if name not in get_args(Precision):
+        raise ConfigError(f"precision: found {name!r}, expected one of {', '.join(get_args(Precision))}")
+    kind = torch.device(device).type
+    if name == "bfloat16" and not torch.amp.is_autocast_available(kind):
+        raise ConfigError(f"precision: bfloat16 cannot be used on {kind}; choose float32")
+    wanted = name == "bfloat16" or (name == "auto" and kind == "cpu" and bfloat16_units() is not None)
+    return torch.bfloat16 if wanted else torch.float32
+
+
+def prepare(model: MultiTaskModel, *, precision: Precision = "float32", compile: bool = False) -> MultiTaskModel:
+    """The model itself, made ready for inference in this arithmetic.
+
+    compile: let torch.compile fuse what surrounds the matrix products. It takes a minute or more at the first image, and
+    again for every other size. Raises ConfigError.
+    """
+    if choose_precision(precision, next(model.parameters()).device) == torch.bfloat16:
+        model.use_bfloat16()
+    if compile:
+        model.compile(dynamic=False)
+    return model

@@ -1,0 +1,71 @@
+"""Which arithmetic is chosen, and what the switches of prediction, evaluation and training do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from pamm import Predictor
+from pamm.experiment import ConfigError, check
+from pamm.models.registry import build_model
+from pamm.precision import bfloat16_units, choose_precision
+from pamm.tasks import create_task
+from pamm.train import create_loop
+from tiny import MODEL, experiment
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return build_model(MODEL, {name: create_task(name) for name in ("depth", "normals")}, (48, 64)).eval()
+
+
+def picture():
+    return np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8)
+
+
+def test_auto_takes_bfloat16_where_the_processor_has_units_for_it():
+    assert choose_precision("auto") == (torch.bfloat16 if bfloat16_units() else torch.float32)
+    assert choose_precision("auto", "meta") == torch.float32
+    assert choose_precision("float32") == torch.float32 and choose_precision("bfloat16") == torch.bfloat16
+
+
+@pytest.mark.parametrize(("name", "device"), [("half", "cpu"), ("bfloat16", "meta")])
+def test_a_precision_that_cannot_be_is_told(name, device):
+    with pytest.raises(ConfigError, match="precision: "):
+        choose_precision(name, device)
+
+
+def test_a_given_model_stays_as_it_is(model):
+    exact = Predictor(model)(picture())
+    rough = Predictor(model, precision="bfloat16")(picture())
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert Predictor(model).model is model
+    assert not np.array_equal(exact["depth"], rough["depth"])
+    np.testing.assert_allclose(rough["depth"], exact["depth"], atol=0.05 * np.abs(exact["depth"]).max())
+
+
+def test_a_saved_model_is_predicted_in_the_chosen_precision(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    same = Predictor(tmp_path, precision="float32")(picture())
+    np.testing.assert_array_equal(same["depth"], Predictor(model)(picture())["depth"])
+    assert Predictor(tmp_path, precision="bfloat16").model.bfloat16
+
+
+def test_compiling_and_recomputing_exclude_each_other(tmp_path):
+    with pytest.raises(ConfigError, match=r"train\.compile and train\.recompute are both on"):
+        check(experiment(str(tmp_path), compile=True, recompute=True))
+
+
+def test_training_with_recomputation_gives_the_same_losses(tmp_path):
+    base = experiment(str(tmp_path / "rooms"), steps=1)
+    losses = []
+    for name, settings in (("plain", base), ("again", replace(base, train=replace(base.train, recompute=True)))):
+        loop, loader = create_loop(settings, tmp_path / name)
+        loop.model.train()
+        losses += [loop.update(parts)[0] for parts in loader]
+        loop.close()
+    torch.testing.assert_close(losses[0], losses[1])
