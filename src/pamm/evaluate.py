@@ -95,16 +95,19 @@ def evaluate(
     tasks: Mapping[str, Task],
     *,
     device: torch.device | str = "cpu",
+    quick: bool = False,
     progress: bool = False,
 ) -> Row:
     """Evaluate `model` on this process's share of the images; the result covers the shares of all processes.
+
+    quick: a stand-in for metrics that take long (see `Task.quick_metric`).
 
     On a CPU a batch runs image by image, which costs nothing there and keeps the arithmetic of an image independent of its
     neighbours. Values are rounded to 6 significant digits, below which the order of float32 sums shows.
     """
     device = torch.device(device)
     home = device if device.type != "mps" else torch.device("cpu")  # sums are float64, which MPS lacks
-    metrics = {name: task.metric().to(home) for name, task in tasks.items()}
+    metrics = {name: (task.quick_metric() if quick else task.metric()).to(home) for name, task in tasks.items()}
     losses = {name: LossMean(task) for name, task in tasks.items()}
     was_training = model.training
     model.eval()
@@ -142,15 +145,18 @@ def evaluate_split(
     *,
     split: str = "val",
     batch_size: int = 8,
+    quick: bool = False,
     progress: bool = False,
 ) -> Evaluation:
     """Evaluate `model`, which is on the fabric's device, on a split, sharded over the fabric's processes.
 
-    tasks: what is measured. Labels are read as the data set describes them (its unit), which need not be as the model's.
+    tasks: what is measured. Labels are read and measured as the data set describes them (unit, tolerance of boundaries),
+    which need not be as the model's. quick: see `evaluate`.
     """
     config = experiment.data
     described = dataset_options(config)
     readers = {name: create_task(name, **described[name]) for name in tasks}
+    measured = {name: create_task(name, **(task.options() | described[name])) for name, task in tasks.items()}
     data = open_dataset(config, split, readers)
     loader = eval_loader(
         data,
@@ -160,7 +166,7 @@ def evaluate_split(
         batch_size=batch_size,
         workers=experiment.train.workers,
     )
-    row = evaluate(model, loader, tasks, device=fabric.device, progress=progress)
+    row = evaluate(model, loader, measured, device=fabric.device, quick=quick, progress=progress)
     shrunk = "larger images shrunk to fit, " if config.fit else ""
     shrunk += f"seen at {config.size[0]}×{config.size[1]}, " if config.frame != config.size else ""
     protocol = (

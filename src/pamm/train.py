@@ -339,7 +339,7 @@ class Loop:
 
         Raises TrainingError where the network's output is not finite.
         """
-        result = self._evaluate()
+        result = self._evaluate(quick=True)
         total = result.total_loss(self.tasks)
         step = self.state["step"]
         if any(values["loss"] == math.inf for values in result.row.values()):
@@ -355,9 +355,9 @@ class Loop:
         self.reported = step, time.perf_counter()
         return result
 
-    def _evaluate(self) -> Evaluation:
-        progress = not self.bar.disable and sys.stderr.isatty()
-        return evaluate_split(self.fabric, self.network, self.experiment, self.tasks, progress=progress)
+    def _evaluate(self, *, quick: bool) -> Evaluation:
+        options = {"quick": quick, "progress": not self.bar.disable and sys.stderr.isatty()}
+        return evaluate_split(self.fabric, self.network, self.experiment, self.tasks, **options)
 
     def save(self) -> None:
         """Write last/ (process 0)."""
@@ -370,7 +370,7 @@ class Loop:
     def _finish(self) -> Evaluation:
         """The evaluation of best/, the weights that `load_model` takes from the run folder."""
         load_weights(self.network, self.out / "best" / WEIGHTS_FILE)
-        result = self._evaluate()
+        result = self._evaluate(quick=False)
         model = {"source": str(self.out), "weights": "best", "step": self.state["best_step"]}
         result = dataclasses.replace(result, model=model)
         if self.fabric.is_global_zero:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from task_cases import PERFECT, perfect_logits, random_label, random_logits
+from task_cases import PERFECT, SLACK, perfect_logits, random_label, random_logits
 
 from data.packages import as_user
 from pamm.tasks import TASKS, LabelError, NonFiniteError, Task, create_task
@@ -80,7 +80,7 @@ def test_perfect_prediction_has_the_perfect_score(task: Task) -> None:
     found = scores(task, [(perfect_logits(task, label), label)])
     assert task.score in PERFECT[task.name]
     for name, value in PERFECT[task.name].items():
-        assert found[name] == pytest.approx(value, abs=1e-5), name
+        assert found[name] == pytest.approx(value, abs=SLACK.get(task.name, 1e-5)), name
 
 
 def test_any_order_and_split_gives_the_same_scores(task: Task) -> None:
@@ -318,7 +318,7 @@ def test_labels_of_real_images(task: Task, shared, tmp_path) -> None:
         difference = (task.read(tmp_path / "again.png").double() - label.double()).abs()
         assert difference[task.valid(label).expand_as(label)].max() <= 1e-6
         found = scores(task, [(perfect_logits(task, label[None]), label[None])])[task.score]
-        assert found == pytest.approx(perfect_score(task, label), abs=1e-4)
+        assert found == pytest.approx(perfect_score(task, label), abs=SLACK.get(task.name, 1e-4))
 
 
 def perfect_score(task: Task, label: torch.Tensor) -> float:

@@ -57,7 +57,12 @@ class NYUD(PackagedDataset):
     @classmethod
     def options(cls, config: DataConfig) -> dict[str, dict[str, Any]]:
         classes = [name.replace("_", " ") for name in CLASSES.split()]
-        return {"semseg": {"classes": classes}, "depth": {}, "normals": {}, "edge": {}}
+        return {
+            "semseg": {"classes": classes},
+            "depth": {},
+            "normals": {},
+            "edge": {"max_distance": 0.011, "outline": True},
+        }
 
     @classmethod
     def open(cls, config: DataConfig, split: str, tasks: Mapping[str, Task]) -> NYUD:

@@ -103,7 +103,7 @@ class PascalContext(PackagedDataset):
             "human_parts": {"classes": PARTS.split()},
             "sal": {},
             "normals": {},
-            "edge": {},
+            "edge": {"max_distance": 0.0075},
         }
 
     @classmethod

@@ -40,6 +40,8 @@ class Task(ABC):
     name: ClassVar[str]
     score: ClassVar[str]
     """Key of the metric that papers report for this task, one of those `metric().compute()` returns."""
+    quick_score: ClassVar[str | None] = None
+    """Key of the score that stands in for it while training, where `quick_metric` differs from `metric`."""
     higher_is_better: ClassVar[bool]
     ignore: ClassVar[float]
     """Value of a label's ignored pixels; padding and missing labels are filled with it."""
@@ -117,6 +119,10 @@ class Task(ABC):
 
         `update` raises NonFiniteError for logits that hold NaN or infinite values.
         """
+
+    def quick_metric(self) -> Metric:
+        """The metric of the evaluations during training; differs where the reported one takes long."""
+        return self.metric()
 
     # -- predictions -------------------------------------------------------------------------------------------------------
 

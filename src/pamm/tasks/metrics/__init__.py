@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
+import numpy as np
 from torch import Tensor
 
 from pamm.tasks.task import NonFiniteError
@@ -26,15 +28,43 @@ def sum_metric(
     {name: 0-d tensor}. empty: the sums of no image, which give the states their shapes. `update` raises NonFiniteError for
     logits that are not finite. Raises ModuleNotFoundError without torchmetrics.
     """
-    try:
+    with _needing_extras():
         from pamm.tasks.metrics.sums import SumMetric
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"metrics need {error.name}; install it with: pip install 'pamm[train]'") from error
     return SumMetric(partial(_measure_finite, task, measure), scores, empty)
 
 
+def image_metric(
+    task: str,
+    prepare: Callable[[Tensor, Tensor], tuple[np.ndarray, ...]],
+    work: Callable[..., Mapping[str, np.ndarray]],
+    scores: Callable[[Sums], Sums],
+    empty: Sums,
+) -> Metric:
+    """As `sum_metric` for sums that take long for each image: `work` runs in worker processes.
+
+    prepare: one image's logits (channels, H, W) and label (c, H, W) → arrays. work: these arrays → the image's sums, whole
+    numbers.
+    """
+    with _needing_extras():
+        from pamm.tasks.metrics.images import ImageMetric
+    return ImageMetric(partial(_check_finite, task), prepare, work, scores, empty)
+
+
+@contextmanager
+def _needing_extras() -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"metrics need {error.name}; install it with: pip install 'pamm[train]'") from error
+
+
 def _measure_finite(task: str, measure: Callable[[Tensor, Tensor], Sums], logits: Tensor, label: Tensor) -> Sums:
-    """The sums of finite logits; comparisons with NaN would make some scores perfect."""
+    _check_finite(task, logits)
+    return measure(logits, label)
+
+
+def _check_finite(task: str, logits: Tensor) -> None:
+    """Raise NonFiniteError; comparisons with NaN would make some scores perfect."""
     finite = logits.isfinite()
     if not finite.all():
         raise NonFiniteError(
@@ -42,4 +72,3 @@ def _measure_finite(task: str, measure: Callable[[Tensor, Tensor], Sums], logits
             "infinite. The training diverged or half precision overflowed: use an earlier checkpoint, a lower learning "
             "rate, or float32"
         )
-    return measure(logits, label)

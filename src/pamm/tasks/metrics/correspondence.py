@@ -1,0 +1,207 @@
+"""The boundary benchmark's measurements on one image: non-maximum suppression, thinning, matching (protocol: BSDS500).
+
+Plain arrays in, plain arrays out, so that worker processes need nothing else. Lines that are compared are one pixel wide;
+a predicted pixel is right where it can be paired with a true pixel within a distance, one to one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+from scipy.ndimage import correlate1d, map_coordinates
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import maximum_flow, min_weight_full_bipartite_matching
+
+FADE = 5
+"""Pixels at the border of an image over which non-maximum suppression fades the map out."""
+MARGIN = 1.01
+"""Factor by which a neighbour across the boundary must exceed a pixel to suppress it."""
+SMOOTHING = 4
+"""Radius of the triangle filter under which the boundary's direction is measured."""
+
+
+def image_counts(
+    probability: np.ndarray, truths: Sequence[np.ndarray], thresholds: np.ndarray, max_distance: float
+) -> np.ndarray:
+    """Counts of one image whose lines are thin already, see `pamm.tasks.boundary.counts`.
+
+    (H, W) float, one or more (H, W) bool → (4, thresholds) int64: cntR, sumR, cntP, sumP.
+    """
+    reach = max_distance * math.hypot(*probability.shape)
+    lowest = probability >= thresholds.min()
+    pairs = [Candidates(truth, lowest, reach, nearest=len(truths) > 1) for truth in truths]
+    counts = np.zeros((4, len(thresholds)), dtype=np.int64)
+    counts[1] = sum(int(truth.sum()) for truth in truths)
+    last = None
+    for k, threshold in enumerate(thresholds):
+        mask = probability >= threshold
+        if last is not None and np.array_equal(mask, last):
+            counts[:, k] = counts[:, k - 1]
+            continue
+        last = mask
+        predicted = thin(mask)
+        right = np.zeros(predicted.size, dtype=bool)
+        for candidates in pairs:
+            matched = candidates.match(predicted)
+            counts[0, k] += len(matched)
+            right[matched] = True
+        counts[2:, k] = right.sum(), predicted.sum()
+    return counts
+
+
+class Candidates:
+    """The pixels that each true boundary pixel may be paired with: those of `allowed` within `reach` pixels.
+
+    nearest: of all largest matchings take one of the least sum of distances. It is as large as any other, but the
+    annotators' matchings then agree as the benchmark's own do on which predicted pixels are right.
+    """
+
+    def __init__(self, truth: np.ndarray, allowed: np.ndarray, reach: float, *, nearest: bool):
+        height, width = truth.shape
+        side = int(reach)
+        dy, dx = np.mgrid[-side : side + 1, -side : side + 1].reshape(2, -1)
+        near = dy**2 + dx**2 <= reach**2
+        y, x = (axis[:, None] + offsets[near] for axis, offsets in zip(np.nonzero(truth), (dy, dx), strict=True))
+        inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+        rows, offsets = np.nonzero(inside)
+        pixels = (y * width + x)[inside]
+        kept = allowed.ravel()[pixels]
+        self.rows, self.pixels, self.count = rows[kept], pixels[kept], len(y)
+        self.costs = np.hypot(dy, dx)[near][offsets[kept]] if nearest else None
+
+    def match(self, predicted: np.ndarray) -> np.ndarray:
+        """Flat indices of the pixels of `predicted` (H, W) bool in a matching of the largest size there is."""
+        met = predicted.ravel()[self.pixels]
+        pixels, columns = np.unique(self.pixels[met], return_inverse=True)
+        if not len(pixels):
+            return pixels
+        rows = self.rows[met]
+        if self.costs is None:
+            return pixels[matched_columns(rows, columns, self.count, len(pixels))]
+        return pixels[nearest_columns(rows, columns, self.costs[met], self.count, len(pixels))]
+
+
+def nearest_columns(rows: np.ndarray, columns: np.ndarray, costs: np.ndarray, height: int, width: int) -> np.ndarray:
+    """As `matched_columns`, in a matching that has the least sum of costs besides.
+
+    Every row may stay alone, at a price above that of any way around it.
+    """
+    alone = np.arange(height)
+    price = (costs.max() + 1) * 100
+    graph = csr_array(
+        (
+            np.concatenate([costs + 1, np.full(height, price)]),  # a stored zero would be no edge
+            (np.concatenate([rows, alone]), np.concatenate([columns, width + alone])),
+        ),
+        shape=(height, width + height),
+    )
+    _, partner = min_weight_full_bipartite_matching(graph)
+    return partner[partner < width]
+
+
+def matched_columns(rows: np.ndarray, columns: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Columns in a largest matching of the bipartite graph of these (row, column) pairs, which are sorted by row.
+
+    As a flow of units from a source over rows and columns to a sink: scipy's own bipartite matching does not end in
+    reasonable time on graphs like these.
+    """
+    source, sink = height + width, height + width + 1
+    starts = np.concatenate([[0], np.bincount(rows, minlength=height).cumsum()])
+    starts = np.concatenate([starts, starts[-1] + np.arange(1, width + 1), [starts[-1] + width + height] * 2])
+    ends = np.concatenate([height + columns, np.full(width, sink), np.arange(height)])
+    capacity = csr_array(
+        (np.ones(len(ends), np.int32), ends.astype(np.int32), starts.astype(np.int32)), (sink + 1,) * 2
+    )
+    flow = maximum_flow(capacity, source, sink).flow
+    inflow = slice(flow.indptr[sink], flow.indptr[sink + 1])
+    return flow.indices[inflow][flow.data[inflow] < 0] - height
+
+
+def thin(mask: np.ndarray) -> np.ndarray:
+    """(H, W) bool → its lines one pixel wide, as MATLAB's bwmorph(mask, 'thin', Inf) (Guo and Hall 1989, two passes a turn)."""
+    height, width = mask.shape
+    stride = width + 2
+    padded = np.zeros((height + 2, stride), dtype=np.uint8)
+    padded[1:-1, 1:-1] = mask
+    flat = padded.ravel()
+    active = np.flatnonzero(flat)
+    offsets = (1, 1 - stride, -stride, -stride - 1, -1, stride - 1, stride, stride + 1)
+    removed = 1
+    while removed:
+        removed = 0
+        for table in _removable():
+            code = np.zeros(len(active), dtype=np.uint8)
+            for bit, offset in enumerate(offsets):
+                code |= flat[active + offset] << bit
+            gone = table[code]
+            flat[active[gone]] = 0
+            active = active[~gone]
+            removed += int(gone.sum())
+    return padded[1:-1, 1:-1].astype(bool)
+
+
+@lru_cache(maxsize=1)
+def _removable() -> tuple[np.ndarray, np.ndarray]:
+    """Which neighbourhoods let their pixel go, in the first and second pass: (256,) bool each.
+
+    Bit i is neighbour x_{i+1} of Guo and Hall: east first, then counter-clockwise.
+    """
+    bits = (np.arange(256)[:, None] >> np.arange(8) & 1).astype(bool).T
+    x = dict(enumerate(bits, start=1)) | {9: bits[0]}
+    crossings = sum((~x[i] & (x[i + 1] | x[i + 2])).astype(int) for i in (1, 3, 5, 7))
+    pairs = [sum((x[i] | x[i + 1]).astype(int) for i in first) for first in ((1, 3, 5, 7), (2, 4, 6, 8))]
+    fewest = np.minimum(*pairs)
+    common = (crossings == 1) & (fewest >= 2) & (fewest <= 3)
+    return common & ~((x[2] | x[3] | ~x[8]) & x[1]), common & ~((x[6] | x[7] | ~x[4]) & x[5])
+
+
+def suppress(probability: np.ndarray, radius: int, smoothing: int = 0) -> np.ndarray:
+    """Non-maximum suppression: 0 where the map is larger within `radius` pixels across the boundary's direction.
+
+    (H, W) float in [0, 1] → the same, faded out over the 5 pixels at the border. smoothing: radius of a triangle filter
+    applied first, 0 for none.
+    """
+    edges = triangle(probability.astype(np.float64), smoothing)
+    angle = direction(edges)
+    y, x = np.mgrid[: edges.shape[0], : edges.shape[1]].astype(np.float64)
+    keep = np.ones(edges.shape, dtype=bool)
+    limits = [side - 1.001 for side in edges.shape]
+    for step in (s for s in range(-radius, radius + 1) if s):
+        at = [(y + step * np.sin(angle)).clip(0, limits[0]), (x + step * np.cos(angle)).clip(0, limits[1])]
+        keep &= edges * MARGIN >= map_coordinates(edges, at, order=1)
+    return edges * keep * _fade(edges.shape)
+
+
+def _fade(shape: tuple[int, int]) -> np.ndarray:
+    """Linear from 0 at the border to 1 inside."""
+    ramps = []
+    for side in shape:
+        distance = np.minimum(np.arange(side), np.arange(side)[::-1])
+        ramps.append(np.minimum(distance / max(min(FADE, *(s / 2 for s in shape)), 1e-9), 1.0))
+    return ramps[0][:, None] * ramps[1]
+
+
+def direction(edges: np.ndarray) -> np.ndarray:
+    """Angle across the boundary at every pixel, radians in [0, π), from second derivatives of the smoothed map."""
+    dy, dx = np.gradient(triangle(edges, SMOOTHING))
+    dxx = np.gradient(dx, axis=1)
+    dyy, dxy = np.gradient(dy)
+    return np.mod(np.arctan(dyy * np.sign(-dxy) / (dxx + 1e-5)), np.pi)
+
+
+def triangle(values: np.ndarray, radius: int) -> np.ndarray:
+    """Convolution with a triangle of 2·radius + 1 pixels along both axes, mirrored at the border; radius 0 changes nothing."""
+    if not radius:
+        return values
+    kernel = np.concatenate([np.arange(1, radius + 1), np.arange(radius + 1, 0, -1)]) / (radius + 1) ** 2
+    return correlate1d(correlate1d(values, kernel, axis=0, mode="reflect"), kernel, axis=1, mode="reflect")
+
+
+def label_boundaries(labels: np.ndarray) -> np.ndarray:
+    """(H, W) label map → bool, where a pixel differs from its right, lower or lower right neighbour (the benchmark's seg2bmap)."""
+    padded = np.pad(labels, ((0, 1), (0, 1)), mode="edge")
+    centre = padded[:-1, :-1]
+    return (centre != padded[:-1, 1:]) | (centre != padded[1:, :-1]) | (centre != padded[1:, 1:])
