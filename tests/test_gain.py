@@ -131,8 +131,8 @@ def test_gain_of_an_evaluation_over_a_named_baseline_leaves_out_what_is_not_comp
 
 def test_gain_over_a_file_of_results(tmp_path):
     path = tmp_path / "before.json"
-    path.write_text('{"results": {"edge": {"maxF_pixel": 20.0}, "sal": {"maxF": null}}}')
-    row = {"edge": {"maxF_pixel": 25.0}, "sal": {"maxF": 3.0}}
+    path.write_text('{"results": {"edge": {"odsF": 20.0}, "sal": {"maxF": null}, "normals": {"loss": 1}}}')
+    row = {"edge": {"odsF": 25.0}, "sal": {"maxF": 3.0}, "normals": {"mErr": 20.0}}
     assert measured_gain(row, str(path)) == (pytest.approx(25.0), ("edge",))
     path.write_text("[]")
     with pytest.raises(GainError, match="not a results file"):

@@ -111,12 +111,12 @@ def measured_gain(row: Mapping[str, Mapping[str, float]], baseline: str) -> tupl
     """Δ of an evaluation's row over a baseline, percent, and the tasks it covers.
 
     row: task → metric → value. baseline: a name of `baselines()`, or a JSON file of results that `pamm eval --out` wrote.
-    Compared are the tasks whose reported score both have; a boundary score without odsF is not compared with an odsF.
+    Compared are the tasks whose reported score both have.
     Raises GainError, naming the baselines, where there is none of that name or nothing to compare.
     """
     from pamm.tasks import TASKS
 
-    scores = {task: values[TASKS[task].score] for task, values in row.items()}
+    scores = {task: values.get(TASKS[task].score, math.nan) for task, values in row.items()}
     if baseline in baselines():
         metrics = _data()["metrics"]
         reference = {t: s for t, s in baselines()[baseline].scores.items() if metrics[t] == TASKS[t].score}
@@ -136,7 +136,7 @@ def _results(path: Path) -> dict[str, float | None]:
 
     try:
         results = json.loads(path.read_text())["results"]
-        return {task: values[TASKS[task].score] for task, values in results.items()}
+        return {task: values.get(TASKS[task].score) for task, values in results.items()}
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise GainError(f"{path} is not a results file of `pamm eval --out` ({error!r})") from error
 
