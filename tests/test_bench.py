@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -259,6 +263,20 @@ def test_a_candidate_whose_process_is_killed_is_reported(tmp_path, monkeypatch):
         ("c", True),
     ]
     assert "signal 9" in lines[1]["error"] and lines[1]["seconds"] is None and lines[2]["ratio"] == 1
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc to look for the process")
+def test_a_benchmark_that_is_ended_ends_the_process_of_its_case(tmp_path):
+    told = tmp_path / "pid"
+    sleeper = f"import os, pathlib, time; pathlib.Path({str(told)!r}).write_text(str(os.getpid())); time.sleep(600)"
+    code = f"from pamm.bench import run; run.CHILD = ('-c', {sleeper!r}); run._child({{}})"
+    parent = subprocess.Popen([sys.executable, "-c", code])
+    while not (told.exists() and told.read_text()):
+        assert parent.poll() is None
+        time.sleep(0.05)
+    parent.terminate()
+    assert parent.wait(timeout=60) == 143
+    assert not Path("/proc", told.read_text()).exists()
 
 
 def test_an_allocation_beyond_the_free_memory_fails_in_its_own_process(monkeypatch):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -43,16 +44,19 @@ def workload(settings: Mapping[str, Any], only: str | None = None) -> Workload:
     experiment = experiment_of(settings)
     device, decoder_only = settings["device"], settings["part"] == "decoder"
     model = create_model(experiment, pretrained=False).to(device).eval()
+    names = [only] if only else settings["candidates"]
+    own = in_bfloat16(model, names) if settings["dtype"] == "bfloat16" else model
     size = experiment.data.size
     image = torch.randn(settings["batch"], 3, *size, device=device)
     with torch.inference_mode():
         stages = model.backbone(image) if decoder_only else []
     found = {}
-    for name in [only] if only else settings["candidates"]:
-        decode = model.decode
+    for name in names:
         if name in PLAIN:
             decode = plain_decoder(model, experiment, PLAIN[name], dead_branch=settings["dead_branch"])
-        call = decode if decoder_only else with_backbone(model.backbone, decode)
+            call = decode if decoder_only else with_backbone(model.backbone, decode)
+        else:
+            call = own.decode if decoder_only else own
         if name.endswith("compiled"):
             call = torch.compile(call)
         work = predicting(call, stages if decoder_only else image, size, settings)
@@ -61,6 +65,15 @@ def workload(settings: Mapping[str, Any], only: str | None = None) -> Workload:
         drop_decoder(model)
     shape = {key: settings[key] for key in ("recipe", "part", "batch", "dead_branch")} | {"size": list(size)}
     return Workload(found, shape | {"tasks": list(model.tasks)}, images=settings["batch"])
+
+
+def in_bfloat16(model: MultiTaskModel, candidates: Collection[str]) -> MultiTaskModel:
+    """This package's form with its weights cast once; a copy where plain forms use the weights as well."""
+    if not set(candidates) - set(PLAIN):
+        return model
+    own = copy.deepcopy(model) if set(candidates) & set(PLAIN) else model
+    own.use_bfloat16()
+    return own
 
 
 def plain_decoder(model: MultiTaskModel, experiment: Experiment, scan: str, *, dead_branch: bool = False) -> Decode:
@@ -93,5 +106,5 @@ def predicting(call: Callable, given: Any, size: tuple[int, int], settings: Mapp
 
 
 def arithmetic(device: str, dtype: str) -> AbstractContextManager:
-    """float32, or autocast to a narrower type; weights stay float32."""
+    """float32, or autocast to a narrower type; the plain forms' weights stay float32."""
     return nullcontext() if dtype == "float32" else torch.autocast(device, dtype=getattr(torch, dtype))

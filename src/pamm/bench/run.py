@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +62,16 @@ def _child(job: dict[str, Any]) -> tuple[dict[str, Any] | None, str | None, str]
     source = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
     try:
-        done = subprocess.run(
-            [sys.executable, *CHILD],
-            input=json.dumps(job),
-            capture_output=True,
-            text=True,
-            timeout=TIME_LIMIT,
-            env={**os.environ, "PYTHONPATH": path},
-            check=False,
-        )
+        with _ending_with_this_process():
+            done = subprocess.run(
+                [sys.executable, *CHILD],
+                input=json.dumps(job),
+                capture_output=True,
+                text=True,
+                timeout=TIME_LIMIT,
+                env={**os.environ, "PYTHONPATH": path},
+                check=False,
+            )
         output, reason = done.stdout, _ended(done)
     except subprocess.TimeoutExpired as error:
         output, reason = (error.stdout or b"").decode(), f"not done after {TIME_LIMIT:.0f} s"
@@ -79,6 +83,19 @@ def _child(job: dict[str, Any]) -> tuple[dict[str, Any] | None, str | None, str]
             return event["result"], None, ""
         under_way = event["begin"]
     return None, under_way, reason
+
+
+@contextmanager
+def _ending_with_this_process() -> Iterator[None]:
+    """A SIGTERM ends the process of the case as well, which would disturb whatever is measured next."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _events(output: str) -> Iterator[dict[str, Any]]:
