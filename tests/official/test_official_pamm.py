@@ -93,6 +93,15 @@ def test_golden_maps_and_orders(golden):
             assert (value - expected).abs().max() <= 1e-4 * expected.abs().max(), name
 
 
+def test_golden_outputs_and_maps_without_gradients(golden):
+    """As users predict: with experts and heads folded."""
+    with torch.inference_mode(), pamm.official.intermediates(golden.model) as maps:
+        found = {f"output/{task}": value for task, value in golden.model(golden.expected["input"]).items()}
+    found |= {f"mid/{name}": value for name, value in maps.items()}
+    for name in (key for key in golden.expected if key.startswith(("mid/", "output/"))):
+        assert (found[name] - golden.expected[name]).abs().max() <= 1e-4 * golden.expected[name].abs().max(), name
+
+
 def test_golden_gradient_norms(golden):
     norms = golden.case["grad_norm"]
     assert set(norms) <= set(golden.gradients)

@@ -152,8 +152,10 @@ def told(error: Exception) -> str:
     return f"{type(error).__name__}: {text[0] if text else 'no message'}"[:300]
 
 
-def difference(output: Any, reference: Any) -> float:
-    """Largest |output − reference| over the largest |reference|, the worst of the tensors."""
+def difference(output: Any, reference: Any) -> float | None:
+    """Largest |output − reference| over the largest |reference|, the worst of the tensors; None for outputs of another kind."""
+    if isinstance(output, Mapping) != isinstance(reference, Mapping):
+        return None
     pairs = [(a.detach().float(), b.detach().float()) for a, b in zip(tensors(output), tensors(reference), strict=True)]
     worst = [((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item() for a, b in pairs]
     return max(worst, default=0.0)

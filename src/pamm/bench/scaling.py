@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from pamm.bench.measure import Candidate, Workload
 from pamm.bench.model import predicting
@@ -26,6 +27,12 @@ AXES: dict[str, tuple[int, ...]] = {
 """What varies → the values measured; the others stay at 1024 tokens, five tasks, 15 experts, the recipe's state size."""
 
 
+class Unlike(NamedTuple):
+    """Outputs that are not compared with the other candidate's."""
+
+    stages: list[Tensor]
+
+
 def workload(settings: Mapping[str, Any], only: str | None = None) -> Workload:
     """Candidates "decoder and heads" and, where asked for, "backbone". settings: recipe, axis, value, dtype, device, candidates."""
     experiment = varied(get_recipe(settings["recipe"]), settings["axis"], settings["value"])
@@ -36,7 +43,7 @@ def workload(settings: Mapping[str, Any], only: str | None = None) -> Workload:
     stages = [torch.randn(1, model.backbone.channels, *grid, device=settings["device"]) for _ in model.backbone.taps]
     known = {
         "decoder and heads": predicting(model.decode, stages, size, settings),
-        "backbone": predicting(lambda given, _: dict(enumerate(model.backbone(given))), image, size, settings),
+        "backbone": predicting(lambda given, _: Unlike(model.backbone(given)), image, size, settings),
     }
     found = {name: Candidate(known[name]) for name in ([only] if only else settings["candidates"])}
     shape = {"recipe": settings["recipe"], "axis": settings["axis"], "value": settings["value"], "size": list(size)}
