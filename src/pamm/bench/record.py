@@ -106,6 +106,8 @@ def cells(line: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _notes(line: Mapping[str, Any]) -> Iterable[str]:
+    if line["shape"].get("per_order"):
+        yield "parameters per order"
     if line["allocator"] == "system":
         yield "system's allocator"
     if line["floor_share"]:

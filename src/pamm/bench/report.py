@@ -91,7 +91,8 @@ def name_of(line: Line) -> str:
     dtype = "" if line["dtype"] in (None, "float32") else f", {line['dtype']}"
     device = "" if line["device"] == "cpu" else f", {line['device']}"
     allocator = ", system's allocator" if line["allocator"] == "system" else ""
-    return f"{line['case']}, {line['what']}{dtype}{device}{allocator}"
+    per_order = ", per order" if line["shape"].get("per_order") else ""
+    return f"{line['case']}, {line['what']}{dtype}{device}{per_order}{allocator}"
 
 
 def markdown(lines: Sequence[Line]) -> list[str]:
