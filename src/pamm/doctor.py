@@ -55,9 +55,7 @@ def _devices() -> None:
     from pamm.precision import bfloat16_units
 
     units = bfloat16_units()
-    lower = (
-        f"bfloat16 by {units}: the default for predictions" if units else "no bfloat16 units: predictions in float32"
-    )
+    lower = f"bfloat16 by {units}: --precision auto takes it" if units else "no bfloat16 units: float32 is the faster"
     print(f"  CPU            {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, {lower}")
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
