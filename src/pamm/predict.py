@@ -261,7 +261,7 @@ def _choose_device(device: str | torch.device, own: torch.device | None) -> torc
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         told = (str(error).splitlines() or ["no reason given"])[0]
         raise PredictError(f"device '{device}' cannot be used here ({told}); use --device auto or cpu") from None
     return chosen

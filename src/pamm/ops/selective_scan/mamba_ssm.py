@@ -6,6 +6,7 @@ groups of channels. So groups (tasks) and orders become groups of channels here:
 
 from __future__ import annotations
 
+import importlib
 from functools import lru_cache
 
 import torch
@@ -21,7 +22,7 @@ def unavailable() -> str | None:
     if not torch.cuda.is_available():
         return "mamba-ssm's kernel needs a GPU, torch finds none here"
     try:
-        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # noqa: F401
+        importlib.import_module("mamba_ssm.ops.selective_scan_interface")
     except Exception as error:
         return f"mamba-ssm does not import ({type(error).__name__}: {error}); pip install mamba-ssm"
     return None

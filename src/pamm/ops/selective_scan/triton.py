@@ -6,6 +6,7 @@ spread over programs only as far as a GPU needs to be filled, since every spread
 
 from __future__ import annotations
 
+import importlib
 import os
 from contextlib import nullcontext
 from functools import lru_cache
@@ -29,6 +30,8 @@ PROGRAMS = 2048
 LARGEST = 2**31 - 1
 """Offsets inside one sequence are 32-bit integers."""
 LOG2E = 1.4426950408889634
+KERNELS = "pamm.ops.selective_scan.triton_kernels"
+"""Imported at need: it imports triton."""
 
 
 @lru_cache(maxsize=1)
@@ -39,7 +42,7 @@ def unavailable() -> str | None:
     if not _interpreted() and not torch.cuda.is_available():
         return "torch finds no GPU here; with TRITON_INTERPRET=1 Triton's interpreter would run it on the CPU, slowly"
     try:
-        from pamm.ops.selective_scan import triton_kernels  # noqa: F401
+        importlib.import_module(KERNELS)
     except Exception as error:
         return f"Triton does not import: {type(error).__name__}: {error}"
     return None
@@ -200,12 +203,11 @@ def _launch(
     kernel: str, grid: tuple[int, ...], plan: _Plan, *arguments, covered: int | None = None, **constants
 ) -> None:
     """`covered`: channel tiles that the programs visit, where these are not the plan's."""
-    from pamm.ops.selective_scan import triton_kernels
-
+    kernels = importlib.import_module(KERNELS)
     _, _, length, N, channels, _ = plan.sizes
     device = arguments[0].device
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        getattr(triton_kernels, kernel)[grid](
+        getattr(kernels, kernel)[grid](
             *arguments,
             PER_ORDER=plan.per_order,
             SPLIT=plan.copies > 1 or plan.sizes[1] == 1,
