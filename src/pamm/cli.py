@@ -321,6 +321,13 @@ def bench(arguments: list[str]) -> int:
     return run(arguments)
 
 
+@command("look inside: predictions side by side, features, router weights, scan orders")
+def look(arguments: list[str]) -> int:
+    from pamm.look.command import main as run
+
+    return run(arguments)
+
+
 @command("list the recipes, or print one")
 def recipes(arguments: list[str]) -> int:
     import yaml

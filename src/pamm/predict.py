@@ -184,12 +184,16 @@ class Predictor:
         return map(self, images)
 
     @torch.no_grad()
-    def _predict(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+    def logits(self, pixels: np.ndarray) -> tuple[dict[str, Tensor], slice, slice]:
+        """(H, W, 3) uint8 pixels → task → (1, channels, h, w) logits of the padded frame; the image's rows and columns in it."""
         shown = shrink(pixels, self.longest_side)
         frame, top, left = pad(normalize(shown.transpose(2, 0, 1))[None], self.model.backbone.patch)
-        rows, columns = slice(top, top + shown.shape[0]), slice(left, left + shown.shape[1])
         with _evaluating(self.model):
             logits = self.model(frame.to(self.device))
+        return logits, slice(top, top + shown.shape[0]), slice(left, left + shown.shape[1])
+
+    def _predict(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        logits, rows, columns = self.logits(pixels)
         size = pixels.shape[:2]
         return {name: decode(task, logits[name][..., rows, columns], size) for name, task in self.tasks.items()}
 

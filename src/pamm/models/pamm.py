@@ -43,12 +43,8 @@ class Router(nn.Module):
         self.logits = TaskLinear(tasks, 2 * (channels // 4), experts)
         self.noise = TaskLinear(tasks, 2 * (channels // 4), experts)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(T, B, L, e) → (T, B, E) weights: softmax, all but the k largest zero, not renormalised."""
-        return self.route(pool(x))
-
-    def route(self, pooled: Tensor) -> Tensor:
-        """As `forward`, from the mean over the positions, (T, B, e)."""
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Mean of x over the positions (T, B, e) → (T, B, E) weights: softmax, all but the k largest zero, not renormalised."""
         f_r = self.project(pooled)
         logits = F.gelu(self.logits(f_r)).float()
         if self.training:
@@ -82,7 +78,7 @@ class ParameterExperts(nn.Module):
         y = self.linear(x)
         if self.router is None:
             return y
-        weights = self.router.route(pooled).repeat_interleave(self.rank, -1)  # (T, B, E·rank)
+        weights = self.router(pooled).repeat_interleave(self.rank, -1)  # (T, B, E·rank)
         return y + (self.reduce(x) * weights[:, :, None].to(x.dtype)) @ self.restore
 
 

@@ -1,0 +1,9 @@
+"""Looking inside a network: its predictions beside another's, its features, its router, its scan orders (`pamm look`).
+
+Each view is a module with plain functions for notebooks: `predictions`, `features`, `router`, `scans`. `subjects` holds the
+images that are looked at, `readout` takes features and router weights out of a forward pass, `figure` lays tiles out.
+"""
+
+
+class LookError(ValueError):
+    """What cannot be looked at; the message tells what was found and the remedy."""

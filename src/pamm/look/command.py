@@ -1,0 +1,251 @@
+"""The command line of `pamm look`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pamm.files import replace_text
+from pamm.look import LookError
+from pamm.look.figure import TILE
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from pamm.look.subjects import Subject
+    from pamm.predict import Predictor
+
+SMALLEST_TILE, LARGEST_TILE = 60, 2000
+FIGURE_IMAGES = 8
+"""Images in one figure of predictions; more go into further figures."""
+
+
+def main(arguments: list[str]) -> int:
+    """Run `pamm look ARGUMENTS`. Raises LookError, CheckpointError, ConfigError, DataError, PredictError, ImageError."""
+    plain = arguments_parser().parse_args(arguments)
+    if not SMALLEST_TILE <= plain.tile <= LARGEST_TILE:
+        raise LookError(f"--tile: found {plain.tile}, expected {SMALLEST_TILE} to {LARGEST_TILE} pixels")
+    if getattr(plain, "count", 1) < 1:
+        raise LookError(f"--count: found {plain.count}, expected a number from 1 up")
+    plain.out.mkdir(parents=True, exist_ok=True)
+    written = VIEWS[plain.view](plain)
+    print("written: " + ", ".join(map(str, written)))
+    return 0
+
+
+def arguments_parser() -> argparse.ArgumentParser:
+    """Every view with its options."""
+    top = argparse.ArgumentParser(
+        prog="pamm look", description="Look inside: pictures, and their numbers beside them.", allow_abbrev=False
+    )
+    views = top.add_subparsers(dest="view", required=True, metavar="predictions | features | router | scans")
+    predictions = _view(
+        views, "predictions", "predictions of several models side by side, with the truth where there is one"
+    )
+    _model_options(predictions, "+", count=4)
+    predictions.add_argument("--arrays", action="store_true", help="also every map as .npy, at its image's size")
+    features = _view(views, "features", "principal components of each stage's and task's features, as colours")
+    _model_options(features, "+", count=4)
+    features.add_argument("--stages", nargs="+", metavar="STAGE", help="only these rows, e.g. 4 fused")
+    features.add_argument(
+        "--pca",
+        choices=["per-task", "shared"],
+        default="per-task",
+        help="a PCA per stage and task, which shows each task's structure; or one per stage shared by its tasks, which "
+        "shows where they differ",
+    )
+    _model_options(_view(views, "router", "mean expert weights per task and stage, for B and for C"), None, count=32)
+    scans = _view(views, "scans", "scan orders as curves over the token grid")
+    scans.add_argument(
+        "--grid", type=int, nargs=2, default=(16, 16), metavar=("H", "W"), help="tokens (default: 16 16)"
+    )
+    scans.add_argument(
+        "--curve", nargs="+", default=["hilbert", "snake", "morton"], help="hilbert, snake, morton, cross (MTMamba's)"
+    )
+    scans.add_argument("--orders", type=int, default=4, help="orders of each curve (default: 4, as in the papers)")
+    return top
+
+
+def _view(views: Any, name: str, text: str) -> argparse.ArgumentParser:
+    view = views.add_parser(name, help=text, description=text, allow_abbrev=False)
+    view.add_argument(
+        "--out", type=Path, default=Path("look"), help="folder for the pictures and numbers (default: look)"
+    )
+    view.add_argument("--tile", type=int, default=TILE, help=f"longer side of a picture, pixels (default: {TILE})")
+    return view
+
+
+def _model_options(view: argparse.ArgumentParser, several: str | None, *, count: int) -> None:
+    text = "run folder, saved model folder or hub repository"
+    view.add_argument("source", nargs=several, metavar="MODEL", help=text + (", one or more" if several else ""))
+    view.add_argument("--images", nargs="+", default=[], help="images, folders of images or globs")
+    view.add_argument(
+        "--data", help="recipe or experiment.yaml whose images are shown (default: the first model's own)"
+    )
+    view.add_argument("--root", help="folder of the data set, in place of the configured one")
+    view.add_argument("--split", default="val")
+    view.add_argument("--ids", nargs="+", default=[], help="names of images of the data set")
+    view.add_argument("--count", type=int, default=count, help=f"images, spread over the split (default: {count})")
+    view.add_argument("--tasks", nargs="+", help="only these tasks, in this order")
+    if several:
+        view.add_argument("--names", nargs="+", default=[], help="names of the models in the picture")
+    view.add_argument("--longest-side", type=int, help="shrink images to this longer side before the network")
+    view.add_argument("--device", default="auto")
+
+
+def _open(plain: argparse.Namespace) -> tuple[dict[str, Predictor], list[Subject], list[str]]:
+    """The models, what they look at, and the tasks to show."""
+    from pamm.look.subjects import choose_tasks, open_models, subjects_for
+
+    sources = plain.source if isinstance(plain.source, list) else [plain.source]
+    names = getattr(plain, "names", [])
+    models = open_models(sources, names=names, device=plain.device, longest_side=plain.longest_side)
+    tasks = choose_tasks(models, plain.tasks)
+    subjects = subjects_for(
+        {name: predictor.model for name, predictor in models.items()},
+        sources,
+        images=plain.images,
+        data=plain.data,
+        root=plain.root,
+        split=plain.split,
+        ids=plain.ids,
+        count=plain.count,
+    )
+    return models, subjects, tasks
+
+
+def look_at_predictions(plain: argparse.Namespace) -> list[Path]:
+    """One figure for every `FIGURE_IMAGES` images."""
+    from pamm.look.predictions import compare
+
+    models, subjects, tasks = _open(plain)
+    written = []
+    for page, first in enumerate(range(0, len(subjects), FIGURE_IMAGES), start=1):
+        part = subjects[first : first + FIGURE_IMAGES]
+        picture, maps = compare(models, part, tasks, tile=plain.tile)
+        written.append(_save(picture, plain, "predictions" if page == 1 else f"predictions_{page}"))
+        for name, own in maps.items() if plain.arrays else ():
+            for subject, one in zip(part, own, strict=True):
+                one.save(plain.out / _file_name(name), stem=_file_name(subject.name), formats=["npy"])
+    written.append(_write(plain, "predictions", _facts(plain, models, subjects, tasks)))
+    return written
+
+
+def look_at_features(plain: argparse.Namespace) -> list[Path]:
+    """One figure per image, the components' values per image and model, and their shares of the variance."""
+    from pamm.look.features import feature_figure, look_at_features
+
+    models, subjects, tasks = _open(plain)
+    images = [subject.image for subject in subjects]
+    rows = [stage if stage == "fused" else f"stage {stage}" for stage in plain.stages] if plain.stages else None
+    looks = {n: look_at_features(p, images, sharing=plain.pca, rows=rows) for n, p in models.items()}
+    written = []
+    for number, subject in enumerate(subjects):
+        picture = feature_figure(looks, subjects, number, tasks, sharing=plain.pca, tile=plain.tile)
+        written.append(_save(picture, plain, f"features_{_file_name(subject.name)}"))
+        values = {
+            f"{name}/{row}/{column}": look.components[row, column].project(m.values).astype(np.float32)
+            for name, look in looks.items()
+            for row, columns in look.maps[number].items()
+            for column, m in columns.items()
+        }
+        np.savez(written[-1].with_suffix(".npz"), **values)
+    shares = {
+        name: {f"{row}/{column}": own.shares.tolist() for (row, column), own in look.components.items()}
+        for name, look in looks.items()
+    }
+    facts = _facts(plain, models, subjects, tasks) | {"pca": plain.pca, "variance": shares}
+    return [*written, _write(plain, "features", facts)]
+
+
+def look_at_router(plain: argparse.Namespace) -> list[Path]:
+    """One figure, and every image's weights."""
+    from pamm.look.router import router_figure, router_weights
+
+    models, subjects, tasks = _open(plain)
+    weights = router_weights(next(iter(models.values())), [subject.image for subject in subjects])
+    arrays = {f"{name}/stage {stage + 1}": values for (name, stage), values in weights.weights.items()}
+    arrays |= {f"{name}/stage {stage + 1}/own": values for (name, stage), values in weights.mix.items()}
+    picture = _save(router_figure(weights, tasks=tasks, tile=plain.tile), plain, "router")
+    np.savez(plain.out / "router.npz", **arrays)
+    facts = _facts(plain, models, subjects, tasks) | {
+        "rows": list(weights.tasks),
+        "mean": {f"{name}/stage {stage + 1}": weights.mean(name, stage).tolist() for name, stage in weights.weights},
+        "kept": {f"{name}/stage {stage + 1}": weights.kept(name, stage).tolist() for name, stage in weights.weights},
+    }
+    return [picture, plain.out / "router.npz", _write(plain, "router", facts)]
+
+
+def look_at_scans(plain: argparse.Namespace) -> list[Path]:
+    """One figure, and the orders of each curve as .npy."""
+    from pamm.look.scans import jumps, name_of, scan_figure
+
+    picture, orders = scan_figure(plain.curve, tuple(plain.grid), count=plain.orders, tile=plain.tile)
+    written = [_save(picture, plain, "scans")]
+    for curve, lines in orders.items():
+        written.append(plain.out / f"scans_{curve}.npy")
+        np.save(written[-1], lines)
+    facts = {
+        curve: {name_of(curve, k): {"jumps": jumps(order, plain.grid[1])} for k, order in enumerate(lines)}
+        for curve, lines in orders.items()
+    }
+    return [*written, _write(plain, "scans", {"grid": list(plain.grid), "orders": facts})]
+
+
+VIEWS = {
+    "predictions": look_at_predictions,
+    "features": look_at_features,
+    "router": look_at_router,
+    "scans": look_at_scans,
+}
+
+
+def _facts(
+    plain: argparse.Namespace, models: dict[str, Predictor], subjects: Sequence[Subject], tasks: Sequence[str]
+) -> dict[str, Any]:
+    """What a figure shows."""
+    sources = plain.source if isinstance(plain.source, list) else [plain.source]
+    return {
+        "models": dict(zip(models, sources, strict=True)),
+        "images": [
+            {"name": s.name, "size": list(s.image.shape[:2]), "labels": [task for task in s.truths]} for s in subjects
+        ],
+        "tasks": list(tasks),
+    }
+
+
+def _save(picture: Image.Image, plain: argparse.Namespace, name: str) -> Path:
+    path = plain.out / f"{name}.png"
+    if any(
+        os.path.exists(path) and os.path.exists(image) and os.path.samefile(path, image) for image in _inputs(plain)
+    ):
+        raise LookError(
+            f"{path} is one of the images looked at and would be replaced; choose another folder with --out"
+        )
+    picture.save(path, optimize=True)
+    return path
+
+
+def _inputs(plain: argparse.Namespace) -> list[Path]:
+    if not getattr(plain, "images", None):
+        return []
+    from pamm.inputs import expand_inputs
+
+    return expand_inputs(plain.images)
+
+
+def _write(plain: argparse.Namespace, name: str, facts: dict[str, Any]) -> Path:
+    path = plain.out / f"{name}.json"
+    replace_text(path, json.dumps(facts, indent=1) + "\n")
+    return path
+
+
+def _file_name(text: str) -> str:
+    """A name that is a path as one part of a path."""
+    return text.replace(os.sep, "_").replace("/", "_").strip(".") or "image"

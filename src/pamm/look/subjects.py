@@ -1,0 +1,149 @@
+"""What is looked at: images from files or from a data set, there with their truths; and the models that look."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+
+import numpy as np
+
+from pamm.data import dataset_options, open_dataset
+from pamm.data.sample import Sample
+from pamm.evaluate import measurable_tasks, saved_experiment
+from pamm.experiment import Experiment
+from pamm.inputs import expand_inputs, file_names, to_array
+from pamm.look import LookError
+from pamm.models.backbone import NoBackbone
+from pamm.models.model import MultiTaskModel
+from pamm.predict import Predictor
+from pamm.strict import ConfigError
+from pamm.tasks import Task, create_task
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One image, (H, W, 3) uint8, and its truths: task → (H, W) or (H, W, 3) in the task's unit, `valid` (H, W) bool.
+
+    `tasks` draw the truths; a task without a label for this image is in none of the three.
+    """
+
+    name: str
+    image: np.ndarray
+    truths: Mapping[str, np.ndarray] = field(default_factory=dict)
+    valid: Mapping[str, np.ndarray] = field(default_factory=dict)
+    tasks: Mapping[str, Task] = field(default_factory=dict)
+
+
+def from_files(patterns: Sequence[str | Path]) -> list[Subject]:
+    """Files, folders and globs of images → subjects without truths. Raises PredictError, ImageError."""
+    paths = expand_inputs(patterns)
+    return [Subject(name, to_array(path)) for path, name in zip(paths, file_names(paths), strict=True)]
+
+
+def from_dataset(
+    experiment: Experiment, tasks: Mapping[str, Task], *, split: str = "val", ids: Sequence[str] = (), count: int = 4
+) -> list[Subject]:
+    """Samples of a data set as read, with truths of `tasks`: those of `ids`, or `count` spread evenly over the split.
+
+    Raises LookError for an unknown id, DataError.
+    """
+    described = dataset_options(experiment.data)
+    readers = {name: create_task(name, **described[name]) for name in tasks if name in described}
+    data = open_dataset(experiment.data, split, readers)
+    known = {id: index for index, id in enumerate(data.ids)}
+    for id in ids:
+        if id not in known:
+            near = ", ".join(get_close_matches(id, known, 3, 0.3) or list(known)[:3])
+            raise LookError(f"no image '{id}' among the {len(known)} of the {split} split; for example: {near}")
+    chosen = [known[id] for id in ids] or sorted(
+        {int(i) for i in np.linspace(0, len(known) - 1, min(count, len(known)))}
+    )
+    return [_with_truths(data[index], readers) for index in chosen]
+
+
+def _with_truths(sample: Sample, readers: Mapping[str, Task]) -> Subject:
+    truths, valid = {}, {}
+    for name, label in sample.labels.items():
+        known = readers[name].valid(label)[0].numpy()
+        if known.any():
+            values = readers[name].truth(label).numpy()
+            truths[name] = np.where(
+                known.reshape(known.shape + (1,) * (values.ndim - 2)), values, np.zeros_like(values)
+            )
+            valid[name] = known
+    return Subject(sample.id, to_array(sample.image), truths, valid, {name: readers[name] for name in truths})
+
+
+def subjects_for(
+    models: Mapping[str, MultiTaskModel],
+    sources: Sequence[str],
+    *,
+    images: Sequence[str | Path] = (),
+    data: str | None = None,
+    root: str | None = None,
+    split: str = "val",
+    ids: Sequence[str] = (),
+    count: int = 4,
+) -> list[Subject]:
+    """The images given, or samples of the data set named, by default the first model's own.
+
+    data: recipe or experiment.yaml; root, split, ids, count: see `from_dataset`. Raises LookError, ConfigError, DataError,
+    PredictError, ImageError.
+    """
+    if images:
+        if data is not None or root is not None or ids:
+            raise LookError("--images and a data set (--data, --root, --ids) exclude one another: give one of the two")
+        return from_files(images)
+    try:
+        experiment = saved_experiment(sources[0], data, root)
+    except ConfigError as error:
+        if data is not None or Path(sources[0]).expanduser().joinpath("experiment.yaml").is_file():
+            raise
+        raise LookError(f"{error}; or give photographs: --images photo.jpg") from None
+    tasks: dict[str, Task] = {}
+    for model in models.values():
+        tasks |= measurable_tasks(model, experiment)
+    return from_dataset(experiment, tasks, split=split, ids=ids, count=count)
+
+
+def open_models(
+    sources: Sequence[str], *, names: Sequence[str] = (), device: str = "auto", longest_side: int | None = None
+) -> dict[str, Predictor]:
+    """Name → predictor of each source (see `pamm.load_model`); by default a folder is named by its last part.
+
+    Raises LookError for names that do not fit, and for a network without a backbone; what `Predictor` raises.
+    """
+    if names and (len(names) != len(sources) or len(set(names)) != len(names)):
+        raise LookError(f"--names: found {len(names)} ({', '.join(names)}), expected {len(sources)} different ones")
+    short = [os.path.basename(os.path.normpath(source)) for source in sources]
+    own = short if len(set(short)) == len(short) else list(sources)
+    if len(set(own)) != len(own):
+        raise LookError(f"the model {next(name for name in own if own.count(name) > 1)} is given twice; give it once")
+    models = {}
+    for name, source in zip(names or own, sources, strict=True):
+        models[name] = Predictor(source, device=device, longest_side=longest_side)
+        if isinstance(models[name].model.backbone, NoBackbone):
+            raise LookError(
+                f"{source} has no backbone and takes no image; import a checkpoint that holds the backbone's weights"
+            )
+    return models
+
+
+def choose_tasks(models: Mapping[str, Predictor], chosen: Sequence[str] | None) -> list[str]:
+    """The tasks of all models in their order, or those chosen, in the order chosen. Raises LookError."""
+    known = list(dict.fromkeys(task for model in models.values() for task in model.tasks))
+    for task in chosen or ():
+        if task not in known:
+            raise LookError(f"--tasks: '{task}' is none of these models' tasks: {', '.join(known)}")
+    tasks = list(dict.fromkeys(chosen)) if chosen else known
+    for task in tasks:
+        classes = [model.tasks[task].options().get("classes") for model in models.values() if task in model.tasks]
+        if any(other != classes[0] for other in classes):
+            raise LookError(
+                f"the models have different classes for '{task}', so that one colour would mean two things; leave it out with "
+                "--tasks, or look at one model at a time"
+            )
+    return tasks
