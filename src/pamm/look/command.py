@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from tqdm import tqdm
 
 from pamm.files import replace_text
 from pamm.look import LookError
@@ -18,12 +19,15 @@ from pamm.look.figure import TILE
 if TYPE_CHECKING:
     from PIL import Image
 
-    from pamm.look.subjects import Subject
-    from pamm.predict import Predictor
+    from pamm.look.subjects import Subject, Subjects
+    from pamm.predict import Maps, Predictor
 
 SMALLEST_TILE, LARGEST_TILE = 60, 2000
 FIGURE_IMAGES = 8
 """Images in one figure of predictions; more go into further figures."""
+
+MOST_FEATURES = 32
+"""Images whose features are held at once, up to some 150 MB each for the papers' networks."""
 
 
 def main(arguments: list[str]) -> int:
@@ -99,7 +103,7 @@ def _model_options(view: argparse.ArgumentParser, several: str | None, *, count:
     view.add_argument("--device", default="auto")
 
 
-def _open(plain: argparse.Namespace) -> tuple[dict[str, Predictor], list[Subject], list[str]]:
+def _open(plain: argparse.Namespace) -> tuple[dict[str, Predictor], Subjects, list[str]]:
     """The models, what they look at, and the tasks to show."""
     from pamm.look.subjects import choose_tasks, open_models, subjects_for
 
@@ -125,16 +129,18 @@ def look_at_predictions(plain: argparse.Namespace) -> list[Path]:
     from pamm.look.predictions import compare
 
     models, subjects, tasks = _open(plain)
-    written = []
+
+    def save_arrays(subject: Subject, maps: Mapping[str, Maps]) -> None:
+        for name, own in maps.items():
+            own.save(plain.out / _file_name(name), stem=_file_name(subject.name), formats=["npy"])
+
+    written, keep = [], save_arrays if plain.arrays else None
     for page, first in enumerate(range(0, len(subjects), FIGURE_IMAGES), start=1):
-        part = subjects[first : first + FIGURE_IMAGES]
-        picture, maps = compare(models, part, tasks, tile=plain.tile)
+        numbers = range(first, min(first + FIGURE_IMAGES, len(subjects)))
+        part = (subjects[number] for number in _progress(numbers, "predict"))
+        picture = compare(models, part, tasks, tile=plain.tile, keep=keep)
         written.append(_save(picture, plain, "predictions" if page == 1 else f"predictions_{page}"))
-        for name, own in maps.items() if plain.arrays else ():
-            for subject, one in zip(part, own, strict=True):
-                one.save(plain.out / _file_name(name), stem=_file_name(subject.name), formats=["npy"])
-    written.append(_write(plain, "predictions", _facts(plain, models, subjects, tasks)))
-    return written
+    return [*written, _write(plain, "predictions", _facts(plain, models, subjects, tasks))]
 
 
 def look_at_features(plain: argparse.Namespace) -> list[Path]:
@@ -142,12 +148,18 @@ def look_at_features(plain: argparse.Namespace) -> list[Path]:
     from pamm.look.features import feature_figure, look_at_features
 
     models, subjects, tasks = _open(plain)
-    images = [subject.image for subject in subjects]
+    if len(subjects) > MOST_FEATURES:
+        raise LookError(f"features of {len(subjects)} images do not fit into memory; give {MOST_FEATURES} at most")
+    shown = list(subjects)
+    images = [subject.image for subject in shown]
     rows = [stage if stage == "fused" else f"stage {stage}" for stage in plain.stages] if plain.stages else None
-    looks = {n: look_at_features(p, images, sharing=plain.pca, rows=rows) for n, p in models.items()}
+    looks = {
+        name: look_at_features(predictor, _progress(images, name), sharing=plain.pca, rows=rows)
+        for name, predictor in models.items()
+    }
     written = []
-    for number, subject in enumerate(subjects):
-        picture = feature_figure(looks, subjects, number, tasks, sharing=plain.pca, tile=plain.tile)
+    for number, subject in enumerate(shown):
+        picture = feature_figure(looks, shown, number, tasks, sharing=plain.pca, tile=plain.tile)
         written.append(_save(picture, plain, f"features_{_file_name(subject.name)}"))
         values = {
             f"{name}/{row}/{column}": look.components[row, column].project(m.values).astype(np.float32)
@@ -155,7 +167,8 @@ def look_at_features(plain: argparse.Namespace) -> list[Path]:
             for row, columns in look.maps[number].items()
             for column, m in columns.items()
         }
-        np.savez(written[-1].with_suffix(".npz"), **values)
+        written.append(plain.out / f"features_{_file_name(subject.name)}.npz")
+        np.savez(written[-1], **values)
     shares = {
         name: {f"{row}/{column}": own.shares.tolist() for (row, column), own in look.components.items()}
         for name, look in looks.items()
@@ -169,7 +182,8 @@ def look_at_router(plain: argparse.Namespace) -> list[Path]:
     from pamm.look.router import router_figure, router_weights
 
     models, subjects, tasks = _open(plain)
-    weights = router_weights(next(iter(models.values())), [subject.image for subject in subjects])
+    images = (subject.image for subject in _progress(subjects, "router"))
+    weights = router_weights(next(iter(models.values())), images)
     arrays = {f"{name}/stage {stage + 1}": values for (name, stage), values in weights.weights.items()}
     arrays |= {f"{name}/stage {stage + 1}/own": values for (name, stage), values in weights.mix.items()}
     picture = _save(router_figure(weights, tasks=tasks, tile=plain.tile), plain, "router")
@@ -207,17 +221,20 @@ VIEWS = {
 
 
 def _facts(
-    plain: argparse.Namespace, models: dict[str, Predictor], subjects: Sequence[Subject], tasks: Sequence[str]
+    plain: argparse.Namespace, models: Mapping[str, Predictor], subjects: Subjects, tasks: Sequence[str]
 ) -> dict[str, Any]:
     """What a figure shows."""
     sources = plain.source if isinstance(plain.source, list) else [plain.source]
     return {
         "models": dict(zip(models, sources, strict=True)),
-        "images": [
-            {"name": s.name, "size": list(s.image.shape[:2]), "labels": [task for task in s.truths]} for s in subjects
-        ],
+        "images": subjects.names,
         "tasks": list(tasks),
     }
+
+
+def _progress(items: Iterable[Any], name: str) -> Iterable[Any]:
+    """A bar, on a terminal alone."""
+    return tqdm(items, name, unit="image", leave=False, disable=None)
 
 
 def _save(picture: Image.Image, plain: argparse.Namespace, name: str) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -169,7 +169,7 @@ class Look:
 
 def look_at_features(
     predictor: Predictor,
-    images: Sequence[np.ndarray],
+    images: Iterable[np.ndarray],
     *,
     sharing: Sharing = "per-task",
     rows: Sequence[str] | None = None,

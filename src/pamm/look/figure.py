@@ -55,17 +55,8 @@ def compose(
 
     Raises ValueError where there is no tile at all.
     """
-    columns = list(dict.fromkeys(column for block in blocks for row in block.rows.values() for column in row))
-    if not columns:
-        raise ValueError("a figure needs at least one tile")
     scale = Scale(tile)
-    widths = {
-        column: max(
-            scale.width(column),
-            *(row[column].picture.width for block in blocks for row in block.rows.values() if column in row),
-        )
-        for column in columns
-    }
+    widths = _column_widths(blocks, scale)
     sides = [block for block in blocks if block.side is not None]
     side = max((max(block.side.picture.width, scale.width(block.heading)) for block in sides), default=0)
     left = scale.label + (side + scale.gap if side else 0)
@@ -141,6 +132,17 @@ def color_bar(title: str, ticks: Sequence[tuple[float, str]], *, tile: int = TIL
         pen.line((x, top + scale.text, x, scale.line + scale.gap / 2), SOFT, max(1, scale.gap // 6))
         pen.text((x, 1.5 * scale.line + scale.gap / 4), text, SOFT, font=font(scale.small), anchor="mm")
     return strip
+
+
+def _column_widths(blocks: Sequence[Block], scale: Scale) -> dict[str, int]:
+    rows = [row for block in blocks for row in block.rows.values()]
+    widths: dict[str, int] = {}
+    for row in rows:
+        for column, tile in row.items():
+            widths[column] = max(widths.get(column, scale.width(column)), tile.picture.width)
+    if not widths:
+        raise ValueError("a figure needs at least one tile")
+    return widths
 
 
 def _headings(widths: Mapping[str, int], side: str, left: int, scale: Scale) -> Image.Image:

@@ -2,38 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 from PIL import Image
 
 from pamm.look.figure import TILE, Block, Tile, compose, empty_tile
 from pamm.look.subjects import Subject
-from pamm.pictures import Colour, fit, legend
+from pamm.pictures import fit, legend
 from pamm.predict import Maps, Predictor
-from pamm.tasks import Task
 
 TRUTH = "ground truth"
 
 
 def compare(
-    models: Mapping[str, Predictor], subjects: Sequence[Subject], tasks: Sequence[str], *, tile: int = TILE
-) -> tuple[Image.Image, dict[str, list[Maps]]]:
-    """One block per image, in it a row per model and one for the truth, a column per task; and the maps, model → images."""
-    maps = {name: [predict(subject.image) for subject in subjects] for name, predict in models.items()}
-    blocks = [
-        prediction_block(subject, {name: own[k] for name, own in maps.items()}, tasks, tile=tile)
-        for k, subject in enumerate(subjects)
-    ]
+    models: Mapping[str, Predictor],
+    subjects: Iterable[Subject],
+    tasks: Sequence[str],
+    *,
+    tile: int = TILE,
+    keep: Callable[[Subject, Mapping[str, Maps]], None] | None = None,
+) -> Image.Image:
+    """One block per image, in it a row per model and one for the truth, a column per task.
+
+    keep: called with every subject and its maps, model → maps, which are forgotten afterwards.
+    """
+    blocks, present = [], {name: set[int]() for name in tasks}
+    has_truth = has_gaps = False
+    for subject in subjects:
+        maps = {name: predict(subject.image) for name, predict in models.items()}
+        blocks.append(prediction_block(subject, maps, tasks, tile=tile))
+        for name, found in present.items():
+            found |= _classes(name, subject, maps)
+        shown = [subject.valid[name] for name in tasks if name in subject.truths]
+        has_truth, has_gaps = has_truth or bool(shown), has_gaps or not all(valid.all() for valid in shown)
+        if keep is not None:
+            keep(subject, maps)
     drawn_by = {name: next(m.tasks[name] for m in models.values() if name in m.tasks) for name in tasks}
-    legends = {name: classes for name, task in drawn_by.items() if (classes := _present(name, task, maps, subjects))}
-    caption = "Predictions at the image's own size; where a task's colours follow its range, that of the "
-    caption += (
-        "ground truth, or else of all models together." if any(s.truths for s in subjects) else "models together."
-    )
-    if any(not valid.all() for s in subjects for name, valid in s.valid.items() if name in tasks):
-        caption += " Grey: no label."
-    return compose(blocks, caption=caption, legends=legends, tile=tile), maps
+    legends = {name: legend(drawn_by[name], found) for name, found in present.items() if found}
+    caption = "Predictions at the image's own size. Colours that follow a map's range take that of "
+    caption += "the ground truth, or else of all models together." if has_truth else "all models together."
+    return compose(blocks, caption=caption + " Grey: no label." * has_gaps, legends=legends, tile=tile)
 
 
 def prediction_block(subject: Subject, maps: Mapping[str, Maps], tasks: Sequence[str], *, tile: int = TILE) -> Block:
@@ -68,12 +77,12 @@ def truth_row(subject: Subject, tasks: Sequence[str], *, tile: int = TILE) -> di
     return row
 
 
-def _present(
-    name: str, task: Task, maps: Mapping[str, Sequence[Maps]], subjects: Sequence[Subject]
-) -> dict[str, Colour]:
-    """The legend of the classes that occur in any of the pictures."""
-    if not legend(task):
-        return {}
-    found = {int(i) for own in maps.values() for m in own if name in m for i in np.unique(m[name])}
-    found |= {int(i) for s in subjects if name in s.truths for i in np.unique(s.truths[name][s.valid[name]])}
-    return legend(task, found)
+def _classes(name: str, subject: Subject, maps: Mapping[str, Maps]) -> set[int]:
+    """The classes that occur in the pictures of a task of one image; empty for a task without classes."""
+    own = [m for m in maps.values() if name in m]
+    if not legend(own[0].tasks[name] if own else subject.tasks[name]):
+        return set()
+    parts = [m[name] for m in own]
+    if name in subject.truths:
+        parts.append(subject.truths[name][subject.valid[name]])
+    return {int(i) for part in parts for i in np.unique(part)}

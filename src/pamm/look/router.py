@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
 from pamm.look import LookError
 from pamm.look.figure import INK, PALE, SOFT, TILE, Block, Scale, Tile, color_bar, compose, font, ramp
@@ -37,7 +36,7 @@ class RouterWeights:
         return (self.weights[parameter, stage] > 0).mean(0)
 
 
-def router_weights(predictor: Predictor, images: Sequence[np.ndarray]) -> RouterWeights:
+def router_weights(predictor: Predictor, images: Iterable[np.ndarray]) -> RouterWeights:
     """The weights of each (H, W, 3) uint8 image (paper eq. 11-13, without the noise of training).
 
     The released PAMM's spatial router sums over the positions before it scores the experts: it too gives one weight per
@@ -49,7 +48,7 @@ def router_weights(predictor: Predictor, images: Sequence[np.ndarray]) -> Router
     found: dict[tuple[str, int], list[torch.Tensor]] = {}
     mixes: dict[tuple[str, int], list[torch.Tensor]] = {}
     with reading(model) as seen:
-        for image in tqdm(images, "router", unit="image", disable=None):
+        for image in images:
             predictor.logits(image)
             for place, weights in seen.weights.items():
                 found.setdefault(place, []).append(weights[:, 0].float().cpu())

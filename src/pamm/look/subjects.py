@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -37,15 +37,30 @@ class Subject:
     tasks: Mapping[str, Task] = field(default_factory=dict)
 
 
-def from_files(patterns: Sequence[str | Path]) -> list[Subject]:
-    """Files, folders and globs of images → subjects without truths. Raises PredictError, ImageError."""
+class Subjects(Sequence[Subject]):
+    """Subjects that are read when asked for; `names` are known before."""
+
+    def __init__(self, names: Sequence[str], load: Callable[[int], Subject]):
+        self.names = list(names)
+        self._load = load
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Subject:
+        return self._load(range(len(self))[index])
+
+
+def from_files(patterns: Sequence[str | Path]) -> Subjects:
+    """Files, folders and globs of images → subjects without truths. Raises PredictError, and ImageError when read."""
     paths = expand_inputs(patterns)
-    return [Subject(name, to_array(path)) for path, name in zip(paths, file_names(paths), strict=True)]
+    names = file_names(paths)
+    return Subjects(names, lambda index: Subject(names[index], to_array(paths[index])))
 
 
 def from_dataset(
     experiment: Experiment, tasks: Mapping[str, Task], *, split: str = "val", ids: Sequence[str] = (), count: int = 4
-) -> list[Subject]:
+) -> Subjects:
     """Samples of a data set as read, with truths of `tasks`: those of `ids`, or `count` spread evenly over the split.
 
     Raises LookError for an unknown id, DataError.
@@ -58,10 +73,9 @@ def from_dataset(
         if id not in known:
             near = ", ".join(get_close_matches(id, known, 3, 0.3) or list(known)[:3])
             raise LookError(f"no image '{id}' among the {len(known)} of the {split} split; for example: {near}")
-    chosen = [known[id] for id in ids] or sorted(
-        {int(i) for i in np.linspace(0, len(known) - 1, min(count, len(known)))}
-    )
-    return [_with_truths(data[index], readers) for index in chosen]
+    spread = np.linspace(0, len(known) - 1, min(count, len(known))).astype(int).tolist()
+    chosen = [known[id] for id in ids] or spread
+    return Subjects([data.ids[i] for i in chosen], lambda index: _with_truths(data[chosen[index]], readers))
 
 
 def _with_truths(sample: Sample, readers: Mapping[str, Task]) -> Subject:
@@ -87,7 +101,7 @@ def subjects_for(
     split: str = "val",
     ids: Sequence[str] = (),
     count: int = 4,
-) -> list[Subject]:
+) -> Subjects:
     """The images given, or samples of the data set named, by default the first model's own.
 
     data: recipe or experiment.yaml; root, split, ids, count: see `from_dataset`. Raises LookError, ConfigError, DataError,
