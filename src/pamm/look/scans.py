@@ -100,9 +100,9 @@ def draw_scan(order: np.ndarray, height: int, width: int, *, side: int = TILE) -
             pen.line((a, b), colour, max(FINE, fine // 4))
     for point, colour in zip(points, colours, strict=True):
         _disc(pen, point, max(FINE, fine // 4) / 2, fill=colour)
-    radius = max(MARGIN * FINE * 0.9, min(0.34 * fine, 2 * margin))
+    radius = max(0.9 * margin, 0.32 * fine)
     _disc(pen, points[0], radius, fill=colours[0])
-    _disc(pen, points[-1], radius, fill="white", outline=END, width=max(FINE, fine // 10))
+    _disc(pen, points[-1], radius, fill="white", outline=END, width=round(radius / 4))
     return picture.resize((picture.width // FINE, picture.height // FINE), Image.Resampling.LANCZOS)
 
 
