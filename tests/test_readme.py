@@ -86,7 +86,7 @@ def test_train_commands_give_an_experiment(arguments, workplace, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "arguments", [c for c in COMMANDS if c[0] in ("predict", "data", "eval", "import")], ids=" ".join
+    "arguments", [c for c in COMMANDS if c[0] in ("predict", "data", "eval", "import", "look")], ids=" ".join
 )
 def test_other_commands_run(arguments, workplace, monkeypatch, capsys):
     monkeypatch.chdir(workplace)
@@ -94,4 +94,4 @@ def test_other_commands_run(arguments, workplace, monkeypatch, capsys):
 
 
 def test_every_kind_of_command_is_shown():
-    assert {"predict", "data", "train", "eval", "import"} <= {command[0] for command in COMMANDS}
+    assert {"predict", "data", "train", "eval", "import", "look"} <= {command[0] for command in COMMANDS}

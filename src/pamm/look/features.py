@@ -224,16 +224,17 @@ def shares_text(components: Components) -> str:
 
 def caption(looks: Mapping[str, Look], images: int, sharing: Sharing) -> str:
     """What the colours mean."""
-    over = "this image" if images == 1 else f"all {images} images"
+    over = "this image" if images == 1 else f"{images} images"
+    models = "model, " if len(looks) > 1 else ""
     text = (
         "First three principal components of the features as red, green and blue; below, their shares of the variance. "
     )
     if sharing == "per-task":
-        text += f"One PCA per stage and task over {over}: colours tell regions apart and compare between images, not between tiles "
-        text += "of one figure."
+        text += f"One PCA per {models}stage and task over {over}: colours tell regions of a tile apart and "
+        text += "do not compare between tiles" + (" of one figure." if images > 1 else ".")
     else:
-        text += f"One PCA per stage for all tasks together over {over}, one for the backbone: in a row, tasks of one colour have "
-        text += "one feature."
+        text += f"One PCA per {models}stage for all tasks together over {over}, one for the backbone: in a row, tasks of one "
+        text += "colour have one feature."
     if any(FUSED in maps for look in looks.values() for maps in look.maps):
         text += " fused: what the Task Decoder gives to the heads, beside the backbone's last stage."
     return text

@@ -14,6 +14,9 @@ from pamm.look.figure import INK, PALE, SOFT, TILE, Block, Scale, Tile, color_ba
 from pamm.look.readout import PARAMETERS, plan_of, reading
 from pamm.predict import Predictor
 
+OUTLIER = 4
+"""A weight this many times the median makes the colours of a figure follow the square root, so that the others differ too."""
+
 
 @dataclass(frozen=True)
 class RouterWeights:
@@ -73,23 +76,24 @@ def draw_weights(
     tasks: Sequence[str],
     *,
     largest: float | None = None,
+    power: float = 1.0,
     extra: Mapping[str, Sequence[str]] | None = None,
     tile: int = TILE,
 ) -> Image.Image:
     """(T, E) mean weights → a heat map, a row per task and a column per expert, each cell with its weight in percent.
 
-    The colour follows the weight's square root. largest: the weight of the darkest colour, default the largest here. An
+    The colour follows (weight / largest)^power. largest: the weight of the darkest colour, default the largest here. An
     expert that is never kept has a grey cell with a dot. extra: name → (T,) texts behind each row.
     """
     scale = Scale(tile)
     high = max(float(weights.max()) if largest is None else largest, 1e-12)
     width, height, columns = round(tile / 7), round(tile / 8), dict(extra or {})
-    left = max(scale.width(task) for task in tasks) + scale.gap
+    left = max(scale.width(task) for task in tasks) + 3 * scale.gap
     spare = {name: max(map(scale.width, (name, *values))) + scale.gap for name, values in columns.items()}
     size = left + width * weights.shape[1] + sum(spare.values()), height * (len(tasks) + 1)
     picture = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(picture)
-    colours = ramp(np.sqrt(weights / high))
+    colours = ramp((weights / high) ** power)
     for e in range(weights.shape[1]):
         pen.text((left + (e + 0.5) * width, height / 2), str(e + 1), SOFT, font=font(scale.small), anchor="mm")
     for t, task in enumerate(tasks):
@@ -121,7 +125,9 @@ def router_figure(weights: RouterWeights, *, tasks: Sequence[str] | None = None,
     """A row per stage, a column for each of B and C, one colour scale for all."""
     chosen = list(weights.tasks if tasks is None else tasks)
     lines = [weights.tasks.index(task) for task in chosen]
-    largest = max(float(weights.mean(*place)[lines].max()) for place in weights.weights)
+    means = np.stack([weights.mean(*place)[lines] for place in weights.weights])
+    largest = float(means.max())
+    power = 0.5 if largest > OUTLIER * np.median(means[means > 0]) else 1.0
     rows: dict[str, dict[str, Tile]] = {}
     for stage in sorted({stage for _, stage in weights.weights}):
         for parameter in PARAMETERS:
@@ -130,11 +136,13 @@ def router_figure(weights: RouterWeights, *, tasks: Sequence[str] | None = None,
                 extra = {"sum": [f"{100 * total:.1f}" for total in mean.sum(1)]}
                 if (parameter, stage) in weights.mix:
                     extra["own"] = [f"{m:+.2f}" for m in weights.mix[parameter, stage].mean(0)[lines]]
-                panel = draw_weights(mean, chosen, largest=largest, extra=extra, tile=tile)
+                panel = draw_weights(mean, chosen, largest=largest, power=power, extra=extra, tile=tile)
                 rows.setdefault(f"stage {stage + 1}", {})[f"experts of {parameter}"] = Tile(panel)
     images = len(next(iter(weights.weights.values())))
     bar = color_bar(
-        "mean weight, %", [(part**0.5, f"{100 * largest * part:.1f}") for part in (0, 0.1, 0.4, 1)], tile=tile
+        "mean weight, %",
+        [(part, f"{100 * largest * part ** (1 / power):.1f}") for part in (0, 0.25, 0.5, 0.75, 1)],
+        tile=tile,
     )
     caption = (
         f"Expert weights in percent, mean over {images} image{'' if images == 1 else 's'}; a dot: never among the top k. "
