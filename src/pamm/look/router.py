@@ -148,6 +148,8 @@ def router_figure(weights: RouterWeights, *, tasks: Sequence[str] | None = None,
         f"Expert weights in percent, mean over {images} image{'' if images == 1 else 's'}; a dot: never among the top k. "
         "sum: softmax mass of the experts kept, which is not renormalised. "
     )
+    if power < 1:
+        caption += "Colours follow the square root. "
     if weights.mix:
         caption += "own: factor of the task's own expert, any number. "
     return compose([Block(rows)], caption=caption, bars=[bar], tile=tile)
