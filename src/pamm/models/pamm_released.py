@@ -116,20 +116,16 @@ class ReleasedExperts(nn.Module):
         self.norm = per_task(tasks, lambda: JoinedBatchNorm2d(size))
         self.register_buffer("prior", torch.zeros(len(tasks), size))
 
-    def forward(self, x: Sequence[Tensor], planes: Sequence[Tensor] | None = None) -> Tensor:
-        """T maps (B, e, h, w) → (T, B, N, h, w). planes: the same maps contiguous, where they are at hand."""
+    def forward(self, x: Sequence[Tensor]) -> Tensor:
+        """T maps (B, e, h, w) → (T, B, N, h, w)."""
         folded = not (self.training or torch.is_grad_enabled())
         one_task = self.one_task_folded if folded else self.one_task
-        planes = [x_t.contiguous() for x_t in x] if planes is None else planes
-        routes = [router(x_t) for router, x_t in zip(self.routers.values(), x, strict=True)]
-        maps = [one_task(task, *route, x_t) for task, route, x_t in zip(self.routers, routes, planes, strict=True)]
+        maps = [one_task(task, *self.routers[task](x_t), x_t) for task, x_t in zip(self.routers, x, strict=True)]
         return torch.stack(maps) + self.prior[:, None, :, None, None]
 
     def one_task(self, task: str, weights: Tensor, mix: Tensor, x: Tensor) -> Tensor:
-        """Routing (B, E) and (B, 1), map (B, e, h, w) → (B, N, h, w), without the prior.
-
-        The map is contiguous: channels-last takes twice the time with such large kernels.
-        """
+        """Routing (B, E) and (B, 1), map (B, e, h, w) → (B, N, h, w), without the prior."""
+        x = x.contiguous()  # channels-last takes twice the time with such large kernels
         own = self.task_reduce[task]
         reduce = torch.cat([self.reduce.flatten(0, 1), own.weight])
         hidden = F.conv2d(x, reduce, torch.cat([self.reduce_bias.flatten(), own.bias]), padding=self.padding)
@@ -146,7 +142,7 @@ class ReleasedExperts(nn.Module):
         No gradient: one would pass the general path, which sends none back.
         """
         maps = []
-        for p, m, image in zip(weights, mix, x, strict=True):
+        for p, m, image in zip(weights, mix, x.contiguous(), strict=True):
             with torch.autocast(x.device.type, enabled=False):
                 kernel, factor, shift = self.fold(task, p.float(), m.float())
             image = F.conv2d(image[None], kernel.to(x.dtype), padding=self.padding)
@@ -180,8 +176,8 @@ class PlainProjection(nn.Module):
         self.project = per_task(tasks, lambda: create_linear(channels, config.state_size, bias=config.projection_bias))
         self.register_buffer("prior", torch.zeros(len(tasks), config.state_size))
 
-    def forward(self, x: Sequence[Tensor], planes: Sequence[Tensor] | None = None) -> Tensor:
-        """T maps (B, e, h, w) → (T, B, N, h, w), as `ReleasedExperts`."""
+    def forward(self, x: Sequence[Tensor]) -> Tensor:
+        """T maps (B, e, h, w) → (T, B, N, h, w)."""
         maps = [project(x_t.movedim(1, -1)) for project, x_t in zip(self.project.values(), x, strict=True)]
         return (torch.stack(maps) + self.prior[:, None, None, None]).movedim(-1, 2)
 
@@ -220,17 +216,17 @@ class ReleasedStage(nn.Module):
         y = [contract(y_t).transpose(1, 2).unflatten(2, stage.shape[-2:]) for contract, y_t in y]
         return tuple(torch.addcmul(u_t, y_t, z_t) for u_t, y_t, z_t in zip(u, y, z, strict=True))
 
-    def scan(self, x: Sequence[Tensor], orders: Tensor) -> Tensor:
-        """T signals (B, e, h, w) → (T, B, L, e), the sum over the scan orders."""
-        tokens = [to_tokens(x_t) for x_t in x]
+    def scan(self, x: list[Tensor], orders: Tensor) -> Tensor:
+        """T signals (B, e, h, w) → (T, B, L, e), the sum over the scan orders. Empties the list, whose maps take room."""
+        B, C = (to_tokens(experts(x)) for experts in (self.B, self.C))
+        tokens = torch.stack([to_tokens(x_t) for x_t in x])
+        x.clear()
         lows = [reduce(x_t) for reduce, x_t in zip(self.delta_reduce.values(), tokens, strict=True)]
         steps = self.delta_restore.values()  # their bias is added inside the scan, in float32
         delta = torch.stack([linear(low, step.weight) for low, step in zip(lows, steps, strict=True)])
         bias = torch.stack([step.bias for step in steps])
-        planes = [x_t.contiguous() for x_t in x]
-        B, C = (to_tokens(experts(x, planes)) for experts in (self.B, self.C))
         A = -torch.exp(self.A_log.float())
-        return selective_scan(torch.stack(tokens), delta, A, B, C, self.D, orders, delta_bias=bias)
+        return selective_scan(tokens, delta, A, B, C, self.D, orders, delta_bias=bias)
 
 
 class ReleasedDecoder(nn.Module):
