@@ -38,13 +38,15 @@ def exporting() -> bool:
 
 def selective_scan(inputs: Inputs) -> Tensor:
     """Sum over the orders of the recurrence along them, put in place. Shapes: see `pamm.ops.selective_scan`."""
-    A, orders, per_order = inputs.A, inputs.orders, inputs.per_order()
-    x, steps = inputs.x.to(A.dtype), inputs.steps()
-    A = (A if per_order else A[:, None]).transpose(-1, -2)[:, None].contiguous()  # (G, 1, 1 or K, N, D)
+    orders, per_order = inputs.orders, inputs.per_order()
+    x, steps = inputs.x.to(inputs.A.dtype), inputs.steps()
     own_input = steps * (x[:, :, None] if per_order else x)
     visited = [_chunks(_visit(tensor, orders)) for tensor in (steps, own_input, inputs.B, inputs.C)]
-    state = visited[1].new_zeros(*visited[1].shape[2:5], *A.shape[-2:])  # (G, B, K, N, D)
-    y = _loop(state, visited, A).flatten(0, 1)[: x.shape[2]]  # (L, G, B, K, D)
+    G, images, K, length, channels, N = inputs.sizes()
+    state = x.new_zeros(G, images, K, N, channels)
+    A = (inputs.A if per_order else inputs.A[:, None]).transpose(-1, -2)[:, None]  # (G, 1, 1 or K, N, D)
+    # A in the state's whole shape: torch.onnx takes lengths for unknown, and an axis of unknown length does not broadcast.
+    y = _loop(state, visited, A.expand_as(state).contiguous()).flatten(0, 1)[:length]  # (L, G, B, K, D)
     y = _visit(y.permute(1, 2, 3, 0, 4), orders.argsort(1)).sum(2)
     return y + x * inputs.skip()
 
