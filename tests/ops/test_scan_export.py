@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_selective_scan import CASES, FLOAT32_TOLERANCE, NAMES, assert_close, in_double, problem, run
-from torch.fx.experimental import _config
 
 from pamm.ops.selective_scan import choose, mamba_ssm, selective_scan
 from pamm.ops.selective_scan.inputs import Inputs
@@ -38,28 +37,6 @@ def test_exported_graph_gives_the_reference_and_does_not_grow_with_the_sequence(
     short, long = (exported(size, per_order, strict) for size in ((3, 5), (20, 21)))
     assert len(short) == len(long) < 200
     assert not any("pamm" in str(node.target) for node in long)
-
-
-class Scans(torch.nn.Module):
-    def __init__(self, *scans):
-        super().__init__()
-        self.scans = torch.nn.ModuleList(scans)
-
-    def forward(self, *problems):
-        return [scan(*tensors) for scan, tensors in zip(self.scans, problems, strict=True)]
-
-
-@pytest.mark.skipif(not hasattr(_config, "backed_size_oblivious"), reason="a setting of newer versions of torch")
-def test_scans_of_several_sizes_export_as_torch_onnx_does_it(monkeypatch):
-    """torch.onnx takes the length 1 of an axis (here one image) for unknown, and the second size makes all lengths unknown."""
-    monkeypatch.setattr(_config, "backed_size_oblivious", True)
-    problems = [problem(2, 1, 4, size, channels, 4) for size, channels in (((3, 5), 6), ((4, 5), 8))]
-    tensors = tuple(tuple(inputs[name].detach() for name in NAMES) for inputs, _ in problems)
-    model = Scans(*(Scan(orders) for _, orders in problems))
-    found = torch.export.export(model, tensors, strict=False).module()(*tensors)
-    for y, (inputs, orders) in zip(found, problems, strict=True):
-        expected = selective_scan(**inputs, orders=orders, engine="reference").detach()
-        assert_close({"y": y}, {"y": expected}, FLOAT32_TOLERANCE)
 
 
 def test_export_form_is_chosen_only_while_exporting():
