@@ -28,7 +28,7 @@ from pamm.cli import main as pamm
 from pamm.experiment import ExpertsConfig, ModelConfig, ReleasedConfig, check
 from pamm.models.registry import build_model
 from pamm.nn.serialize import scan_orders
-from pamm.ops.selective_scan import reference
+from pamm.ops import selective_scan
 from pamm.recipes import get_recipe
 from pamm.tasks import TASKS, create_task
 from tiny import BACKBONE, DECODER, MODEL
@@ -75,7 +75,9 @@ def test_plain_scans_equal_the_definition(one, per_order):
     x, delta, A, B, C, D, bias = parts
     tokens = (values.transpose(-1, -2)[None] for values in (x, delta, B, C))
     u, d, b, c = tokens
-    expected = reference.selective_scan(u, d, A[None], b, c, D[None], orders, bias[None], True)[0].transpose(1, 2)
+    expected = selective_scan(u, d, A[None], b, c, D[None], orders, delta_bias=bias[None], engine="reference")[
+        0
+    ].transpose(1, 2)
     y = along_orders(one, parts, orders)
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
     weight = torch.randn_like(y)
