@@ -16,7 +16,7 @@ import torch
 from pamm.bench import BenchError, child, run
 from pamm.bench.command import main, scan_shape
 from pamm.bench.machine import scan_floor, vector_rates
-from pamm.bench.measure import Candidate, Workload, in_turn
+from pamm.bench.measure import Candidate, Workload, in_turn, operations
 from pamm.bench.plain_pamm import PlainPAMM, plain_state
 from pamm.bench.plain_released import PlainReleased
 from pamm.bench.plain_scan import SCANS, Parts, along_orders, mambapy, recurrence
@@ -28,7 +28,7 @@ from pamm.cli import main as pamm
 from pamm.experiment import ExpertsConfig, ModelConfig, ReleasedConfig, check
 from pamm.models.registry import build_model
 from pamm.nn.serialize import scan_orders
-from pamm.ops.selective_scan import reference
+from pamm.ops import selective_scan
 from pamm.recipes import get_recipe
 from pamm.tasks import TASKS, create_task
 from tiny import BACKBONE, DECODER, MODEL
@@ -75,7 +75,9 @@ def test_plain_scans_equal_the_definition(one, per_order):
     x, delta, A, B, C, D, bias = parts
     tokens = (values.transpose(-1, -2)[None] for values in (x, delta, B, C))
     u, d, b, c = tokens
-    expected = reference.selective_scan(u, d, A[None], b, c, D[None], orders, bias[None], True)[0].transpose(1, 2)
+    expected = selective_scan(u, d, A[None], b, c, D[None], orders, delta_bias=bias[None], engine="reference")[
+        0
+    ].transpose(1, 2)
     y = along_orders(one, parts, orders)
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
     weight = torch.randn_like(y)
@@ -286,6 +288,15 @@ def test_an_allocation_beyond_the_free_memory_fails_in_its_own_process(monkeypat
     job = {"work": "scan", "settings": settings | common, "rounds": 1, "budget": 1.0, "threads": 1}
     (line,) = run.measure("scan", "large", "forward", job, memory=False)
     assert "memory" in line["error"] and line["seconds"] is None
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_operations_of_a_grouped_convolution_are_those_of_its_groups(groups):
+    """Forward, and once more for each of the two gradients: 2 · outputs · weights of one output."""
+    convolution = torch.nn.Conv2d(8, 12, 3, padding=1, groups=groups)
+    with operations() as counter:
+        convolution(torch.randn(2, 8, 5, 7, requires_grad=True)).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * (2 * 12 * 5 * 7) * (8 // groups * 9)
 
 
 def test_the_floor_counts_operations_and_shared_exponentials():

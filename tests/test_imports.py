@@ -32,6 +32,7 @@ MAY_USE = {
         "nn",
         "official",
         "ops",
+        "precision",
         "recipes",
         "tasks",
         "train",

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from test_selective_scan import CASES, FLOAT32_TOLERANCE, NAMES, assert_close, in_double, problem, run
 
 from pamm.ops.selective_scan import choose, mamba_ssm, selective_scan
+from pamm.ops.selective_scan.inputs import Inputs
 
 
 class Scan(torch.nn.Module):
@@ -68,7 +69,7 @@ def test_layout_given_to_mamba_ssm(per_order, case, monkeypatch):
     inputs, orders = problem(**CASES[case], per_order=per_order)
     expected = run(in_double(inputs), orders, "reference")
     tensors = list(inputs.values())
-    y = mamba_ssm.selective_scan(*tensors[:6], orders, tensors[6], True)
+    y = mamba_ssm.selective_scan(Inputs(*tensors, orders, True))
     weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).float()
     gradients = torch.autograd.grad((y * weight).sum(), tensors)
     found = {"y": y.detach(), **{f"d{name}": grad for name, grad in zip(inputs, gradients, strict=True)}}

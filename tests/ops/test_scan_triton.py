@@ -14,6 +14,7 @@ from test_selective_scan import (
 )
 
 from pamm.ops.selective_scan import selective_scan, triton
+from pamm.ops.selective_scan.inputs import Inputs
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -84,9 +85,10 @@ def test_float64_and_problems_beyond_32_bit_offsets_are_refused():
     assert "float64" in triton.refuses("cuda", torch.float64)
     assert "mps" in triton.refuses("mps", torch.float32)
     orders = problem(**INTERPRETED["odd"])[1]
-    x = torch.empty(1, 1, 2**24, 256, device="meta")
+    x, B = (torch.empty(1, 1, 2**24, columns, device="meta") for columns in (256, 16))
+    A, D = torch.empty(1, 256, 16, device="meta"), torch.empty(1, 256, device="meta")
     with pytest.raises(ValueError, match=r"16777216 positions of 256 channels .* use engine='step'"):
-        triton._plan(x, x, torch.empty(1, 256, 16, device="meta"), orders)
+        triton.forward(Inputs(x, x, A, B, B, D, D, orders, True), keep=False)
 
 
 POINTERS = ("x", "dy", "step", "A", "B", "C", "D", "orders", "y", "kept", "scratch", "dx", "dstep", "dA", "dB", "dC")

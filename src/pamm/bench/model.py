@@ -19,6 +19,8 @@ from pamm.bench.plain_scan import SCANS
 from pamm.build import create_model
 from pamm.experiment import Experiment, PAMMConfig, ReleasedConfig
 from pamm.models.model import MultiTaskModel
+from pamm.ops.product import Linear
+from pamm.precision import prepare
 from pamm.recipes import get_recipe
 
 Decode = Callable[[list[Tensor], tuple[int, int]], dict[str, Tensor]]
@@ -45,7 +47,7 @@ def workload(settings: Mapping[str, Any], only: str | None = None) -> Workload:
     device, decoder_only = settings["device"], settings["part"] == "decoder"
     model = create_model(experiment, pretrained=False).to(device).eval()
     names = [only] if only else settings["candidates"]
-    own = in_bfloat16(model, names) if settings["dtype"] == "bfloat16" else model
+    own = prepared(model, names, settings["dtype"])
     size = experiment.data.size
     image = torch.randn(settings["batch"], 3, *size, device=device)
     with torch.inference_mode():
@@ -54,7 +56,7 @@ def workload(settings: Mapping[str, Any], only: str | None = None) -> Workload:
     for name in names:
         if name in PLAIN:
             decode = plain_decoder(model, experiment, PLAIN[name], dead_branch=settings["dead_branch"])
-            call = decode if decoder_only else with_backbone(model.backbone, decode)
+            call = decode if decoder_only else with_backbone(plain_backbone(model.backbone, copied=not only), decode)
         else:
             call = own.decode if decoder_only else own
         if name.endswith("compiled"):
@@ -67,13 +69,12 @@ def workload(settings: Mapping[str, Any], only: str | None = None) -> Workload:
     return Workload(found, shape | {"tasks": list(model.tasks)}, images=settings["batch"])
 
 
-def in_bfloat16(model: MultiTaskModel, candidates: Collection[str]) -> MultiTaskModel:
-    """This package's form with its weights cast once; a copy where plain forms use the weights as well."""
+def prepared(model: MultiTaskModel, candidates: Collection[str], dtype: str) -> MultiTaskModel:
+    """This package's form, ready for inference; a copy where plain forms use the weights as well."""
     if not set(candidates) - set(PLAIN):
         return model
     own = copy.deepcopy(model) if set(candidates) & set(PLAIN) else model
-    own.use_bfloat16()
-    return own
+    return prepare(own, precision=dtype)
 
 
 def plain_decoder(model: MultiTaskModel, experiment: Experiment, scan: str, *, dead_branch: bool = False) -> Decode:
@@ -89,6 +90,15 @@ def plain_decoder(model: MultiTaskModel, experiment: Experiment, scan: str, *, d
 def drop_decoder(model: MultiTaskModel) -> None:
     """Take the decoder and heads out of a network, so that a plain form's copy of their weights alone stays in memory."""
     model.decoder, model.heads = nn.Identity(), nn.ModuleDict()
+
+
+def plain_backbone(backbone: nn.Module, *, copied: bool) -> nn.Module:
+    """The backbone, or a copy of it, with torch's own linear layers."""
+    backbone = copy.deepcopy(backbone) if copied else backbone
+    for part in backbone.modules():
+        if type(part) is Linear:
+            part.__class__ = nn.Linear
+    return backbone
 
 
 def with_backbone(backbone: nn.Module, decode: Decode) -> Callable[[Tensor, tuple[int, int]], dict[str, Tensor]]:

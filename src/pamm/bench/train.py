@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,7 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from pamm.bench.measure import Candidate, Workload
-from pamm.bench.model import PLAIN, arithmetic, drop_decoder, experiment_of, plain_decoder, with_backbone
+from pamm.bench.model import (
+    PLAIN,
+    arithmetic,
+    drop_decoder,
+    experiment_of,
+    plain_backbone,
+    plain_decoder,
+    with_backbone,
+)
 from pamm.build import create_model
 from pamm.tasks import Task
 from pamm.train import create_optimizer
@@ -36,7 +43,7 @@ def workload(settings: Mapping[str, Any], only: str | None = None) -> Workload:
         call: Callable = model
         if name in PLAIN:
             decoder = plain_decoder(model, experiment, PLAIN[name])
-            backbone = model.backbone if only else copy.deepcopy(model.backbone)
+            backbone = plain_backbone(model.backbone, copied=not only)
             trained = nn.ModuleList([backbone, decoder])
             call = with_backbone(backbone, decoder)
         optimizer = create_optimizer(trained, experiment.train)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pamm.nn.joined import JoinedBatchNorm2d
+from pamm.ops.product import channels_last, linear
 
 TILE = 32
 """Side of the tiles of the large map that are made one after the other where no gradient is needed."""
@@ -25,14 +26,13 @@ def shifted_upsampling(length: int, scale: int) -> Tensor:
     return torch.stack([padded[k : k + length * scale] for k in range(3)], dim=2)
 
 
-def tap_maps(x: Tensor, weight: Tensor) -> Tensor:
+def tap_maps(x: Tensor, taps: Tensor) -> Tensor:
     """Each of the nine taps of a 3×3 convolution applied as a 1×1 convolution.
 
-    x (B, C, h, w), weight (O, C, 3, 3) → (B, h, 3, w, 3, O): row, kernel row, column, kernel column, output channel.
+    x (B, C, h, w), taps (3, 3, O, C) → (B, h, 3, w, 3, O): row, kernel row, column, kernel column, output channel.
     """
     batch, _, height, width = x.shape
-    taps = weight.permute(2, 3, 0, 1).reshape(-1, weight.shape[1], 1, 1)
-    maps = F.conv2d(x.contiguous(memory_format=torch.channels_last), taps).permute(0, 2, 3, 1)
+    maps = F.conv2d(channels_last(x), taps.reshape(-1, taps.shape[3], 1, 1)).permute(0, 2, 3, 1)
     return maps.reshape(batch, height, width, 3, 3, -1).transpose(2, 3)
 
 
@@ -95,8 +95,8 @@ class ConvHead(nn.Module):
         factor, shift = self.norm.factor_and_shift()
         if self.conv.bias is not None:
             shift = shift + factor * self.conv.bias
-        weight = (self.conv.weight * factor[:, None, None, None]).to(self.conv.weight.dtype)
-        small = tap_maps(feature, weight)
+        taps = self.conv.weight.permute(2, 3, 0, 1).clone(memory_format=torch.contiguous_format)
+        small = tap_maps(feature, taps.mul_(factor[:, None]))
         batch, height, _, width, _, channels = small.shape
         small = small.reshape(batch, 3 * height, -1)
         shift, predict = shift.to(small.dtype), self.predict.weight.flatten(1)
@@ -105,6 +105,6 @@ class ConvHead(nn.Module):
         for matrix, band in down:
             tall = (matrix @ small[:, band]).view(-1, 3 * width, channels)
             tiles = (torch.baddbmm(shift, m.expand(len(tall), -1, -1), tall[:, columns]) for m, columns in across)
-            logits = [F.linear(F.gelu(tile), predict, self.predict.bias) for tile in tiles]
+            logits = [linear(F.gelu(tile), predict, self.predict.bias) for tile in tiles]
             rows.append(torch.cat(logits, dim=1).unflatten(0, (batch, -1)))
         return torch.cat(rows, dim=1).permute(0, 3, 1, 2)

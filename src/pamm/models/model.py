@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pamm.nn.recompute import call, recomputed
 from pamm.nn.task_layers import TaskLinear
+from pamm.ops.product import adopt
 from pamm.tasks import Task
 
 CONFIG_FILE = "config.json"
@@ -45,6 +46,7 @@ class MultiTaskModel(nn.Module, ModelHubMixin, library_name="pamm", tags=["multi
         self.backbone = backbone
         self.decoder = decoder
         self.heads = nn.ModuleDict(heads)
+        adopt(self)
         self.tasks = dict(tasks)
         self.settings = settings
 

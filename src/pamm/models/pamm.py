@@ -21,6 +21,7 @@ from pamm.nn.serialize import scan_orders
 from pamm.nn.ssm import init_A_log, init_D, init_delta_bias
 from pamm.nn.task_layers import TaskLinear, concatenated_linear
 from pamm.ops import selective_scan
+from pamm.ops.product import channels_last
 from pamm.strict import ConfigError
 
 GROUPS = 32
@@ -108,7 +109,7 @@ class TaskConvolution(nn.Module):
 
     def forward(self, stage: Tensor) -> Tensor:
         """(B, C, h, w) → (B, T, d, h, w)."""
-        return self.tasks(self.norm(self.shared(stage))).unflatten(1, (-1, self.width))
+        return self.tasks(self.norm(self.shared(channels_last(stage)))).unflatten(1, (-1, self.width))
 
 
 class SharedProjection(nn.Module):
@@ -149,10 +150,11 @@ class PAME(nn.Module):
 
     def forward(self, u: Tensor, orders: Tensor) -> Tensor:
         """(B, T, d, h, w) features, (K, L) scan orders → (B, T, d, h, w): u + project(scan) ⊙ gate."""
-        n = self.norm(u.flatten(1, 2))
-        local = F.silu(self.dwconv(n)).view_as(u)
-        z = F.silu(self.gate(to_tokens(n.view_as(u))))
-        x = self.expand(to_tokens(local))
+        n = self.norm(channels_last(u.flatten(1, 2)))
+        local = F.silu(self.dwconv(n))
+        n, local = (to_tokens(maps.unflatten(1, u.shape[1:3])) for maps in (n, local))
+        z = F.silu(self.gate(n))
+        x = self.expand(local)
         pooled = pool(x)
         y = selective_scan(
             x,
@@ -164,7 +166,7 @@ class PAME(nn.Module):
             orders,
             delta_bias=self.delta_bias,
         )
-        return u + to_maps(self.contract(y) * z, u.shape[-2:])
+        return to_maps(torch.addcmul(to_tokens(u), self.contract(y), z), u.shape[-2:])
 
 
 class TaskDecoder(nn.Module):

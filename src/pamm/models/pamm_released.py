@@ -10,7 +10,7 @@ Letters in shapes: B batch, T tasks, S stages, d width, e expanded width, h×w t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from pamm.nn.recompute import call, recomputed
 from pamm.nn.serialize import scan_orders
 from pamm.nn.ssm import init_A_log, init_D
 from pamm.ops import selective_scan
+from pamm.ops.product import channels_last, linear
 from pamm.strict import ConfigError
 
 GROUPS = 32
@@ -34,7 +35,7 @@ def per_task(tasks: list[str], build: Callable[[], nn.Module]) -> nn.ModuleDict:
     return nn.ModuleDict({task: build() for task in tasks})
 
 
-def linear(inputs: int, outputs: int, *, bias: bool = True) -> nn.Linear:
+def create_linear(inputs: int, outputs: int, *, bias: bool = True) -> nn.Linear:
     """A linear layer as the published code initialises it: trunc-normal 0.02, bias 0."""
     layer = nn.Linear(inputs, outputs, bias=bias)
     nn.init.trunc_normal_(layer.weight, std=0.02)
@@ -115,16 +116,16 @@ class ReleasedExperts(nn.Module):
         self.norm = per_task(tasks, lambda: JoinedBatchNorm2d(size))
         self.register_buffer("prior", torch.zeros(len(tasks), size))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(T, B, e, h, w) → (T, B, N, h, w)."""
+    def forward(self, x: Sequence[Tensor]) -> Tensor:
+        """T maps (B, e, h, w) → (T, B, N, h, w)."""
         folded = not (self.training or torch.is_grad_enabled())
         one_task = self.one_task_folded if folded else self.one_task
-        maps = [one_task(task, x_t) for task, x_t in zip(self.routers, x, strict=True)]
+        maps = [one_task(task, *self.routers[task](x_t), x_t) for task, x_t in zip(self.routers, x, strict=True)]
         return torch.stack(maps) + self.prior[:, None, :, None, None]
 
-    def one_task(self, task: str, x: Tensor) -> Tensor:
-        """(B, e, h, w) → (B, N, h, w), without the prior."""
-        weights, mix = self.routers[task](x)
+    def one_task(self, task: str, weights: Tensor, mix: Tensor, x: Tensor) -> Tensor:
+        """Routing (B, E) and (B, 1), map (B, e, h, w) → (B, N, h, w), without the prior."""
+        x = x.contiguous()  # channels-last takes twice the time with such large kernels
         own = self.task_reduce[task]
         reduce = torch.cat([self.reduce.flatten(0, 1), own.weight])
         hidden = F.conv2d(x, reduce, torch.cat([self.reduce_bias.flatten(), own.bias]), padding=self.padding)
@@ -135,18 +136,17 @@ class ReleasedExperts(nn.Module):
         mixed = mix[:, :, None, None].to(x.dtype) * self.task_restore[task](private)
         return self.norm[task](self.norm_experts[task](chosen) + mixed + self.general(x.detach()))
 
-    def one_task_folded(self, task: str, x: Tensor) -> Tensor:
+    def one_task_folded(self, task: str, weights: Tensor, mix: Tensor, x: Tensor) -> Tensor:
         """As `one_task` in eval mode, where everything behind the routing is affine in x: one convolution per image.
 
         No gradient: one would pass the general path, which sends none back.
         """
-        weights, mix = self.routers[task](x)
         maps = []
-        for p, m, image in zip(weights, mix, x, strict=True):
+        for p, m, image in zip(weights, mix, x.contiguous(), strict=True):
             with torch.autocast(x.device.type, enabled=False):
                 kernel, factor, shift = self.fold(task, p.float(), m.float())
-            image = image[None].contiguous()  # channels-last takes twice the time with such large kernels
-            maps.append(torch.addcmul(shift, F.conv2d(image, kernel.to(x.dtype), padding=self.padding).float(), factor))
+            image = F.conv2d(image[None], kernel.to(x.dtype), padding=self.padding)
+            maps.append(torch.addcmul(shift, image.float(), factor))
         return torch.cat(maps)
 
     def fold(self, task: str, p: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -173,11 +173,11 @@ class PlainProjection(nn.Module):
 
     def __init__(self, tasks: list[str], channels: int, config: ReleasedConfig):
         super().__init__()
-        self.project = per_task(tasks, lambda: linear(channels, config.state_size, bias=config.projection_bias))
+        self.project = per_task(tasks, lambda: create_linear(channels, config.state_size, bias=config.projection_bias))
         self.register_buffer("prior", torch.zeros(len(tasks), config.state_size))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(T, B, e, h, w) → (T, B, N, h, w)."""
+    def forward(self, x: Sequence[Tensor]) -> Tensor:
+        """T maps (B, e, h, w) → (T, B, N, h, w)."""
         maps = [project(x_t.movedim(1, -1)) for project, x_t in zip(self.project.values(), x, strict=True)]
         return (torch.stack(maps) + self.prior[:, None, None, None]).movedim(-1, 2)
 
@@ -195,8 +195,8 @@ class ReleasedStage(nn.Module):
         self.norm = per_task(tasks, lambda: nn.GroupNorm(GROUPS, width))
         self.gate = per_task(tasks, lambda: nn.Conv2d(width, width, 1))
         self.expand = per_task(tasks, lambda: nn.Conv2d(width, expanded, 1))
-        self.delta_reduce = per_task(tasks, lambda: linear(expanded, rank, bias=False))
-        self.delta_restore = per_task(tasks, lambda: linear(rank, expanded))
+        self.delta_reduce = per_task(tasks, lambda: create_linear(expanded, rank, bias=False))
+        self.delta_restore = per_task(tasks, lambda: create_linear(rank, expanded))
         self.B, self.C = (
             ReleasedExperts(tasks, expanded, grid, config) if experts else PlainProjection(tasks, expanded, config)
             for experts in (config.experts.B, config.experts.C)
@@ -205,25 +205,26 @@ class ReleasedStage(nn.Module):
         self.register_buffer("A_log", init_A_log(len(tasks), channels=expanded, state_size=config.state_size).detach())
         self.register_buffer("D", init_D(len(tasks), channels=expanded).detach())
 
-    def forward(self, stage: Tensor, orders: Tensor) -> Tensor:
-        """(B, C, h, w) stage, (K, L) scan orders → (T, B, d, h, w): u + project(scan) ⊙ gate."""
-        f = self.shared_norm(self.shared(stage))
-        u = torch.stack([self.conv[task](f) if self.conv is not None else f for task in self.norm])
+    def forward(self, stage: Tensor, orders: Tensor) -> tuple[Tensor, ...]:
+        """(B, C, h, w) stage, (K, L) scan orders → T maps (B, d, h, w): u + project(scan) ⊙ gate."""
+        f = self.shared_norm(self.shared(channels_last(stage)))
+        u = [self.conv[task](f) if self.conv is not None else f for task in self.norm]
         n = [norm(u_t) for norm, u_t in zip(self.norm.values(), u, strict=True)]
         z = [F.silu(gate(n_t)) for gate, n_t in zip(self.gate.values(), n, strict=True)]
-        x = torch.stack([expand(F.silu(n_t)) for expand, n_t in zip(self.expand.values(), n, strict=True)])
-        y = self.scan(x, orders)
-        y = torch.stack([contract(y_t) for contract, y_t in zip(self.contract.values(), y, strict=True)])
-        return u + y.transpose(2, 3).unflatten(3, stage.shape[-2:]) * torch.stack(z)
+        x = [expand(F.silu(n_t)) for expand, n_t in zip(self.expand.values(), n, strict=True)]
+        y = zip(self.contract.values(), self.scan(x, orders), strict=True)
+        y = [contract(y_t).transpose(1, 2).unflatten(2, stage.shape[-2:]) for contract, y_t in y]
+        return tuple(torch.addcmul(u_t, y_t, z_t) for u_t, y_t, z_t in zip(u, y, z, strict=True))
 
-    def scan(self, x: Tensor, orders: Tensor) -> Tensor:
-        """(T, B, e, h, w) signal → (T, B, L, e), the sum over the scan orders."""
-        tokens = to_tokens(x)
+    def scan(self, x: list[Tensor], orders: Tensor) -> Tensor:
+        """T signals (B, e, h, w) → (T, B, L, e), the sum over the scan orders. Empties the list, whose maps take room."""
+        B, C = (to_tokens(experts(x)) for experts in (self.B, self.C))
+        tokens = torch.stack([to_tokens(x_t) for x_t in x])
+        x.clear()
         lows = [reduce(x_t) for reduce, x_t in zip(self.delta_reduce.values(), tokens, strict=True)]
         steps = self.delta_restore.values()  # their bias is added inside the scan, in float32
-        delta = torch.stack([F.linear(low, step.weight) for low, step in zip(lows, steps, strict=True)])
+        delta = torch.stack([linear(low, step.weight) for low, step in zip(lows, steps, strict=True)])
         bias = torch.stack([step.bias for step in steps])
-        B, C = to_tokens(self.B(x)), to_tokens(self.C(x))
         A = -torch.exp(self.A_log.float())
         return selective_scan(tokens, delta, A, B, C, self.D, orders, delta_bias=bias)
 
@@ -258,12 +259,10 @@ class ReleasedDecoder(nn.Module):
         height, width = stages[0].shape[-2:]
         orders = scan_orders(self.scan, height, width, self.orders).to(stages[0].device)
         run = recomputed if self.recompute else call
-        features = torch.stack([run(block, x, orders) for block, x in zip(self.stages, stages, strict=True)], dim=3)
-        fused = {}
-        for (task, fuse), maps in zip(self.fuse.items(), features, strict=True):  # maps (B, d, S, h, w)
-            weights = fuse(maps.transpose(1, 2).flatten(1, 2)).float().softmax(1)
-            fused[task] = (maps * weights[:, None].to(maps.dtype)).sum(2)
-        return fused
+        features = [run(block, x, orders) for block, x in zip(self.stages, stages, strict=True)]
+        return {
+            task: weighted_sum(fuse, maps) for (task, fuse), *maps in zip(self.fuse.items(), *features, strict=True)
+        }
 
     def observe(self, maps: dict[str, Tensor]) -> list[RemovableHandle]:
         """Let every forward pass write its intermediate results into `maps`, until the returned handles are removed.
@@ -305,6 +304,15 @@ def check(config: ReleasedConfig) -> None:
         )
 
 
+def weighted_sum(score: nn.Module, maps: list[Tensor]) -> Tensor:
+    """One task's S maps (B, d, h, w) → their sum, weighted by a softmax over the stages at every position."""
+    weights = score(torch.cat(maps, dim=1)).float().softmax(1).to(maps[0].dtype)
+    total = maps[0] * weights[:, :1]
+    for s in range(1, len(maps)):
+        total = torch.addcmul(total, maps[s], weights[:, s : s + 1])
+    return total
+
+
 def to_tokens(maps: Tensor) -> Tensor:
-    """(T, B, c, h, w) → (T, B, L, c)."""
-    return maps.flatten(3).transpose(2, 3)
+    """(..., c, h, w) → (..., L, c)."""
+    return maps.flatten(-2).transpose(-1, -2)

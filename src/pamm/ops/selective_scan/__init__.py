@@ -4,15 +4,13 @@ Engines, the preferred first; each is a module with
 
     unavailable(), refuses(device, dtype)   why it cannot run here, or does not take such inputs; else None
     describe()                              what it is, for `pamm doctor`
-    forward(x, delta, A, B, C, D, delta_bias, orders, softplus, keep) -> (y, kept)
-    kept(x, A, orders, keep)                an empty tensor like what its forward keeps
-    backward(dy, x, delta, A, B, C, D, delta_bias, orders, softplus, kept)
-        -> (dx, ddelta, dA, dB, dC, dD, ddelta_bias)
+    forward(inputs, keep) -> (y, kept)      `keep`: whether `backward` will be called
+    kept(inputs, keep)                      an empty tensor like what its forward keeps
+    backward(dy, inputs, kept)              the gradients of `inputs.tensors()`
 
-or, in place of the last three, `selective_scan` like the reference's, which torch's autograd follows and which is not a node of
-its own in a graph (mamba_ssm, whose function has a backward pass; chunked, which is there to be seen through).
-Shapes are those of `selective_scan`. x and delta share one dtype, that of y, dx and ddelta; all else is float32 (float64 with
-float64). The environment variable PAMM_SCAN_ENGINE replaces the automatic choice.
+or, in place of the last three, `selective_scan(inputs) -> y`, like the reference's, which torch's autograd follows and which
+is not a node of its own in a graph (mamba_ssm, whose function has a backward pass; chunked, which is there to be seen through).
+`inputs` are `Inputs`, prepared; y and dy are like x. The environment variable PAMM_SCAN_ENGINE replaces the automatic choice.
 """
 
 from __future__ import annotations
@@ -25,6 +23,7 @@ import torch
 from torch import Tensor
 
 from pamm.ops.selective_scan import chunked, mamba_ssm, native, reference, step, triton
+from pamm.ops.selective_scan.inputs import Inputs
 
 ENGINES = {"native": native, "triton": triton, "mamba_ssm": mamba_ssm, "step": step, "chunked": chunked}
 """Engines of the operator, the preferred first. "reference" is known beside them and chosen only by name."""
@@ -77,21 +76,19 @@ def selective_scan(
     Raises:
         ValueError: shapes, devices or orders that do not fit together, or an engine that is unknown or cannot run this.
     """
-    _validate(x, delta, A, B, C, D, orders, delta_bias)
-    orders = orders.to(x.device)
+    bias = torch.zeros_like(D) if delta_bias is None else delta_bias
+    given = Inputs(x, delta, A, B, C, D, bias, orders.to(x.device), softplus)
+    given.check()
     with _without_autocast(x.device.type):
         name = choose(x.device.type, x.dtype, engine)
+        inputs = given.prepared()
         form = reference if name == "reference" else ENGINES[name]
         if hasattr(form, "selective_scan"):
             if not (torch.compiler.is_compiling() or chunked.exporting()):
-                _check_orders(orders)
-            return form.selective_scan(x, delta, A, B, C, D, orders, delta_bias, softplus)
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        narrow = x.dtype if delta.dtype == x.dtype else wide
-        bias = torch.zeros_like(D) if delta_bias is None else delta_bias
-        inputs = (x.to(narrow), delta.to(narrow), *(tensor.to(wide) for tensor in (A, B, C, D, bias)))
-        keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-        y, _ = _scan(*inputs, orders, softplus, name, keep)
+                inputs.check_orders()
+            return form.selective_scan(inputs).to(x.dtype)
+        keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs.tensors())
+        y, _ = _scan(*inputs, name, keep)
         return y.to(x.dtype)
 
 
@@ -138,105 +135,44 @@ def _objection(name: str, device: str, dtype: torch.dtype) -> str | None:
     return ENGINES[name].unavailable() or ENGINES[name].refuses(device, dtype)
 
 
-def _validate(
-    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, orders: Tensor, delta_bias: Tensor | None
-) -> None:
-    """Raise ValueError unless the shapes are those of one of the two forms."""
-    if x.dim() != 4:
-        raise ValueError(f"x: found shape {tuple(x.shape)}, expected 4 axes (groups, images, positions, channels)")
-    if delta.dim() not in (4, 5):
-        raise ValueError(
-            f"delta: found shape {tuple(delta.shape)}, expected (groups, images, positions, channels), or (groups, "
-            "images, orders, positions, channels) where every order has its own parameters"
-        )
-    if orders.dim() != 2 or orders.dtype != torch.int64 or not 1 <= orders.shape[0] <= 8:
-        raise ValueError(
-            f"orders: found {orders.dtype} of shape {tuple(orders.shape)}, expected int64 (1 to 8 orders, positions); "
-            "pamm.nn.serialize.scan_orders makes them"
-        )
-    G, images, L, channels = x.shape
-    K = (orders.shape[0],) if delta.dim() == 5 else ()
-    N = A.shape[-1] if A.dim() else 0
-    expected = {
-        "delta": (delta, (G, images, *K, L, channels)),
-        "A": (A, (G, *K, channels, N)),
-        "B": (B, (G, images, *K, L, N)),
-        "C": (C, (G, images, *K, L, N)),
-        "D": (D, (G, *K, channels)),
-        "delta_bias": (delta_bias, (G, *K, channels)),
-        "orders": (orders, (orders.shape[0], L)),
-    }
-    form = "one set of parameters per order" if K else "parameters shared by the orders"
-    for name, (tensor, shape) in expected.items():
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{name}: found shape {tuple(tensor.shape)}, expected {shape} for x {tuple(x.shape)}, "
-                f"{orders.shape[0]} orders, state size {N} and {form} (as delta's {delta.dim()} axes say)"
-            )
-        if name != "orders" and tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device} and x on {x.device}; move them to one device")
-    if x.numel() == 0 or N == 0:
-        raise ValueError(f"nothing to scan: x has shape {tuple(x.shape)} and the state size is {N}")
+TENSORS = ", ".join(f"Tensor {name}" for name in Inputs._fields if name != "softplus")
+"""Of both operators' schemas, which are flat: a graph holds tensors, not tuples with names."""
 
 
-def _check_orders(orders: Tensor) -> None:
-    """Raise ValueError unless every order visits every position once. On accelerators this would stall: not checked."""
-    if orders.device.type != "cpu":
-        return
-    length = orders.shape[1]
-    if orders.min() < 0 or orders.max() >= length or not torch.zeros_like(orders).scatter_(1, orders, 1).all():
-        raise ValueError(f"orders: every row must hold each position from 0 to {length - 1} exactly once")
-
-
-@torch.library.custom_op("pamm::selective_scan", mutates_args=())
-def _scan(
-    x: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    delta_bias: Tensor,
-    orders: Tensor,
-    softplus: bool,
-    engine: str,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op(
+    "pamm::selective_scan",
+    mutates_args=(),
+    schema=f"({TENSORS}, bool softplus, str engine, bool keep) -> (Tensor, Tensor)",
+)
+def _scan(*arguments):
     """The scan as one node of a graph: y and what the engine keeps for backward."""
-    _check_orders(orders)
-    return ENGINES[engine].forward(x, delta, A, B, C, D, delta_bias, orders, softplus, keep)
+    *given, engine, keep = arguments
+    inputs = Inputs(*given)
+    inputs.check_orders()
+    return ENGINES[engine].forward(inputs, keep)
 
 
 @_scan.register_fake
-def _(x, delta, A, B, C, D, delta_bias, orders, softplus, engine, keep):
-    return torch.empty_like(x, memory_format=torch.contiguous_format), ENGINES[engine].kept(x, A, orders, keep)
+def _(*arguments):
+    *given, engine, keep = arguments
+    inputs = Inputs(*given)
+    return torch.empty_like(inputs.x, memory_format=torch.contiguous_format), ENGINES[engine].kept(inputs, keep)
 
 
-@torch.library.custom_op("pamm::selective_scan_backward", mutates_args=())
-def _scan_backward(
-    dy: Tensor,
-    x: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    delta_bias: Tensor,
-    orders: Tensor,
-    kept: Tensor,
-    softplus: bool,
-    engine: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    with _without_autocast(x.device.type):
-        return ENGINES[engine].backward(dy, x, delta, A, B, C, D, delta_bias, orders, softplus, kept)
+@torch.library.custom_op(
+    "pamm::selective_scan_backward",
+    mutates_args=(),
+    schema=f"(Tensor dy, {TENSORS}, Tensor kept, bool softplus, str engine) -> ({', '.join(['Tensor'] * 7)})",
+)
+def _scan_backward(dy, *arguments):
+    *tensors, kept, softplus, engine = arguments
+    with _without_autocast(dy.device.type):
+        return ENGINES[engine].backward(dy, Inputs(*tensors, softplus), kept)
 
 
 @_scan_backward.register_fake
-def _(dy, x, delta, A, B, C, D, delta_bias, orders, kept, softplus, engine):
-    inputs = (x, delta, A, B, C, D, delta_bias)
-    return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs)
+def _(dy, *arguments):
+    return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in arguments[:7])
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pamm.ops.selective_scan.inputs import Inputs
+
 CHUNK = 8
 """Positions of one pass of the loop: enough that its overhead is small, few enough that the body stays small."""
 
@@ -34,33 +36,19 @@ def exporting() -> bool:
     return getattr(torch.compiler, "is_exporting", lambda: False)() or torch.onnx.is_in_onnx_export()
 
 
-def selective_scan(
-    x: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    orders: Tensor,
-    delta_bias: Tensor | None,
-    softplus: bool,
-) -> Tensor:
+def selective_scan(inputs: Inputs) -> Tensor:
     """Sum over the orders of the recurrence along them, put in place. Shapes: see `pamm.ops.selective_scan`."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    per_order = delta.dim() == 5
-    values, delta, A, B, C, D = (tensor.to(dtype) for tensor in (x, delta, A, B, C, D))
-    if delta_bias is not None:
-        delta = delta + delta_bias.to(dtype)[:, None, ..., None, :]
-    if softplus:
-        delta = F.softplus(delta)
-    A = (A if per_order else A[:, None]).transpose(-1, -2)[:, None].contiguous()  # (G, 1, 1 or K, N, D)
-    own_input = delta * (values[:, :, None] if per_order else values)
-    visited = [_chunks(_visit(tensor, orders)) for tensor in (delta, own_input, B, C)]
-    state = visited[1].new_zeros(*visited[1].shape[2:5], *A.shape[-2:])  # (G, B, K, N, D)
-    y = _loop(state, visited, A).flatten(0, 1)[: x.shape[2]]  # (L, G, B, K, D)
+    orders, per_order = inputs.orders, inputs.per_order()
+    x, steps = inputs.x.to(inputs.A.dtype), inputs.steps()
+    own_input = steps * (x[:, :, None] if per_order else x)
+    visited = [_chunks(_visit(tensor, orders)) for tensor in (steps, own_input, inputs.B, inputs.C)]
+    G, images, K, length, channels, N = inputs.sizes()
+    state = x.new_zeros(G, images, K, N, channels)
+    A = (inputs.A if per_order else inputs.A[:, None]).transpose(-1, -2)[:, None]  # (G, 1, 1 or K, N, D)
+    # A in the state's whole shape: torch.onnx takes lengths for unknown, and an axis of unknown length does not broadcast.
+    y = _loop(state, visited, A.expand_as(state).contiguous()).flatten(0, 1)[:length]  # (L, G, B, K, D)
     y = _visit(y.permute(1, 2, 3, 0, 4), orders.argsort(1)).sum(2)
-    skip = D.sum(1) if per_order else D * len(orders)
-    return (y + values * skip[:, None, None, :]).to(x.dtype)
+    return y + x * inputs.skip()
 
 
 def _visit(values: Tensor, orders: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from pamm.ops.selective_scan.inputs import Inputs
+
 MOST_STATES = 256
 """The kernel's limit."""
 
@@ -41,34 +43,24 @@ def describe() -> str:
     return "the CUDA kernel of an installed mamba-ssm"
 
 
-def selective_scan(
-    x: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    orders: Tensor,
-    delta_bias: Tensor | None,
-    softplus: bool,
-) -> Tensor:
+def selective_scan(inputs: Inputs) -> Tensor:
     """Sum over the orders of the recurrence along them, put in place; B and C go in x's dtype. Shapes: see the package."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
-    (G, images, length, channels), K, N = x.shape, len(orders), A.shape[-1]
+    x, delta, A, B, C, D, delta_bias, orders, softplus = inputs
+    G, images, K, length, channels, N = inputs.sizes()
     if N > MOST_STATES:
         raise ValueError(f"state size {N}: mamba-ssm's kernel takes at most {MOST_STATES}; use engine='auto'")
     u, delta = (_visit(tensor.to(x.dtype), orders).flatten(1, 3) for tensor in (x, delta))  # (B, G·K·D, L)
     B, C = (_visit(tensor.to(x.dtype), orders).flatten(1, 2) for tensor in (B, C))  # (B, G·K, N, L)
-    per_order = A.dim() == 4
 
     def of_channels(parameter: Tensor) -> Tensor:
         """(G, [K,] D, …) → (G·K·D, …) float32."""
-        spread = parameter if per_order else parameter[:, None].expand(G, K, *parameter.shape[1:])
+        spread = parameter if inputs.per_order() else parameter[:, None].expand(G, K, *parameter.shape[1:])
         return spread.float().flatten(0, 2).contiguous()
 
-    bias = None if delta_bias is None else of_channels(delta_bias)
-    y = selective_scan_fn(u, delta, of_channels(A), B, C, of_channels(D), delta_bias=bias, delta_softplus=softplus)
+    A, D, delta_bias = (of_channels(parameter) for parameter in (A, D, delta_bias))
+    y = selective_scan_fn(u, delta, A, B, C, D, delta_bias=delta_bias, delta_softplus=softplus)
     y = y.view(images, G, K, channels, length)
     inverse = orders.argsort(1)[None, None, :, None].expand_as(y)
     return y.gather(-1, inverse).sum(2, dtype=torch.float32).permute(1, 0, 3, 2).to(x.dtype)

@@ -21,6 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pamm.ops.selective_scan.inputs import Inputs
+
 SOURCE = Path(__file__).with_name("scan.c")
 INCLUDED = ("scan_vector.h", "scan_problem.h", "scan_forward.h", "scan_backward.h")
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-pthread", "-Wno-psabi")
@@ -73,45 +75,23 @@ def describe() -> str:
     return f"C kernel for the CPU, {_load()[0].scan_lanes()} channels per vector, {torch.get_num_threads()} threads"
 
 
-def kept(x: Tensor, A: Tensor, orders: Tensor, keep: bool) -> Tensor:
+def kept(inputs: Inputs, keep: bool) -> Tensor:
     """Nothing is kept: the backward pass recomputes the states."""
-    return A.new_empty(0)
+    return inputs.A.new_empty(0)
 
 
-def forward(
-    x: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    delta_bias: Tensor,
-    orders: Tensor,
-    softplus: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: Inputs, keep: bool) -> tuple[Tensor, Tensor]:
     """Contract: see `pamm.ops.selective_scan`."""
-    call = _Call(x, delta, A, B, C, D, delta_bias, orders, softplus)
-    y = call.output("y", x.shape, call.dtype)
+    call = _Call(inputs)
+    y = call.output("y", inputs.x.shape, call.dtype)
     call.run()
-    return y.to(x.dtype), kept(x, A, orders, keep)
+    return y.to(inputs.x.dtype), kept(inputs, keep)
 
 
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    delta_bias: Tensor,
-    orders: Tensor,
-    softplus: bool,
-    kept: Tensor,
-) -> tuple[Tensor, ...]:
+def backward(dy: Tensor, inputs: Inputs, kept: Tensor) -> tuple[Tensor, ...]:
     """Contract: see `pamm.ops.selective_scan`."""
-    call = _Call(x, delta, A, B, C, D, delta_bias, orders, softplus)
+    call = _Call(inputs)
+    x, delta, A, B, C, D, delta_bias = inputs.tensors()
     G, images = x.shape[:2]
     call.view("dy", dy.to(call.dtype))
     dx, ddelta = call.output("dx", x.shape, call.dtype), call.output("ddelta", delta.shape, call.dtype)
@@ -121,8 +101,7 @@ def backward(
     dD = call.output("dD", (G, images, D.shape[-1]))
     call.reserve_parts()
     call.run()
-    dD = dD.sum(1)
-    dD = dD[:, None].expand_as(D).contiguous() if delta.dim() == 5 else dD * len(orders)
+    dD = inputs.skip_gradient(dD.sum(1))
     return dx.to(x.dtype), ddelta.to(delta.dtype), dA.sum(1), dB, dC, dD, dbias.sum(1)
 
 
@@ -132,20 +111,20 @@ class _Call:
     `dtype` is that in which x, delta, y and their gradients pass: float32, or bfloat16 where x and delta are.
     """
 
-    def __init__(self, x, delta, A, B, C, D, delta_bias, orders, softplus):
+    def __init__(self, inputs: Inputs):
         self.library = _load()[0]
-        self.dtype = torch.bfloat16 if x.dtype == delta.dtype == torch.bfloat16 else torch.float32
+        x, delta, A, B, C, D, bias, orders, softplus = inputs
+        half = x.dtype == torch.bfloat16
+        self.dtype = torch.bfloat16 if half else torch.float32
         self.held: list[Tensor] = []
-        G, images, length, channels = x.shape
-        count = len(orders)
-        sets = count if delta.dim() == 5 else 1
-        half = self.dtype == torch.bfloat16
-        self.problem = _Problem(G, images, count, sets, length, channels, A.shape[-1], 1, half, softplus)
+        G, images, K, length, channels, N = inputs.sizes()
+        sets = K if inputs.per_order() else 1
+        self.problem = _Problem(G, images, K, sets, length, channels, N, 1, half, softplus)
         for name, tensor in (("x", x), ("delta", delta)):
             self.view(name, tensor.to(self.dtype))
         for name, tensor in (("B", B), ("C", C)):
             self.view(name, tensor)
-        for name, tensor in (("A", A), ("D", D), ("bias", delta_bias), ("orders", orders.int())):
+        for name, tensor in (("A", A), ("D", D), ("bias", bias), ("orders", orders.int())):
             self.array(name, tensor.contiguous())
 
     def array(self, name: str, tensor: Tensor) -> Tensor:

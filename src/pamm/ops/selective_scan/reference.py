@@ -9,39 +9,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pamm.ops.selective_scan.inputs import Inputs
 
-def selective_scan(
-    x: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    orders: Tensor,
-    delta_bias: Tensor | None,
-    softplus: bool,
-) -> Tensor:
+
+def selective_scan(inputs: Inputs) -> Tensor:
     """Sum over the orders k of the recurrence along orders[k], put in place. Shapes: see `pamm.ops.selective_scan`.
 
     h_t = exp(Δ_t A) h_{t−1} + Δ_t B_t x_t,   y_t = C_t·h_t + D x_t
     """
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    per_order = delta.dim() == 5
-    total = torch.zeros(x.shape, dtype=dtype, device=x.device)
+    x, delta, A, B, C, D, delta_bias, orders, softplus = inputs
+    x, delta = x.to(A.dtype), delta.to(A.dtype)
+    total = torch.zeros_like(x)
     for k, order in enumerate(orders):
-        d, a, b, c, skip = (
-            (delta[:, :, k], A[:, k], B[:, :, k], C[:, :, k], D[:, k]) if per_order else (delta, A, B, C, D)
-        )
-        d = d.to(dtype)
-        if delta_bias is not None:
-            bias = delta_bias[:, k] if per_order else delta_bias
-            d = d + bias.to(dtype)[:, None, None, :]
+        d, a, b, c, skip, bias = delta, A, B, C, D, delta_bias
+        if delta.dim() == 5:
+            d, a, b, c, skip, bias = delta[:, :, k], A[:, k], B[:, :, k], C[:, :, k], D[:, k], delta_bias[:, k]
+        d = d + bias[:, None, None, :]
         if softplus:
             d = F.softplus(d)
-        u, d, b, c = (values.to(dtype)[:, :, order] for values in (x, d, b, c))
-        y = _scan(u, d, a.to(dtype), b, c) + skip.to(dtype)[:, None, None, :] * u
+        u, d, b, c = (values[:, :, order] for values in (x, d, b, c))
+        y = _scan(u, d, a, b, c) + skip[:, None, None, :] * u
         total = total + y[:, :, order.argsort()]
-    return total.to(x.dtype)
+    return total
 
 
 def _scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from math import isqrt
 import torch
 from torch import Tensor
 
-from pamm.ops.selective_scan import around
+from pamm.ops.selective_scan.inputs import Inputs
 
 SHORT_SEGMENT = 4
 """Steps computed together where no state is kept: few, so that they stay in the processor's cache."""
@@ -39,35 +39,14 @@ def describe() -> str:
     return "torch, one step at a time, states recomputed in the backward pass; any device"
 
 
-def forward(
-    x: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    delta_bias: Tensor,
-    orders: Tensor,
-    softplus: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: Inputs, keep: bool) -> tuple[Tensor, Tensor]:
     """Contract: see `pamm.ops.selective_scan`."""
-    return around.forward(_scan, x, delta, A, B, C, D, delta_bias, orders, softplus, keep)
-
-
-def _scan(
-    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, orders: Tensor, keep: bool
-) -> tuple[Tensor, Tensor]:
-    """The bare recurrence; one dtype for all but `orders`.
-
-    Returns y (G, B, L, D) and, where `keep`, the states at the start of every segment (segments, K, G, B, N, D).
-    """
-    length = x.shape[2]
+    length = inputs.x.shape[2]
     segment = segment_length(length) if keep else min(SHORT_SEGMENT, length)
-    sequences = _Sequences(x, delta, A, B, C, orders, segment)
-    states = x.new_empty(-(-length // segment) if keep else 0, *sequences.state_shape)
-    h = x.new_zeros(sequences.state_shape)
-    y = x.new_empty(length, *sequences.rows, x.shape[3])
+    sequences = _Sequences(inputs, segment)
+    states = kept(inputs, keep)
+    h = states.new_zeros(sequences.state_shape)
+    y = states.new_empty(length, *sequences.rows, inputs.x.shape[3])
     for start in range(0, length, segment):
         if keep:
             states[start // segment] = h
@@ -75,45 +54,34 @@ def _scan(
         _, H = sequences.advance(h, steps)
         torch.matmul(sequences.take(sequences.C, steps)[..., None, :], H, out=y[steps].unsqueeze(-2))
         h.copy_(H[-1])
-    return sequences.restore(y, sum_orders=True), states
+    y = sequences.restore(y, sum_orders=True)
+    return y.addcmul_(inputs.x.to(y.dtype), inputs.skip()).to(inputs.x.dtype), states
 
 
-def kept(x: Tensor, A: Tensor, orders: Tensor, keep: bool) -> Tensor:
-    """A tensor without values shaped like the states that `forward` keeps."""
-    G, images, length, channels = x.shape
+def kept(inputs: Inputs, keep: bool) -> Tensor:
+    """A tensor without values shaped like the states that `forward` keeps: (segments, K, G, B, N, D)."""
+    G, images, K, length, channels, N = inputs.sizes()
     segments = -(-length // segment_length(length)) if keep else 0
-    return x.new_empty(segments, len(orders), G, images, A.shape[-1], channels, dtype=A.dtype)
+    return inputs.A.new_empty(segments, K, G, images, N, channels)
 
 
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    delta_bias: Tensor,
-    orders: Tensor,
-    softplus: bool,
-    kept: Tensor,
-) -> tuple[Tensor, ...]:
+def backward(dy: Tensor, inputs: Inputs, kept: Tensor) -> tuple[Tensor, ...]:
     """Contract: see `pamm.ops.selective_scan`."""
-    return around.backward(_scan_backward, dy, x, delta, A, B, C, D, delta_bias, orders, softplus, kept)
+    dy = dy.to(inputs.A.dtype)
+    dx, *others = _scan_backward(dy, inputs, kept)
+    return inputs.gradients(dy, dx.addcmul_(dy, inputs.skip()), *others)
 
 
-def _scan_backward(
-    dy: Tensor, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, orders: Tensor, states: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, delta, A, B and C from that of y, (G, B, L, D), and the kept states."""
-    s = _Sequences(x, delta, A, B, C, orders, segment_length(x.shape[2]))
+def _scan_backward(dy: Tensor, inputs: Inputs, states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x without the skip, Δ, A, B and C from that of y, (G, B, L, D), and the kept states."""
+    _, _, _, length, channels, size = inputs.sizes()
+    s = _Sequences(inputs, segment_length(length))
     dy = s.by_position(dy)
-    length, (channels, size) = x.shape[2], A.shape[-2:]
-    dx, ddelta = (x.new_empty(length, *s.rows, channels) for _ in range(2))
-    dB, dC = (x.new_empty(length, *s.rows, size) for _ in range(2))
+    dx, ddelta = (dy.new_empty(length, *s.rows, channels) for _ in range(2))
+    dB, dC = (dy.new_empty(length, *s.rows, size) for _ in range(2))
     dA = torch.zeros_like(s.A)
-    g = x.new_zeros(s.state_shape)  # gradient that reaches the last state of the segment from the segments after it
-    G = x.new_empty(s.segment, *s.state_shape)
+    g = dy.new_zeros(s.state_shape)  # gradient that reaches the last state of the segment from the segments after it
+    G = dy.new_empty(s.segment, *s.state_shape)
     for start in reversed(range(0, length, s.segment)):
         steps = slice(start, start + s.segment)
         E, H = s.advance(states[start // s.segment], steps)
@@ -134,7 +102,7 @@ def _scan_backward(
         dx[steps] = du * ds
         dA += torch.mul(E, ds[..., None, :], out=G[:count]).sum(0).sum_to_size(dA.shape)
         ddelta[steps] = E.mul_(s.A).sum(-2).addcmul_(du, xs)
-    shared = delta.dim() == 4
+    shared = not inputs.per_order()
     return (
         s.restore(dx, sum_orders=True),
         s.restore(ddelta, sum_orders=shared),
@@ -147,18 +115,21 @@ def _scan_backward(
 class _Sequences:
     """The inputs with their positions in front, read in visiting order a segment at a time."""
 
-    def __init__(self, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, orders: Tensor, segment: int):
-        self.per_order = delta.dim() == 5
+    def __init__(self, inputs: Inputs, segment: int):
+        A, orders = inputs.A, inputs.orders
+        G, images, K, *_ = inputs.sizes()
+        self.per_order = inputs.per_order()
         self.orders = orders.T.contiguous()  # (L, K)
         self.inverse = orders.argsort(1).T.contiguous()
-        self.columns = torch.arange(orders.shape[0], device=orders.device)
-        self.rows = (orders.shape[0], x.shape[0], x.shape[1])  # (K, G, B)
-        self.x, self.delta, self.B, self.C = (self.by_position(values) for values in (x, delta, B, C))
+        self.columns = torch.arange(K, device=orders.device)
+        self.rows = (K, G, images)
+        varying = (inputs.x.to(A.dtype), inputs.steps(), inputs.B, inputs.C)
+        self.x, self.delta, self.B, self.C = (self.by_position(values) for values in varying)
         # (1 or K, G, 1, N, D)
         self.A = (A.permute(1, 0, 3, 2) if self.per_order else A.transpose(1, 2)[None]).unsqueeze(2).contiguous()
         self.state_shape = (*self.rows, *self.A.shape[-2:])
         self.segment = segment
-        self._E = x.new_empty(self.segment, *self.state_shape)
+        self._E = A.new_empty(self.segment, *self.state_shape)
         self._H = torch.empty_like(self._E)
 
     def by_position(self, values: Tensor) -> Tensor:

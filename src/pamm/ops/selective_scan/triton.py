@@ -14,8 +14,9 @@ from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from pamm.ops.selective_scan.inputs import Inputs
 
 CHUNK = 64
 """Positions between two kept states: their memory is 1/64 of all states'."""
@@ -63,71 +64,38 @@ def describe() -> str:
     return f"Triton kernels on {torch.cuda.get_device_name()}"
 
 
-def kept(x: Tensor, A: Tensor, orders: Tensor, keep: bool) -> Tensor:
+def kept(inputs: Inputs, keep: bool) -> Tensor:
     """A tensor without values shaped like the states that `forward` keeps."""
-    G, images, length, channels = x.shape
+    G, images, K, length, channels, N = inputs.sizes()
     chunks = -(-length // CHUNK) if keep else 0
-    return x.new_empty(G * images, len(orders), chunks, A.shape[-1], channels, dtype=torch.float32)
+    return inputs.A.new_empty(G * images, K, chunks, N, channels)
 
 
-def forward(
-    x: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    delta_bias: Tensor,
-    orders: Tensor,
-    softplus: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: Inputs, keep: bool) -> tuple[Tensor, Tensor]:
     """Contract: see `pamm.ops.selective_scan`."""
-    plan = _plan(x, delta, A, orders)
-    shifted = _shifted(delta, delta_bias)
-    inputs = _inputs(x, F.softplus(shifted) if softplus else shifted, A, B, C, D, orders)
-    states = kept(x, A, orders, keep)
+    plan, x, states = _plan(inputs), inputs.x, kept(inputs, keep)
     y = x.new_empty(plan.rows, plan.copies, *x.shape[2:], dtype=torch.float32)
-    _launch("scan_forward", (plan.tiles, plan.rows, plan.copies), plan, *inputs, y, states, *plan.sizes, KEEP=keep)
+    grid = (plan.tiles, plan.rows, plan.copies)
+    _launch("scan_forward", grid, plan, *_read(inputs), y, states, *plan.sizes, KEEP=keep)
     return y.sum(1).view(x.shape).to(x.dtype), states
 
 
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    delta_bias: Tensor,
-    orders: Tensor,
-    softplus: bool,
-    kept: Tensor,
-) -> tuple[Tensor, ...]:
+def backward(dy: Tensor, inputs: Inputs, kept: Tensor) -> tuple[Tensor, ...]:
     """Contract: see `pamm.ops.selective_scan`."""
-    plan = _plan(x, delta, A, orders)
-    shifted = _shifted(delta, delta_bias)
-    inputs = _inputs(x, F.softplus(shifted) if softplus else shifted, A, B, C, D, orders)
+    plan = _plan(inputs)
     slices, tiles = _slices(plan)
-    scratch, *sums = _backward_buffers(plan, x, slices)
+    scratch, *sums = _backward_buffers(plan, inputs.x, slices)
     grid = (slices, plan.rows, plan.copies)
-    tensors = (dy.contiguous(), *inputs, kept, scratch, *sums)
+    tensors = (dy.contiguous(), *_read(inputs), kept, scratch, *sums)
     _launch("scan_backward", grid, plan, *tensors, *plan.sizes, tiles, covered=slices * tiles)
 
     dx, dstep, dA, dB, dC = sums
-    dD = torch.einsum("gbld,gbld->gd", dy.float(), x.float())
-    dA = dA.sum(1).transpose(-1, -2)
+    dx, dA = dx.sum(1).view(inputs.x.shape), dA.sum(1).transpose(-1, -2)
     if plan.per_order:
-        dB, dC, dD = dB.sum(0), dC.sum(0), dD[:, None].expand_as(D)
+        dB, dC = dB.sum(0), dC.sum(0)
     else:
-        dA, dB, dC, dD = dA.sum(1), dB.sum((0, 3)), dC.sum((0, 3)), dD * len(orders)
-        dstep = dstep.sum(2)
-    if softplus:
-        dstep = dstep.mul_(shifted.sigmoid_())
-    gradients = (dx.sum(1).view(x.shape), dstep, dA, dB, dC, dD, dstep.sum((1, -2)))
-    inputs = (x, delta, A, B, C, D, delta_bias)
-    return tuple(g.to(given.dtype).contiguous() for g, given in zip(gradients, inputs, strict=True))
+        dstep, dA, dB, dC = dstep.sum(2), dA.sum(1), dB.sum((0, 3)), dC.sum((0, 3))
+    return inputs.gradients(dy, dx, dstep, dA, dB, dC)
 
 
 class _Plan(NamedTuple):
@@ -146,9 +114,8 @@ class _Plan(NamedTuple):
     """images, orders, positions, states, channels, chunks."""
 
 
-def _plan(x: Tensor, delta: Tensor, A: Tensor, orders: Tensor) -> _Plan:
-    G, images, length, channels = x.shape
-    K, N = len(orders), A.shape[-1]
+def _plan(inputs: Inputs) -> _Plan:
+    G, images, K, length, channels, N = inputs.sizes()
     if length * max(channels, N) > LARGEST or -(-length // CHUNK) * N * channels > LARGEST:
         raise ValueError(
             f"{length} positions of {channels} channels and {N} states: the Triton kernels take at most {LARGEST} values "
@@ -159,7 +126,7 @@ def _plan(x: Tensor, delta: Tensor, A: Tensor, orders: Tensor) -> _Plan:
     tiles = -(-channels // block_d)
     copies = K if G * images * tiles < PROGRAMS else 1
     sizes = (images, K, length, N, channels, -(-length // CHUNK))
-    return _Plan(G * images, copies, tiles, block_n, block_d, delta.dim() == 5, sizes)
+    return _Plan(G * images, copies, tiles, block_n, block_d, inputs.per_order(), sizes)
 
 
 def _slices(plan: _Plan) -> tuple[int, int]:
@@ -188,15 +155,12 @@ def _power_of_two(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def _shifted(delta: Tensor, delta_bias: Tensor) -> Tensor:
-    """delta and its bias, float32. Outside the kernels: there every lane of a channel would repeat the softplus, and every
-    order again, which costs more instructions than the scan saves in memory traffic."""
-    return torch.add(delta, delta_bias[:, None, ..., None, :])
-
-
-def _inputs(x: Tensor, step: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, orders: Tensor) -> tuple[Tensor, ...]:
-    A = A.transpose(-1, -2) * LOG2E
-    return tuple(tensor.contiguous() for tensor in (x, step, A, B, C, D, orders.int()))
+def _read(inputs: Inputs) -> tuple[Tensor, ...]:
+    """What both kernels read. Δ is made here: in the kernels every lane of a channel would repeat the softplus, and every
+    order again, which costs more instructions than it saves in memory traffic."""
+    A = inputs.A.transpose(-1, -2) * LOG2E
+    tensors = (inputs.x, inputs.steps(), A, inputs.B, inputs.C, inputs.D, inputs.orders.int())
+    return tuple(tensor.contiguous() for tensor in tensors)
 
 
 def _launch(
