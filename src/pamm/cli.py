@@ -327,6 +327,13 @@ def bench(arguments: list[str]) -> int:
     return run(arguments)
 
 
+@command("train the rows of a paper's table, or go on with them, and print it")
+def ablate(arguments: list[str]) -> int:
+    from pamm.ablate.command import main as run
+
+    return run(arguments, lambda given: parse_experiment("train", given)[0], is_first_process)
+
+
 @command("list the recipes, or print one")
 def recipes(arguments: list[str]) -> int:
     import yaml
