@@ -313,6 +313,7 @@ VARIANTS: Variants = {
 """Variant of a PAMM recipe → (what it changes, derivation)."""
 
 MTMAMBA_VARIANTS: Variants = {
+    "swin-blocks": ("two Swin blocks per stage, no CTM (Table 2)", _decoder(block="swin", window=12, ctm=False)),
     "stm-1": ("one STM block per stage, no CTM (Table 2)", _decoder(stm=1, ctm=False)),
     "stm-2": ("two STM blocks per stage, no CTM (Table 2)", _decoder(ctm=False)),
     "stm-3": ("three STM blocks per stage, no CTM (Table 2)", _decoder(stm=3, ctm=False)),

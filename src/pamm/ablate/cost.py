@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from pamm.experiment import Experiment
@@ -25,16 +27,16 @@ class Cost(NamedTuple):
 
 
 def count_cost(experiment: Experiment, tasks: dict[str, Task]) -> Cost:
-    """Count the experiment's network on one image of data.size."""
-    from dataclasses import replace
-
+    """Count the experiment's network on one image of data.size; no weight takes memory."""
     model = replace(experiment.model, backbone=replace(experiment.model.backbone, pretrained=False))
-    network = build_model(model, tasks, experiment.data.size).eval()
-    parameters = sum(parameter.numel() for parameter in network.parameters())
+    with torch.device("meta"):
+        network = build_model(model, tasks, experiment.data.size).eval()
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.pamm.selective_scan: _scan_flops})
-    with FakeTensorMode(allow_non_fake_inputs=True), counter, torch.no_grad():
-        network(torch.zeros(1, 3, *experiment.data.size))
-    return Cost(parameters, counter.get_total_flops() // 2)
+    with FakeTensorMode(), counter, torch.no_grad():
+        stored = [*network.named_parameters(), *network.named_buffers()]
+        tensors = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in stored}
+        functional_call(network, tensors, (torch.empty(1, 3, *experiment.data.size),))
+    return Cost(sum(parameter.numel() for parameter in network.parameters()), counter.get_total_flops() // 2)
 
 
 def _scan_flops(x: tuple, delta: tuple, A: tuple, B: tuple, C: tuple, D: tuple, bias: tuple, orders: tuple, *_, **__):
