@@ -76,7 +76,7 @@ def test_two_rows_with_two_seeds_give_the_table(done):
     assert table["rows"][0]["gains"] == {"0": 0, "1": 0} and table["failed"] == {}
     page = (done / "pamm-2.md").read_text()
     assert "semseg mIoU ↑" in page and "depth RMSE ↓" in page and " ± " in page and "val split, 5 images" in page
-    assert "| TC | 78.01 | 67.35 | 84.92 | 13.59 | 70.1 | +1.03 |" in page
+    assert "| TC | 78.01 | 67.35 | 84.92 | 13.59 | 70.10 | +1.03 |" in page
 
 
 def test_finished_runs_are_left_alone(done, base, capsys):

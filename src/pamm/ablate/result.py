@@ -114,7 +114,7 @@ def cells(table: AblationTable, results: Sequence[RowResult], tasks: Sequence[st
     if table.cost:
         header += ["parameters, M", "10⁹ multiply-adds"]
         columns += [[f"{r.cost.parameters / 1e6:.2f}" if r.cost else MISSING for r in results]]
-        columns += [[f"{r.cost.multiply_adds / 1e9:.{2}f}" if r.cost else MISSING for r in results]]
+        columns += [[f"{r.cost.multiply_adds / 1e9:.2f}" if r.cost else MISSING for r in results]]
     header.append("seeds")
     columns.append([str(len(result.scores)) for result in results])
     return [header, *(list(line) for line in zip(*columns, strict=True))]
@@ -149,10 +149,11 @@ def printed_cells(table: AblationTable, printed: PaperTable) -> list[list[str]]:
         if row.printed is None:
             continue
         found = printed.rows[row.printed]
-        line = [f"{found.scores[t]:g}" if t in found.scores else MISSING for t in printed.tasks]
+        scores = [found.scores.get(task) for task in printed.tasks]
+        line = [MISSING if score is None else f"{score:.{decimals(score)}f}" for score in scores]
         if table.baseline:
             line.append(MISSING if found.gain is None else f"{found.gain:+.2f}")
-        lines.append([row.label, *line, *(f"{found.details[key]:g}" for key in extra)])
+        lines.append([row.label, *line, *(f"{found.details[key]:.2f}" for key in extra)])
     return lines
 
 
