@@ -256,6 +256,17 @@ def test_a_score_that_is_not_finite_takes_its_gain_with_it(base, tmp_path):
     assert "sal" not in results[0].scores[0] and results[1].gains == {}
 
 
+def test_a_damaged_experiment_file_does_not_lose_the_other_rows(base, done, tmp_path, capsys):
+    for variant in ("baseline", "task-conv"):
+        (tmp_path / f"tiny.yaml+{variant}").mkdir()
+    (tmp_path / "tiny.yaml+task-conv/seed-0").symlink_to(done / "tiny.yaml+task-conv/seed-0")
+    (tmp_path / "tiny.yaml+baseline/seed-0/last").mkdir(parents=True)
+    (tmp_path / "tiny.yaml+baseline/seed-0/experiment.yaml").write_text("train: {stepps: 3}")
+    text = told(capsys, "pamm-2", "--base", base, "--out", tmp_path, "--only", "baseline,task-conv", "--quiet", code=1)
+    assert "failed: without TC and PAME: seed 0: " in text and "unknown key 'train.stepps'" in text
+    assert [len(row["scores"]) for row in read(tmp_path)["rows"]] == [0, 1]
+
+
 def test_a_damaged_result_is_told(base, tmp_path):
     plan = make_plan(
         TABLES["pamm-2"],

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pamm.ablate.tables import TABLES, AblationRow, AblationTable, get_table
 from pamm.experiment import Experiment
 from pamm.strict import ConfigError
+
+if TYPE_CHECKING:
+    from pamm.ablate.result import RowResult
+    from pamm.ablate.runs import Plan
 
 Parse = Callable[[list[str]], Experiment]
 """A recipe's name and overrides → the experiment."""
@@ -46,12 +52,12 @@ def main(arguments: list[str], parse: Parse, first: Callable[[], bool]) -> int:
         failed = train_all(plan, progress=not plain.quiet, say=say)
     if first() and not plain.dry_run:
         write(plan, plain.out, failed)
-    for label, reason in failed.items():
-        say(f"failed: {label}: {reason}")
+    for label, reason in failed.items() if first() else ():
+        print(f"failed: {label}: {reason}", file=sys.stderr)
     return 1 if failed else 0
 
 
-def write(plan, out: Path, failed: dict[str, str]) -> None:
+def write(plan: Plan, out: Path, failed: dict[str, str]) -> None:
     """Print the table of what is finished, and write it as <out>/<table>.md and <out>/<table>.json."""
     from pamm.ablate import result
     from pamm.files import replace_text
@@ -73,7 +79,7 @@ def write(plan, out: Path, failed: dict[str, str]) -> None:
     print(f"written: {page}, {data}")
 
 
-def add_costs(plan, rows: list) -> None:
+def add_costs(plan: Plan, rows: list[RowResult]) -> None:
     """Count parameters and arithmetic of every row, where the table shows them; one network per task is summed."""
     if not plan.table.cost:
         return

@@ -32,11 +32,14 @@ class Run:
     folder: Path
 
     def state(self) -> str:
-        """FINISHED, BEGUN or ABSENT, or in words what other experiment the folder holds."""
+        """FINISHED, BEGUN or ABSENT, or in words what the folder holds instead."""
         written = self.folder / "experiment.yaml"
         if not written.exists():
             return ABSENT
-        other = differences(written, self.experiment)
+        try:
+            other = differences(written, self.experiment)
+        except ConfigError as error:
+            return f"cannot be read: {error}"
         if other:
             return f"holds another experiment ({'; '.join(other[:4])})"
         return FINISHED if (self.folder / "results.json").exists() else BEGUN
