@@ -22,6 +22,7 @@ MAY_USE = {
     "strict": set(),
     "recipes": {"experiment", "strict"},
     "gain": {"tasks"},
+    "ablate": {"build", "experiment", "files", "gain", "models", "report", "strict", "tasks", "train"},
     "bench": {
         "build",
         "data",

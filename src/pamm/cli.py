@@ -149,14 +149,20 @@ def parse_experiment(name: str, arguments: list[str]) -> tuple[Experiment, argpa
 
 
 def named_experiment(name: str, root: str | None = None) -> Experiment:
-    """A recipe's name or an experiment.yaml → the experiment, with another data root if one is given."""
+    """A recipe's name or an experiment.yaml, with variants, → the experiment, with another data root if one is given."""
     from dataclasses import replace
 
     from pamm.experiment import load
-    from pamm.recipes import get_recipe
+    from pamm.recipes import get_recipe, with_variants
 
-    path = Path(name)
-    experiment = load(path) if path.suffix in (".yaml", ".yml") else get_recipe(name)
+    file, *variants = name.rsplit(".yaml+", 1)
+    if variants:
+        path = Path(f"{file}.yaml")
+        experiment = with_variants(load(path), variants[0].split("+"), str(path))
+        experiment = replace(experiment, name="+".join([experiment.name, *variants]))
+    else:
+        path = Path(name)
+        experiment = load(path) if path.suffix in (".yaml", ".yml") else get_recipe(name)
     return replace(experiment, data=replace(experiment.data, root=root)) if root else experiment
 
 
@@ -326,6 +332,13 @@ def look(arguments: list[str]) -> int:
     from pamm.look.command import main as run
 
     return run(arguments)
+
+
+@command("train the rows of a paper's table, or go on with them, and print it")
+def ablate(arguments: list[str]) -> int:
+    from pamm.ablate.command import main as run
+
+    return run(arguments, lambda given: parse_experiment("train", given)[0], is_first_process)
 
 
 @command("list the recipes, or print one")

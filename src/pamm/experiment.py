@@ -145,6 +145,8 @@ class MTMambaConfig:
     """Cross-task block and head: CTM and dense head, or S-CTM and lite head."""
     stm: int = 2
     """STM blocks per stage (Table 2)."""
+    block: Literal["stm", "swin"] = "stm"
+    """What the stm blocks of a stage are: STM, or standard Swin blocks (Table 2)."""
     ctm: bool = True
     """Cross-task block (Table 2)."""
     ctm_gate: float | None = None

@@ -6,7 +6,7 @@ A name may be followed by variants: `pascal-pamm-b+no-priors` is the row "no pri
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 
@@ -222,6 +222,41 @@ def demo() -> Experiment:
 
 
 @recipe
+def rooms_pamm() -> Experiment:
+    """The synthetic benchmark's PAMM: 4000 rooms of 128×128, six tasks, 800 steps from random weights, on a CPU."""
+    base = demo()
+    return replace(
+        base,
+        data=replace(base.data, size=(128, 128), images=(4000, 500)),
+        train=replace(base.train, steps=800, batch=4, save_every=100),
+    )
+
+
+@recipe
+def rooms_mtmamba() -> Experiment:
+    """The synthetic benchmark's MTMamba: data and training of rooms-pamm, a Swin of as many tokens, as many parameters."""
+    swin = BackboneConfig(
+        "swin_tiny_patch4_window7_224",
+        False,
+        (1, 2, 3),
+        0.0,
+        patch=8,
+        width=32,
+        stage_depths=(2, 2, 2),
+        stage_heads=(1, 2, 4),
+        window=8,
+    )
+    return replace(rooms_pamm(), model=ModelConfig(swin, MTMambaConfig(state_size=8, drop_path=0.0, head_width=64)))
+
+
+@recipe
+def rooms_mtmamba_plus() -> Experiment:
+    """The synthetic benchmark's MTMamba++, as rooms-mtmamba."""
+    base = rooms_mtmamba()
+    return replace(base, model=replace(base.model, decoder=replace(base.model.decoder, system="mtmamba++")))
+
+
+@recipe
 def mosaic_pamm() -> Experiment:
     """A small PAMM from random weights on a folder of photographs with partial labels (--data.root), on a CPU."""
     base = demo()
@@ -281,6 +316,7 @@ MTMAMBA_VARIANTS: Variants = {
     "stm-1": ("one STM block per stage, no CTM (Table 2)", _decoder(stm=1, ctm=False)),
     "stm-2": ("two STM blocks per stage, no CTM (Table 2)", _decoder(ctm=False)),
     "stm-3": ("three STM blocks per stage, no CTM (Table 2)", _decoder(stm=3, ctm=False)),
+    "swin-blocks": ("two Swin blocks per stage, no CTM (Table 2)", _decoder(block="swin", window=12, ctm=False)),
     "attention": ("attention in windows in place of the Mamba extractors (Table 3)", _decoder(extractor="attention")),
     "attention-gate": ("gates made by attention in windows (Table 4)", _decoder(gate="attention")),
     "gate-0": ("CTM gate fixed to 0: each task's own feature (Table 5)", _decoder(ctm_gate=0.0)),
@@ -302,7 +338,11 @@ def get_recipe(name: str) -> Experiment:
     base, *variants = name.split("+")
     if base not in RECIPES:
         raise ConfigError(f"unknown recipe '{base}'.{_nearest(base, RECIPES)} Known recipes: {', '.join(RECIPES)}")
-    experiment = RECIPES[base]()
+    return replace(with_variants(RECIPES[base](), variants, base), name=name)
+
+
+def with_variants(experiment: Experiment, variants: Sequence[str], base: str) -> Experiment:
+    """The variants of these names, one after the other, of an experiment called `base`. Raises ConfigError."""
     known = variants_of(experiment)
     for variant in variants:
         if variant not in known:
@@ -317,7 +357,7 @@ def get_recipe(name: str) -> Experiment:
         if changed == experiment:
             raise ConfigError(f"the variant '{variant}' changes nothing in '{base}': it is so already")
         experiment = changed
-    return replace(experiment, name=name)
+    return experiment
 
 
 def _nearest(name: str, known: dict) -> str:

@@ -38,7 +38,11 @@ def format_table(rows: Sequence[Row], tasks: Mapping[str, Task], *, gains: Seque
 
     gains: the multi-task gain Δ of each row, percent, as a last column.
     """
-    table = [[cell for cell, _ in line] for line in _score_cells(rows, tasks, gains)]
+    return aligned([[cell for cell, _ in line] for line in _score_cells(rows, tasks, gains)])
+
+
+def aligned(table: Sequence[Sequence[str]]) -> str:
+    """Lines of cells, the first of them the header → plain text in columns, the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [
         "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]).rstrip()
@@ -52,11 +56,16 @@ def markdown_table(
     rows: Sequence[Row], tasks: Mapping[str, Task], *, gains: Sequence[float | None] | None = None
 ) -> str:
     """As `format_table`, for a Markdown page; the best of several rows is bold."""
+    return as_markdown(_score_cells(rows, tasks, gains))
+
+
+def as_markdown(table: Sequence[Sequence[tuple[str, bool]]]) -> str:
+    """Lines of (text, whether it is bold), the first of them the header → a Markdown table."""
     lines = []
-    for cells in _score_cells(rows, tasks, gains):
-        escaped = [(text.replace("|", "\\|"), best) for text, best in cells]
-        lines.append("| " + " | ".join(f"**{text}**" if best else text for text, best in escaped) + " |")
-    lines.insert(1, "|---|" + "---:|" * (len(tasks) + (gains is not None)))
+    for cells in table:
+        escaped = [(text.replace("|", "\\|"), bold) for text, bold in cells]
+        lines.append("| " + " | ".join(f"**{text}**" if bold else text for text, bold in escaped) + " |")
+    lines.insert(1, "|---|" + "---:|" * (len(table[0]) - 1))
     return "\n".join(lines) + "\n"
 
 

@@ -136,18 +136,25 @@ def start_folder(fabric: Fabric, experiment: Experiment, out: Path) -> None:
         recover(out / "best")
     fabric.barrier()
     if path.exists() and (out / "last").exists():
-        found, wanted = _flat(to_dict(load(path))), _flat(to_dict(experiment))
-        different = [key for key in sorted(found.keys() | wanted.keys()) if found.get(key) != wanted.get(key)]
-        different = [key for key in different if key not in FREE_KEYS]
+        different = differences(path, experiment)
         if different:
-            shown = "; ".join(f"{key}: {found.get(key)} there, {wanted.get(key)} here" for key in different[:4])
             raise ConfigError(
-                f"{out} holds another experiment ({shown}). Choose another folder with --out, or remove this one"
+                f"{out} holds another experiment ({'; '.join(different[:4])}). Choose another folder with --out, or remove this one"
             )
     fabric.barrier()
     if fabric.is_global_zero:
         out.mkdir(parents=True, exist_ok=True)
         dump(experiment, path)
+
+
+def differences(path: Path, experiment: Experiment) -> list[str]:
+    """The leaves in which the experiment written at `path` is another one, each with both values; FREE_KEYS are left out."""
+    found, wanted = _flat(to_dict(load(path))), _flat(to_dict(experiment))
+    return [
+        f"{key}: {found.get(key)} there, {wanted.get(key)} here"
+        for key in sorted(found.keys() | wanted.keys())
+        if found.get(key) != wanted.get(key) and key not in FREE_KEYS
+    ]
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -215,6 +215,7 @@ def test_depth_of_dropping_falls_linearly_to_zero(stm, ctm):
 @pytest.mark.parametrize(
     ("recipe", "millions"),
     [
+        ("nyud-mtmamba+swin-blocks", 303.18),
         ("nyud-mtmamba+stm-1", 252.51),
         ("nyud-mtmamba+stm-2", 276.48),
         ("nyud-mtmamba+stm-3", 300.45),

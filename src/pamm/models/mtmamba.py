@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pamm.experiment import MTMambaConfig
-from pamm.nn.joined import JoinedBatchNorm2d
+from pamm.models.backbone import PaddedSwinBlock
+from pamm.nn.joined import JoinedBatchNorm2d, join_drop_paths
 from pamm.nn.recompute import call, recomputed
 from pamm.nn.serialize import row_column_orders
 from pamm.nn.ssm import init_A_log, init_D, init_delta_bias, init_delta_weight
@@ -152,6 +153,29 @@ class STM(nn.Module):
         return z + self.drop_path(self.contract(self.extract(n, source) * F.silu(self.gate(n))))
 
 
+class TaskSwin(nn.Module):
+    """A standard Swin block per task, in the place of an STM block ("2*Swin" in Table 2)."""
+
+    def __init__(self, config: MTMambaConfig, tasks: int, channels: int, drop_path: float, *, shifted: bool):
+        super().__init__()
+        side, heads = config.window, attention_heads(channels)
+        settings = {"window_size": side, "shift_size": side // 2 * shifted, "drop_path": drop_path}
+        whole = {"always_partition": True, "dynamic_mask": True}  # windows keep their size on any map
+        self.tasks = nn.ModuleList(PaddedSwinBlock(channels, side, heads, **settings, **whole) for _ in range(tasks))
+        join_drop_paths(self)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(T, B, h, w, c) → (T, B, h, w, c)."""
+        return torch.stack([block(x) for block, x in zip(self.tasks, z, strict=True)])
+
+
+def create_block(config: MTMambaConfig, tasks: int, channels: int, drop_path: float, number: int) -> nn.Module:
+    """Block `number`, from 0, of those of a stage that keep to their task (Table 2)."""
+    if config.block == "swin":
+        return TaskSwin(config, tasks, channels, drop_path, shifted=number % 2 == 1)
+    return STM(config, tasks, channels, drop_path)
+
+
 class CTM(nn.Module):
     """Cross-task Mamba block (paper Fig. 2b, eq. 19-25), with the published code's gate: g weighs the shared feature.
 
@@ -229,7 +253,7 @@ class Stage(nn.Module):
         super().__init__()
         self.expand = PatchExpand(tasks, 2 * channels)
         self.reduce = TaskLinear(tasks, 2 * channels, channels)
-        self.stm = nn.ModuleList(STM(config, tasks, channels, drop_paths[i]) for i in range(config.stm))
+        self.stm = nn.ModuleList(create_block(config, tasks, channels, drop_paths[i], i) for i in range(config.stm))
         cross = {"mtmamba": CTM, "mtmamba++": SCTM}[config.system]
         self.ctm = cross(config, tasks, channels, drop_paths[-1]) if config.ctm else nn.Identity()
 

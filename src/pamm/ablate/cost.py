@@ -1,0 +1,44 @@
+"""Parameters and arithmetic of a network, counted without computing anything."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+from pamm.experiment import Experiment
+from pamm.models.registry import build_model
+from pamm.tasks import Task
+
+PER_STATE_STEP = 9
+"""Multiply-adds counted for one state at one position of one scan order, as the published counts of Mamba networks do."""
+
+
+class Cost(NamedTuple):
+    """What a network holds, and what one image costs it."""
+
+    parameters: int
+    multiply_adds: int
+    """Of matrix products and convolutions, and of the selective scans; norms, activations and interpolations are left out."""
+
+
+def count_cost(experiment: Experiment, tasks: dict[str, Task]) -> Cost:
+    """Count the experiment's network on one image of data.size; no weight takes memory."""
+    model = replace(experiment.model, backbone=replace(experiment.model.backbone, pretrained=False))
+    with torch.device("meta"):
+        network = build_model(model, tasks, experiment.data.size).eval()
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.pamm.selective_scan: _scan_flops})
+    with FakeTensorMode(), counter, torch.no_grad():
+        stored = [*network.named_parameters(), *network.named_buffers()]
+        tensors = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in stored}
+        functional_call(network, tensors, (torch.empty(1, 3, *experiment.data.size),))
+    return Cost(sum(parameter.numel() for parameter in network.parameters()), counter.get_total_flops() // 2)
+
+
+def _scan_flops(x: tuple, delta: tuple, A: tuple, B: tuple, C: tuple, D: tuple, bias: tuple, orders: tuple, *_, **__):
+    groups, images, length, channels = x
+    return 2 * PER_STATE_STEP * groups * images * length * channels * A[-1] * orders[0]

@@ -1,0 +1,224 @@
+"""The table that finished runs give: means and spreads over seeds, Δ paired by seed, and its two written forms."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pamm.ablate.cost import Cost
+from pamm.ablate.runs import Plan, Run
+from pamm.ablate.tables import AblationTable
+from pamm.gain import GainError, PaperTable, multi_task_gain, paper_tables
+from pamm.report import MISSING, aligned, as_markdown, decimals
+from pamm.tasks import TASKS
+
+
+@dataclass
+class RowResult:
+    """A row of the table."""
+
+    label: str
+    recipe: str
+    scores: dict[int, dict[str, float]] = field(default_factory=dict)
+    """Seed → task → score, of the seeds whose runs are finished; a score that is not finite is left out."""
+    gains: dict[int, float] = field(default_factory=dict)
+    """Seed → Δ over the baseline row of the same seed, percent."""
+    cost: Cost | None = None
+
+    def of(self, task: str) -> list[float]:
+        """The task's scores, seed by seed."""
+        return [scores[task] for scores in self.scores.values() if task in scores]
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation (n − 1); None for the latter of a single value."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def score_names(table: AblationTable, tasks: Sequence[str]) -> dict[str, str]:
+    """Task → the metric that its column shows; a curve has the stand-ins of metrics that take long."""
+    return {task: (table.curve and TASKS[task].quick_score) or TASKS[task].score for task in tasks}
+
+
+def collect(plan: Plan) -> list[RowResult]:
+    """One result per row of the plan, with what is finished; of a curve, one per evaluation."""
+    if plan.table.curve:
+        return _curve(plan)
+    results = []
+    for row in plan.rows:
+        result = RowResult(row.label, next((run.recipe for run in plan.runs if run.label == row.label), ""))
+        for seed in plan.seeds:
+            scores = _scores(plan.of(row.label, seed))
+            if scores:
+                result.scores[seed] = scores
+        results.append(result)
+    add_gains(results, plan.table.baseline)
+    return results
+
+
+def _scores(runs: Sequence[Run]) -> dict[str, float]:
+    """Task → score of the runs of one row and seed; empty where one of them is not finished."""
+    found = [run.results() for run in runs]
+    if not found or None in found:
+        return {}
+    values = {task: metrics.get(TASKS[task].score) for results in found for task, metrics in results.items()}
+    return {task: value for task, value in values.items() if value is not None and math.isfinite(value)}
+
+
+def _curve(plan: Plan) -> list[RowResult]:
+    """One result per evaluated step, from the logs, also of runs that are under way."""
+    points: dict[int, RowResult] = {}
+    for run in plan.runs:
+        log = run.folder / "log.jsonl"
+        if run.state() not in ("finished", "begun") or not log.exists():
+            continue
+        names = score_names(plan.table, list(run.experiment.tasks))
+        for line in map(json.loads, log.read_text().splitlines()):
+            if line["kind"] == "val":
+                point = points.setdefault(line["step"], RowResult(f"step {line['step']}", run.recipe))
+                keys = {task: f"{task}/{name}" for task, name in names.items()}
+                point.scores[run.seed] = {task: line[key] for task, key in keys.items() if key in line}
+    return [points[step] for step in sorted(points)]
+
+
+def add_gains(results: Sequence[RowResult], baseline: str | None) -> None:
+    """Give every row its Δ over the baseline row, seed by seed, over the tasks that both have at every seed they share."""
+    reference = next((result for result in results if result.label == baseline), None)
+    if reference is None:
+        return
+    for result in results:
+        for seed in result.scores.keys() & reference.scores.keys():
+            row, base = result.scores[seed], reference.scores[seed]
+            try:
+                result.gains[seed] = multi_task_gain(row, base)
+            except GainError:  # a baseline of 0, or without this task: Δ of fewer tasks would be another figure
+                continue
+        result.gains = dict(sorted(result.gains.items()))
+
+
+# -- written forms -------------------------------------------------------------------------------------------------------
+
+
+def cells(table: AblationTable, results: Sequence[RowResult], tasks: Sequence[str]) -> list[list[str]]:
+    """Header and rows: tasks, Δ, parameters and arithmetic where the table has them, seeds."""
+    names = score_names(table, tasks)
+    header = [""] + [f"{task} {names[task]} {'↑' if TASKS[task].higher_is_better else '↓'}" for task in tasks]
+    columns = [[result.label for result in results], *(_column([r.of(task) for r in results], task) for task in tasks)]
+    if table.baseline:
+        header.append("Δ % ↑")
+        columns.append([_shown(list(result.gains.values()), 2, sign="+") for result in results])
+    if table.cost:
+        header += ["parameters, M", "10⁹ multiply-adds"]
+        columns += [[f"{r.cost.parameters / 1e6:.2f}" if r.cost else MISSING for r in results]]
+        columns += [[f"{r.cost.multiply_adds / 1e9:.2f}" if r.cost else MISSING for r in results]]
+    header.append("seeds")
+    columns.append([str(len(result.scores)) for result in results])
+    return [header, *(list(line) for line in zip(*columns, strict=True))]
+
+
+def _column(values: Sequence[Sequence[float]], task: str) -> list[str]:
+    means = [statistics.fmean(row) for row in values if row]
+    digits = decimals((max if TASKS[task].higher_is_better else min)(means, default=0.0))
+    return [_shown(row, digits) for row in values]
+
+
+def _shown(values: Sequence[float], digits: int, sign: str = "") -> str:
+    """Mean ± sample standard deviation; the mean alone of a single value, a dash of none."""
+    if not values:
+        return MISSING
+    mean, spread = mean_and_spread(values)
+    return f"{mean:{sign}.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
+
+
+def printed_table(table: AblationTable) -> PaperTable | None:
+    """The paper's own table."""
+    return next((t for t in paper_tables() if (t.paper, t.number) == table.paper), None)
+
+
+def printed_cells(table: AblationTable, printed: PaperTable) -> list[list[str]]:
+    """The paper's figures of the table's rows, in the form of `cells`."""
+    header = [""] + [f"{t} {TASKS[t].score} {'↑' if TASKS[t].higher_is_better else '↓'}" for t in printed.tasks]
+    extra = ["parameters", "flops"] if table.cost else []
+    header += (["Δ % ↑"] if table.baseline else []) + (["parameters, M", "10⁹ FLOP"] if extra else [])
+    lines = [header]
+    for row in table.rows:
+        if row.printed is None:
+            continue
+        found = printed.rows[row.printed]
+        scores = [found.scores.get(task) for task in printed.tasks]
+        line = [MISSING if score is None else f"{score:.{decimals(score)}f}" for score in scores]
+        if table.baseline:
+            line.append(MISSING if found.gain is None else f"{found.gain:+.2f}")
+        lines.append([row.label, *line, *(f"{found.details[key]:.2f}" for key in extra)])
+    return lines
+
+
+def notes(plan: Plan, results: Sequence[RowResult], protocol: str) -> list[str]:
+    """What a reader of the table must know."""
+    said = [protocol] if protocol else []
+    if any(len(result.scores) > 1 for result in results):
+        said.append("± is the sample standard deviation over seeds.")
+    if plan.table.baseline:
+        said.append(f"Δ is the mean relative gain over '{plan.table.baseline}', each seed against the same seed.")
+    if plan.table.curve and any(TASKS[t].quick_score for run in plan.runs for t in run.experiment.tasks):
+        said.append("During training a quick stand-in replaces odsF.")
+    return said
+
+
+def text(plan: Plan, results: Sequence[RowResult], tasks: Sequence[str], protocol: str) -> str:
+    """The table for a terminal, and the paper's beneath it."""
+    parts = [plan.table.title, aligned(cells(plan.table, results, tasks)), *notes(plan, results, protocol)]
+    printed = printed_table(plan.table)
+    if printed:
+        heading = f"\nprinted in the {printed.paper} paper, Table {printed.number} ({printed.dataset}):"
+        parts += [heading, aligned(printed_cells(plan.table, printed)), *filter(None, [printed.note])]
+    return "\n".join(parts)
+
+
+def markdown(plan: Plan, results: Sequence[RowResult], tasks: Sequence[str], protocol: str) -> str:
+    """As `text`, a Markdown page."""
+    parts = [f"# {plan.table.title}", _marked(cells(plan.table, results, tasks)), *notes(plan, results, protocol)]
+    printed = printed_table(plan.table)
+    if printed:
+        parts += [f"Printed in the {printed.paper} paper, Table {printed.number} ({printed.dataset}):"]
+        parts += [_marked(printed_cells(plan.table, printed)), *filter(None, [printed.note])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _marked(lines: Sequence[Sequence[str]]) -> str:
+    return as_markdown([[(cell, False) for cell in line] for line in lines]).rstrip()
+
+
+def as_json(plan: Plan, results: Sequence[RowResult], protocol: str, failed: Mapping[str, str]) -> dict[str, Any]:
+    """Every figure of the table, seed by seed and in sum."""
+    rows = []
+    for result in results:
+        tasks = dict.fromkeys(task for scores in result.scores.values() for task in scores)
+        sums = {task: mean_and_spread(result.of(task)) for task in tasks}
+        rows.append(
+            {
+                "label": result.label,
+                "recipe": result.recipe,
+                "scores": result.scores,
+                "mean": {task: mean for task, (mean, _) in sums.items()},
+                "spread": {task: spread for task, (_, spread) in sums.items()},
+                "gains": result.gains,
+                "gain": dict(zip(("mean", "spread"), mean_and_spread(list(result.gains.values())), strict=True))
+                if result.gains
+                else None,
+                "cost": result.cost._asdict() if result.cost else None,
+            }
+        )
+    return {
+        "table": plan.table.name,
+        "title": plan.table.title,
+        "baseline": plan.table.baseline,
+        "protocol": protocol,
+        "seeds": list(plan.seeds),
+        "rows": rows,
+        "failed": dict(failed),
+    }

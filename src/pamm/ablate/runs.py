@@ -1,0 +1,135 @@
+"""The training runs behind a table: which there are, how far each is, and training those that are not finished."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pamm.ablate.tables import AblationRow, AblationTable
+from pamm.experiment import Experiment
+from pamm.gain import GainError
+from pamm.strict import ConfigError
+from pamm.train import differences, train
+
+EVALUATIONS = 8
+"""Points of a curve, where the recipe evaluates only at the end."""
+
+FINISHED, BEGUN, ABSENT = "finished", "begun", "not begun"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of one row."""
+
+    label: str
+    recipe: str
+    seed: int
+    experiment: Experiment
+    folder: Path
+
+    def state(self) -> str:
+        """FINISHED, BEGUN or ABSENT, or in words what the folder holds instead."""
+        written = self.folder / "experiment.yaml"
+        if not written.exists():
+            return ABSENT
+        try:
+            other = differences(written, self.experiment)
+        except ConfigError as error:
+            return f"cannot be read: {error}"
+        if other:
+            return f"holds another experiment ({'; '.join(other[:4])})"
+        return FINISHED if (self.folder / "results.json").exists() else BEGUN
+
+    def results(self) -> dict[str, dict[str, float | None]] | None:
+        """Task → metric → value of a finished run, else None. Raises GainError for a file that is not one of results."""
+        if self.state() != FINISHED:
+            return None
+        path = self.folder / "results.json"
+        try:
+            return json.loads(path.read_text())["results"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise GainError(
+                f"{path} is not a results file ({error!r}). Remove it: the run is then evaluated again"
+            ) from None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The runs of a table's rows, and the rows that cannot be."""
+
+    table: AblationTable
+    rows: tuple[AblationRow, ...]
+    seeds: tuple[int, ...]
+    runs: tuple[Run, ...]
+    """All rows of the first seed, then all of the second, so that a table is whole, with fewer seeds, early."""
+    failed: dict[str, str]
+    """Label → why the row cannot be."""
+
+    def of(self, label: str, seed: int) -> list[Run]:
+        """The runs of a row and a seed; several where it has one per task."""
+        return [run for run in self.runs if (run.label, run.seed) == (label, seed)]
+
+    def pending(self) -> list[Run]:
+        """The runs that are not finished, in order. A recipe that two rows share is trained once."""
+        return list({run.folder: run for run in self.runs if run.state() != FINISHED}.values())
+
+
+def make_plan(
+    table: AblationTable,
+    rows: Sequence[AblationRow],
+    *,
+    base: str,
+    seeds: Sequence[int],
+    out: Path,
+    resolve: Callable[[str], Experiment],
+) -> Plan:
+    """The runs of `rows`, in folders <out>/<recipe>/seed-<n>. `resolve`: a recipe's full name → its experiment."""
+    experiments, failed = {}, {}
+    for row in rows:
+        try:
+            experiments[row] = resolve(row.recipe_on(base))
+        except ConfigError as error:
+            failed[row.label] = str(error)
+    runs = []
+    for seed in seeds:
+        for row, experiment in experiments.items():
+            runs += _runs(table, row, row.recipe_on(base), _seeded(table, experiment, seed), out)
+    return Plan(table, tuple(rows), tuple(seeds), tuple(runs), failed)
+
+
+def _seeded(table: AblationTable, experiment: Experiment, seed: int) -> Experiment:
+    settings = replace(experiment.train, seed=seed)
+    if table.curve and not settings.eval_every:
+        settings = replace(settings, eval_every=max(1, settings.steps // EVALUATIONS))
+    return replace(experiment, train=settings)
+
+
+def _runs(table: AblationTable, row: AblationRow, recipe: str, experiment: Experiment, out: Path) -> list[Run]:
+    folder = out / Path(recipe).name / f"seed-{experiment.train.seed}"
+    if not row.per_task:
+        return [Run(row.label, recipe, experiment.train.seed, experiment, folder)]
+    return [
+        Run(row.label, recipe, experiment.train.seed, replace(experiment, tasks={task: config}), folder / task)
+        for task, config in experiment.tasks.items()
+    ]
+
+
+def train_all(plan: Plan, *, progress: bool, say: Callable[[str], None]) -> dict[str, str]:
+    """Train what is not finished; label → what kept a row from its end. An error of one run does not end the others."""
+    failed = dict(plan.failed)
+    pending = plan.pending()
+    say(f"{plan.table.name}: {len(pending)} of {len(plan.runs)} runs to train")
+    for number, run in enumerate(pending, start=1):
+        say(f"[{number}/{len(pending)}] {run.label}, seed {run.seed}: {run.folder}")
+        try:
+            train(run.experiment, run.folder, progress=progress)
+        except Exception as error:
+            if not type(error).__module__.startswith("pamm."):
+                traceback.print_exc(file=sys.stderr)
+            failed[run.label] = f"seed {run.seed}: {error}"
+            say(f"  failed: {error}")
+    return failed

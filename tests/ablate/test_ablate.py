@@ -1,0 +1,321 @@
+"""`pamm ablate` as a user meets it: rows trained, resumed and skipped, the table's figures, and what goes wrong."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pamm.ablate.command import main
+from pamm.ablate.result import collect, mean_and_spread
+from pamm.ablate.runs import make_plan
+from pamm.ablate.tables import TABLES, AblationRow, AblationTable
+from pamm.cli import main as pamm
+from pamm.cli import parse_experiment
+from pamm.experiment import dump
+from pamm.gain import GainError
+from pamm.strict import ConfigError
+from pamm.train import create_loop
+from tiny import experiment
+
+ROWS = ["--only", "baseline,task-conv", "--seeds", "0,1", "--quiet"]
+
+
+def parse(arguments: list[str]):
+    return parse_experiment("train", arguments)[0]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """An experiment.yaml small enough for a test, with the cache of its data beside it."""
+    folder = tmp_path_factory.mktemp("base")
+    dump(experiment(str(folder / "rooms"), steps=2, save_every=1), folder / "tiny.yaml")
+    return folder / "tiny.yaml"
+
+
+def told(capsys, *arguments: object, code: int = 0) -> str:
+    """Run `pamm ablate`, expect an exit code; returns what it said."""
+    try:
+        result = pamm(["ablate", *map(str, arguments)])
+    except SystemExit as leaving:
+        result = leaving.code
+    captured = capsys.readouterr()
+    assert result == code, captured
+    return captured.out + captured.err
+
+
+@pytest.fixture(scope="module")
+def done(base, tmp_path_factory) -> Path:
+    """The output folder of two rows with two seeds."""
+    out = tmp_path_factory.mktemp("done") / "out"
+    assert main(["pamm-2", "--base", str(base), "--out", str(out), *ROWS], parse, lambda: True) == 0
+    return out
+
+
+def read(out: Path, table: str = "pamm-2") -> dict:
+    return json.loads((out / f"{table}.json").read_text())
+
+
+def test_two_rows_with_two_seeds_give_the_table(done):
+    table = read(done)
+    assert [(row["label"], row["recipe"].rpartition("+")[2]) for row in table["rows"]] == [
+        ("without TC and PAME", "baseline"),
+        ("TC", "task-conv"),
+    ]
+    folders = [done / f"tiny.yaml+{variant}/seed-{seed}" for variant in ("baseline", "task-conv") for seed in (0, 1)]
+    results = [json.loads((folder / "results.json").read_text())["results"] for folder in folders]
+    for row, (first, second) in zip(table["rows"], (results[:2], results[2:]), strict=True):
+        values = np.array([first["normals"]["mErr"], second["normals"]["mErr"]])
+        assert list(row["scores"]["0"]) == ["semseg", "depth", "human_parts", "sal", "normals", "edge"]
+        assert row["mean"]["normals"] == pytest.approx(values.mean())
+        assert row["spread"]["normals"] == pytest.approx(values.std(ddof=1))
+    assert results[0] != results[1]
+    assert table["rows"][0]["gains"] == {"0": 0, "1": 0} and table["failed"] == {}
+    page = (done / "pamm-2.md").read_text()
+    assert "semseg mIoU ↑" in page and "depth RMSE ↓" in page and " ± " in page and "val split, 5 images" in page
+    assert "| TC | 78.01 | 67.35 | 84.92 | 13.59 | 70.10 | +1.03 |" in page
+
+
+def test_finished_runs_are_left_alone(done, base, capsys):
+    before = {path: path.stat().st_mtime_ns for path in done.rglob("results.json")}
+    text = told(capsys, "pamm-2", "--base", base, "--out", done, *ROWS)
+    assert "0 of 4 runs to train" in text and len(before) == 4
+    assert {path: path.stat().st_mtime_ns for path in done.rglob("results.json")} == before
+
+
+def test_a_killed_run_goes_on_to_the_same_figures(done, base, tmp_path, capsys):
+    plan = make_plan(
+        TABLES["pamm-2"],
+        TABLES["pamm-2"].rows[:1],
+        base=str(base),
+        seeds=[0],
+        out=tmp_path,
+        resolve=lambda r: parse([r]),
+    )
+    loop, loader = create_loop(plan.runs[0].experiment, plan.runs[0].folder)
+    for parts in islice(loader, 1):
+        loop._one_step(parts)
+    loop.close()
+    arguments = ["pamm-2", "--base", base, "--out", tmp_path, "--only", "baseline", "--quiet"]
+    assert "begun" in told(capsys, *arguments, "--dry-run")
+    assert "1 of 1 runs to train" in told(capsys, *arguments)
+    results = "tiny.yaml+baseline/seed-0/results.json"
+    mine, whole = (json.loads((folder / results).read_text())["results"] for folder in (tmp_path, done))
+    assert mine == whole
+
+
+def test_the_plan_is_told_without_training(base, tmp_path, capsys):
+    text = told(capsys, "pamm-3", "--base", base, "--seeds", "0,1", "--out", tmp_path / "new", "--dry-run")
+    lines = text.splitlines()
+    assert len(lines) == 8 and all(line.endswith("not begun") for line in lines)
+    assert [line.partition(":")[0] for line in lines[:5]] == [
+        "experts on B and C, seed 0",
+        "experts on C, seed 0",
+        "experts on B, seed 0",
+        "without experts, seed 0",
+        "experts on B and C, seed 1",
+    ]
+    assert not (tmp_path / "new").exists()
+
+
+def test_tables_share_their_runs(done, base, capsys):
+    """Table III's row of the whole network and Table II's are one run; a row of another table is not trained again."""
+    text = told(capsys, "pamm-2", "--base", base, "--out", done, "--only", "baseline", "--dry-run")
+    assert "finished" in text
+    both = [f"pamm-{number}" for number in (2, 3)]
+    folders = [told(capsys, name, "--base", base, "--out", done, "--dry-run").splitlines() for name in both]
+    assert folders[0][2].split(": ")[1] == folders[1][0].split(": ")[1]
+
+
+def test_a_row_that_cannot_be_does_not_lose_the_others(done, base, capsys):
+    """The tiny network has two stages: three are not there."""
+    arguments = ["pamm-7", "--base", base, "--out", done, "--only", "stages-1,stages-3", "--quiet"]
+    text = told(capsys, *arguments, code=1)
+    assert "failed: 3 stages: the variant 'stages-3' changes nothing" in text
+    rows = {row["label"]: row for row in read(done, "pamm-7")["rows"]}
+    assert len(rows["1 stage"]["scores"]) == 1 and not rows["3 stages"]["scores"]
+
+
+def test_a_folder_of_another_experiment_is_refused_and_the_other_rows_go_on(base, done, tmp_path, capsys):
+    out = tmp_path / "out"
+    (out / "tiny.yaml+baseline").mkdir(parents=True)
+    (out / "tiny.yaml+baseline/seed-0").symlink_to(done / "tiny.yaml+baseline/seed-0")
+    arguments = [
+        "pamm-2",
+        "--base",
+        base,
+        "--out",
+        out,
+        "--only",
+        "baseline,task-conv",
+        "--train.steps",
+        "1",
+        "--quiet",
+    ]
+    text = told(capsys, *arguments, code=1)
+    assert "failed: without TC and PAME: seed 0:" in text and "holds another experiment" in text
+    assert "train.steps: 2 there, 1 here). Choose another folder with --out" in text
+    assert [len(row["scores"]) for row in read(out)["rows"]] == [0, 1]
+
+
+def test_a_curve_has_a_row_per_evaluation(base, tmp_path, capsys):
+    told(capsys, "pamm-fig8", "--base", base, "--out", tmp_path, "--tasks", "normals,edge", "--quiet")
+    rows = read(tmp_path, "pamm-fig8")["rows"]
+    assert [row["label"] for row in rows] == ["step 1", "step 2"]
+    log = [json.loads(line) for line in (tmp_path / "tiny.yaml/seed-0/log.jsonl").read_text().splitlines()]
+    assert [row["mean"]["edge"] for row in rows] == [e["edge/maxF_pixel"] for e in log if e["kind"] == "val"]
+    assert "edge maxF_pixel ↑" in (tmp_path / "pamm-fig8.md").read_text()
+
+
+def test_one_network_per_task_is_one_row(base, tmp_path, capsys):
+    """The reference of MTMamba's Table 2; here with the tiny PAMM, the variant being its own."""
+    table = AblationTable("single", "", "", (AblationRow("single", "+baseline", per_task=True),))
+    plan = make_plan(
+        table,
+        table.rows,
+        base=str(base),
+        seeds=[0],
+        out=tmp_path,
+        resolve=lambda recipe: parse([recipe, "--tasks", "depth,normals"]),
+    )
+    assert [(list(run.experiment.tasks), run.folder.name) for run in plan.runs] == [
+        (["depth"], "depth"),
+        (["normals"], "normals"),
+    ]
+    for number, run in enumerate(plan.runs):
+        assert not collect(plan)[0].scores
+        write(run, {"RMSE": 0.5, "mErr": 20.0 + number})
+    assert collect(plan)[0].scores == {0: {"depth": 0.5, "normals": 21.0}}
+
+
+def write(run, scores: dict[str, float | None]) -> None:
+    """A finished run with these scores of each of its tasks."""
+    run.folder.mkdir(parents=True)
+    dump(run.experiment, run.folder / "experiment.yaml")
+    results = dict.fromkeys(run.experiment.tasks, scores)
+    (run.folder / "results.json").write_text(json.dumps({"protocol": "p", "results": results}))
+
+
+def test_means_spreads_and_paired_gains_are_numpys(base, tmp_path, capsys):
+    """Three seeds of two rows, one of them with a run missing: Δ is over the seeds that both rows have."""
+    generator = np.random.default_rng(0)
+    settings = {"base": str(base), "seeds": [0, 1, 2], "out": tmp_path}
+    tasks = ["--tasks", "depth,normals"]
+    plan = make_plan(TABLES["pamm-2"], TABLES["pamm-2"].rows[:2], resolve=lambda r: parse([r, *tasks]), **settings)
+    values = generator.uniform(1, 2, (2, 3, 2))  # row, seed, task
+    for row, label in enumerate(("without TC and PAME", "TC")):
+        for seed in (0, 1, 2):
+            if (row, seed) != (0, 1):
+                (run,) = plan.of(label, seed)
+                write(run, dict(zip(("RMSE", "mErr"), values[row, seed], strict=True)))
+    results = collect(plan)
+    shared = [0, 2]
+    gains = 100 * ((values[0, shared] - values[1, shared]) / values[0, shared]).mean(1)  # both tasks: lower is better
+    assert list(results[1].gains) == shared
+    np.testing.assert_allclose(list(results[1].gains.values()), gains)
+    mean, spread = mean_and_spread(list(results[1].gains.values()))
+    np.testing.assert_allclose([mean, spread], [gains.mean(), gains.std(ddof=1)])
+    np.testing.assert_allclose(
+        mean_and_spread(results[1].of("depth")), [values[1, :, 0].mean(), values[1, :, 0].std(ddof=1)]
+    )
+    assert mean_and_spread([3.0]) == (3.0, None)
+    arguments = [
+        "pamm-2",
+        "--base",
+        base,
+        "--out",
+        tmp_path,
+        "--seeds",
+        "0,1,2",
+        "--only",
+        "baseline,task-conv",
+        *tasks,
+    ]
+    text = told(capsys, *arguments, "--report")
+    line = next(line for line in text.splitlines() if line.startswith("TC"))
+    depth, gain = values[1, :, 0], f"{gains.mean():+.2f} ± {gains.std(ddof=1):.2f}"
+    assert gain in line and f" ± {depth.std(ddof=1):.3f}"[:7] in line and line.endswith(" 3")
+    assert "each seed against the same seed" in text
+
+
+def test_a_score_that_is_not_finite_takes_its_gain_with_it(base, tmp_path):
+    plan = make_plan(
+        TABLES["pamm-2"],
+        TABLES["pamm-2"].rows[:2],
+        base=str(base),
+        seeds=[0],
+        out=tmp_path,
+        resolve=lambda r: parse([r]),
+    )
+    for run, sal in zip(plan.runs, (None, 50.0), strict=True):
+        write(run, {"mIoU": 1.0, "RMSE": 1.0, "mErr": 1.0, "odsF": 1.0, "maxF": sal})
+    results = collect(plan)
+    assert "sal" not in results[0].scores[0] and results[1].gains == {}
+
+
+def test_a_damaged_experiment_file_does_not_lose_the_other_rows(base, done, tmp_path, capsys):
+    for variant in ("baseline", "task-conv"):
+        (tmp_path / f"tiny.yaml+{variant}").mkdir()
+    (tmp_path / "tiny.yaml+task-conv/seed-0").symlink_to(done / "tiny.yaml+task-conv/seed-0")
+    (tmp_path / "tiny.yaml+baseline/seed-0/last").mkdir(parents=True)
+    (tmp_path / "tiny.yaml+baseline/seed-0/experiment.yaml").write_text("train: {stepps: 3}")
+    text = told(capsys, "pamm-2", "--base", base, "--out", tmp_path, "--only", "baseline,task-conv", "--quiet", code=1)
+    assert "failed: without TC and PAME: seed 0: " in text and "unknown key 'train.stepps'" in text
+    assert [len(row["scores"]) for row in read(tmp_path)["rows"]] == [0, 1]
+
+
+def test_a_damaged_result_is_told(base, tmp_path):
+    plan = make_plan(
+        TABLES["pamm-2"],
+        TABLES["pamm-2"].rows[:1],
+        base=str(base),
+        seeds=[0],
+        out=tmp_path,
+        resolve=lambda r: parse([r]),
+    )
+    write(plan.runs[0], {})
+    (plan.runs[0].folder / "results.json").write_text("{}")
+    with pytest.raises(
+        GainError, match=r"results.json is not a results file .*Remove it: the run is then evaluated again"
+    ):
+        collect(plan)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["pamm-9"], 1, r"unknown table 'pamm-9'"),
+        (["benchmark", "--base", "demo"], 1, r"--base: the rows of 'benchmark' name their recipes; leave it out"),
+        (
+            ["pamm-2", "--only", "experts"],
+            1,
+            r"--only: 'experts' is no row of 'pamm-2'; its rows: without TC and PAME, TC",
+        ),
+        (["pamm-2", "--seeds", "a"], 2, r"found 'a', expected seeds as in 0,1,2"),
+        (["pamm-2", "--train.step", "3", "--dry-run"], 2, r"--train.step"),
+        (
+            ["pamm-2", "--report", "--out", "nothing/here"],
+            1,
+            r"no run of 'pamm-2' in nothing/here is finished \(not begun\)",
+        ),
+        (
+            ["pamm-2", "--base", "nyud-mtmamba", "--dry-run"],
+            1,
+            r"failed: TC: unknown variant 'task-conv' of 'nyud-mtmamba'",
+        ),
+        ([], 2, r"the following arguments are required: table"),
+    ],
+)
+def test_errors_say_what_to_do(arguments, code, message, capsys):
+    import re
+
+    assert re.search(message, told(capsys, *arguments, code=code))
+
+
+def test_variants_of_a_file_are_those_of_its_decoder(base):
+    assert not parse([f"{base}+no-priors+s-scan"]).model.decoder.prior_B
+    with pytest.raises(ConfigError, match=r"unknown variant 'no-prior' of '.*tiny.yaml'. Did you mean 'no-priors'"):
+        parse([f"{base}+no-prior"])
