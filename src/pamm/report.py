@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pamm.data.transforms import MEAN, STD
-from pamm.pictures import legend
+from pamm.data.transforms import denormalize
+from pamm.pictures import draw_pair, legend
 from pamm.tasks import Task
 
 Row = tuple[str, Mapping[str, Mapping[str, float | None]]]
@@ -128,18 +128,12 @@ def figure_from(
     Prediction and truth share the truth's colour scale. Ignored pixels of a truth are grey; a label that is absent or
     ignored everywhere counts as none.
     """
-    pixels = image.cpu().movedim(0, -1).numpy() * np.array(STD) + np.array(MEAN)
     predictions, truths = {}, {}
     for name, task in tasks.items():
-        prediction, truth = task.decode(logits[name][None])[0].cpu().numpy(), None
-        label = labels[name].cpu() if name in labels else None
-        valid = None if label is None else task.valid(label)[0].numpy()
-        if valid is not None and valid.any():
-            values = task.truth(label).numpy()
-            truth = np.where(valid.reshape(valid.shape + (1,) * (values.ndim - 2)), values, np.zeros_like(values))
-            truths[name] = task.draw(truth, valid=valid, reference=truth)
-        predictions[name] = task.draw(prediction, reference=truth)
-    return Figure(id, np.rint(np.clip(pixels, 0, 1) * 255).astype(np.uint8), predictions, truths)
+        predictions[name], truth = draw_pair(task, logits[name], labels.get(name))
+        if truth is not None:
+            truths[name] = truth
+    return Figure(id, denormalize(image), predictions, truths)
 
 
 # -- the page ------------------------------------------------------------------------------------------------------------
