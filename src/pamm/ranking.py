@@ -21,14 +21,15 @@ class Ranked:
 
 
 class Ranking:
-    """The `count` best and the `count` worst images by one score; ties are ordered by id.
+    """The `count` best and the `count` worst images by one score; ties are ordered by id. score: what it is, in words.
 
     Which they are depends on ids and scores alone, not on the order in which they come or on the process that saw them. No
     image is in both lists: of fewer than 2 · `count` images the better half counts as best.
     """
 
-    def __init__(self, count: int, *, higher_is_better: bool):
+    def __init__(self, count: int, *, higher_is_better: bool, score: str = ""):
         self.count = count
+        self.score = score
         self.sign = 1 if higher_is_better else -1
         self.kept: list[Ranked] = []
         """Worst first; of more than 2 · `count` images only those at both ends."""

@@ -38,7 +38,7 @@ def format_table(rows: Sequence[Row], tasks: Mapping[str, Task], *, gains: Seque
 
     gains: the multi-task gain Δ of each row, percent, as a last column.
     """
-    table = [[cell for cell, _ in line] for line in _score_cells(rows, tasks, gains)]
+    table = [[cell for cell, _ in line] for line in score_cells(rows, tasks, gains)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [
         "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]).rstrip()
@@ -53,14 +53,14 @@ def markdown_table(
 ) -> str:
     """As `format_table`, for a Markdown page; the best of several rows is bold."""
     lines = []
-    for cells in _score_cells(rows, tasks, gains):
+    for cells in score_cells(rows, tasks, gains):
         escaped = [(text.replace("|", "\\|"), best) for text, best in cells]
         lines.append("| " + " | ".join(f"**{text}**" if best else text for text, best in escaped) + " |")
     lines.insert(1, "|---|" + "---:|" * (len(tasks) + (gains is not None)))
     return "\n".join(lines) + "\n"
 
 
-def _score_cells(
+def score_cells(
     rows: Sequence[Row], tasks: Mapping[str, Task], gains: Sequence[float | None] | None
 ) -> list[list[tuple[str, bool]]]:
     """Header and rows of (text, whether it is the best of its column)."""
@@ -157,36 +157,36 @@ def write_report(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    facts = "".join(f"<dt>{_text(key)}</dt><dd>{_text(value)}</dd>" for key, value in (extra or {}).items())
+    facts = "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in (extra or {}).items())
     page = _PAGE.substitute(
-        title=_text(title),
-        protocol=_text(protocol),
-        table=_html_table(_score_cells(rows, tasks, gains)),
+        title=escape(title),
+        protocol=escape(protocol),
+        table=html_table(score_cells(rows, tasks, gains)),
         facts=f"<dl>{facts}</dl>" if facts else "",
-        details="".join(_details(name, task, rows) for name, task in tasks.items()),
+        details="".join(metric_details(name, task, rows) for name, task in tasks.items()),
         figures=_figures(figures, tasks, folder) if figures else "",
-        shown=SHOWN,
+        style=STYLE,
     )
     path = folder / REPORT
     path.write_text(page, encoding="utf-8")
     return path
 
 
-def _text(value: object) -> str:
+def escape(value: object) -> str:
     return html.escape(str(value))
 
 
-def _html_table(lines: Sequence[Sequence[tuple[str, bool]]]) -> str:
+def html_table(lines: Sequence[Sequence[tuple[str, bool]]]) -> str:
     """First line and first cells as headings, best values bold."""
-    head = "".join(f'<th scope="col">{_text(text)}</th>' for text, _ in lines[0])
+    head = "".join(f'<th scope="col">{escape(text)}</th>' for text, _ in lines[0])
     body = ""
     for (name, _), *cells in lines[1:]:
-        values = "".join(f"<td>{f'<b>{_text(text)}</b>' if best else _text(text)}</td>" for text, best in cells)
-        body += f'<tr><th scope="row">{_text(name)}</th>{values}</tr>\n'
+        values = "".join(f"<td>{f'<b>{escape(text)}</b>' if best else escape(text)}</td>" for text, best in cells)
+        body += f'<tr><th scope="row">{escape(name)}</th>{values}</tr>\n'
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>'
 
 
-def _details(name: str, task: Task, rows: Sequence[Row]) -> str:
+def metric_details(name: str, task: Task, rows: Sequence[Row]) -> str:
     """Every metric of a task, closed until asked for; those named "metric/class" in a table of their own."""
     metrics = dict.fromkeys(key for _, row in rows for key in row.get(name, {}))
     if not metrics:
@@ -201,30 +201,34 @@ def _details(name: str, task: Task, rows: Sequence[Row]) -> str:
             better = task.higher_is_better if kind or key == task.score else None
             cells = _column([row.get(name, {}).get(key) for _, row in rows], better)
             lines.append([(key.partition("/")[2] if kind else key, False), *cells])
-        tables += _html_table(lines)
+        tables += html_table(lines)
     kinds = "".join(f", {kind} of each class" for kind in groups if kind)
     heading = (
         f"{name}: every metric{kinds} (score: {task.score}, {'higher' if task.higher_is_better else 'lower'} is better)"
     )
-    return f'<details><summary>{_text(heading)}</summary><div class="tables">{tables}</div></details>\n'
+    return f'<details><summary>{escape(heading)}</summary><div class="tables">{tables}</div></details>\n'
 
 
 def _figures(figures: Sequence[Figure], tasks: Mapping[str, Task], folder: Path) -> str:
     (folder / PICTURES).mkdir(exist_ok=True)
     taken: set[str] = set()
     blocks = [_figure(figure, tasks, folder, _file_stem(figure.id, taken)) for figure in figures]
+    note = "The network's prediction above, the truth below it; pixels of the truth without a label are grey."
+    return f"<h2>Pictures</h2><p>{note}</p>{class_legends(tasks)}\n{''.join(blocks)}"
+
+
+def class_legends(tasks: Mapping[str, Task]) -> str:
+    """The colours of the tasks' classes; empty where no task has classes."""
     legends = ""
     for name, task in tasks.items():
         classes = legend(task)
         swatches = "".join(
-            f'<li><i style="background:rgb{colour}"></i>{_text(label)}</li>' for label, colour in classes.items()
+            f'<li><i style="background:rgb{colour}"></i>{escape(label)}</li>' for label, colour in classes.items()
         )
-        legends += f"<p>{_text(name)}</p><ul>{swatches}</ul>" if classes else ""
-    legends = (
+        legends += f"<p>{escape(name)}</p><ul>{swatches}</ul>" if classes else ""
+    return (
         f'<details class="legend" open><summary>Colours of the classes</summary>{legends}</details>' if legends else ""
     )
-    note = "The network's prediction above, the truth below it; pixels of the truth without a label are grey."
-    return f"<h2>Pictures</h2><p>{note}</p>{legends}\n{''.join(blocks)}"
 
 
 def _figure(figure: Figure, tasks: Mapping[str, Task], folder: Path, stem: str) -> str:
@@ -237,17 +241,17 @@ def _figure(figure: Figure, tasks: Mapping[str, Task], folder: Path, stem: str) 
         path = folder / PICTURES / f"{stem}_{what}.png"
         Image.fromarray(pixels).save(path)
         height, width = pixels.shape[:2]
-        alt = _text(f"{figure.id}: {what.replace('_', ' ')}")
+        alt = escape(f"{figure.id}: {what.replace('_', ' ')}")
         source = quote(f"{PICTURES}/{path.name}")
         small = ' class="small"' if width < SHOWN else ""
         return f'<img src="{source}" width="{width}" height="{height}" alt="{alt}" loading="lazy"{small}>'
 
     shown = [name for name in tasks if name in figure.predictions]
-    head = "".join(f'<th scope="col">{_text(name)}</th>' for name in ("image", *shown))
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in ("image", *shown))
     above = "".join(f"<td>{picture(figure.predictions[name], f'{name}_prediction')}</td>" for name in shown)
     below = "".join(f"<td>{picture(figure.truths.get(name), f'{name}_truth')}</td>" for name in shown)
     return (
-        f'<figure><figcaption>{_text(figure.id)}</figcaption><div class="wide"><table class="pictures">\n'
+        f'<figure><figcaption>{escape(figure.id)}</figcaption><div class="wide"><table class="pictures">\n'
         f"<thead><tr><td></td>{head}</tr></thead><tbody>\n"
         f'<tr><th scope="row">prediction</th><td rowspan="2">{picture(figure.image, "image")}</td>{above}</tr>\n'
         f'<tr><th scope="row">truth</th>{below}</tr>\n</tbody></table></div></figure>\n'
@@ -264,14 +268,7 @@ def _file_stem(id: str, taken: set[str]) -> str:
     return stem
 
 
-_PAGE = Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c1e21; background: #fff; }
+STYLE = Template("""body { font: 15px/1.5 system-ui, sans-serif; color: #1c1e21; background: #fff; }
 body { max-width: 1500px; margin: 2rem auto; padding: 0 1.5rem; }
 h1 { font-size: 1.6rem; margin: 0 0 .25rem; }
 h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; }
@@ -296,7 +293,17 @@ table.pictures th[scope=row] { writing-mode: vertical-rl; rotate: 180deg; color:
 img, .none { display: block; width: ${shown}px; height: auto; }
 img.small { image-rendering: pixelated; }
 .none { display: grid; place-items: center; color: #777; background: #f0f0f0; }
-</style>
+""").substitute(shown=SHOWN)
+"""The style of a page of results."""
+
+_PAGE = Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+$style</style>
 </head>
 <body>
 <h1>$title</h1>
