@@ -128,18 +128,16 @@ def evaluate(
     """Evaluate `model` on this process's share of the images; the results cover the shares of all processes.
 
     rankings: task → the ranking that its images enter. draw: makes the pictures of an image that is kept there. quick: a
-    stand-in for metrics that take long (see `Task.quick_metric`). Other resolutions than the frame's, and rankings, need a
-    loader whose `EvalTransform` has `original` on.
+    stand-in for metrics that take long (see `Task.quick_metric`). The resolution "original" needs a loader whose
+    `EvalTransform` has `original` on.
 
-    Returns the rows by resolution and the number of images that the frame holds at another size than their own.
-
-    On a CPU a batch runs image by image, which costs nothing there and keeps the arithmetic of an image independent of its
+    Returns the rows by resolution and the number of images that the frame holds at another size than their own. On a CPU a batch runs image by image, which costs nothing there and keeps the arithmetic of an image independent of its
     neighbours. Values are rounded to 6 significant digits, below which the order of float32 sums shows.
     """
     device = torch.device(device)
     home = device if device.type != "mps" else torch.device("cpu")  # sums are float64, which MPS lacks
     scores = {name: TaskScores(task, resolutions, device=home, quick=quick) for name, task in tasks.items()}
-    resized, rankings = 0, rankings or {}
+    resized = 0
     was_training = model.training
     model.eval()
     try:
@@ -148,10 +146,10 @@ def evaluate(
                 resized += one.resized
                 for name in tasks:
                     scores[name].update(one)
-                for name, ranking in rankings.items():
+                for name, ranking in (rankings or {}).items():
                     _rank(ranking, tasks[name], one, draw, home)
         values = {name: scores[name].compute() for name in tasks}
-        for ranking in rankings.values():
+        for ranking in (rankings or {}).values():
             ranking.gather()
         rows = {resolution: {name: values[name][resolution] for name in tasks} for resolution in resolutions}
         return rows, int(over_processes(torch.tensor(resized, device=home)))
@@ -221,33 +219,22 @@ def evaluate_split(
     readers = {name: create_task(name, **described[name]) for name in tasks}
     measured = {name: create_task(name, **(task.options() | described[name])) for name, task in tasks.items()}
     data = open_dataset(config, split, readers)
-    loader = eval_loader(
-        data,
-        EvalTransform(readers, config, original="original" in resolutions),
-        rank=fabric.global_rank,
-        world=fabric.world_size,
-        batch_size=batch_size,
-        workers=experiment.train.workers,
-    )
+    transform = EvalTransform(readers, config, original="original" in resolutions)
+    shard = {"rank": fabric.global_rank, "world": fabric.world_size}
+    loader = eval_loader(data, transform, batch_size=batch_size, workers=experiment.train.workers, **shard)
     rankings = {
         name: Ranking(ranked, score=task.image_score, higher_is_better=task.higher_is_better)
         for name, task in measured.items()
-        if ranked
     }
-    rows, resized = evaluate(
-        model,
-        loader,
-        measured,
-        device=fabric.device,
-        resolutions=resolutions,
-        rankings=rankings,
-        draw=partial(draw_shown, config=config) if pictures else None,
-        quick=quick,
-        progress=progress,
-    )
+    options = {"device": fabric.device, "resolutions": resolutions, "quick": quick, "progress": progress}
+    options |= {"rankings": rankings if ranked else {}}
+    options |= {"draw": partial(draw_shown, config=config)} if pictures else {}
+    rows, resized = evaluate(model, loader, measured, **options)
     protocol, own = _protocols(config, split, data, resized)
     original = OriginalResults(rows["original"], own, resized) if "original" in rows else None
-    return Evaluation(rows.get("frame", {}), len(data), protocol, split=split, original=original, rankings=rankings)
+    return Evaluation(
+        rows.get("frame", {}), len(data), protocol, split=split, original=original, rankings=options["rankings"]
+    )
 
 
 def _protocols(config: DataConfig, split: str, data: Dataset, resized: int) -> tuple[str, str]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pamm.evaluate import Evaluation
     from pamm.gain import Comparison
     from pamm.measurement import Resolution
+    from pamm.tasks import Task
 
 
 def main(arguments: list[str]) -> int:
@@ -46,8 +47,15 @@ def main(arguments: list[str]) -> int:
         precision=plain.precision,
         compile=plain.compile,
     )
-    if not is_first_process():
-        return 0
+    if is_first_process():
+        tell(plain, named, tasks, command=f"pamm eval {shlex.join(arguments)}")
+    return 0
+
+
+def tell(
+    plain: argparse.Namespace, named: list[tuple[str, Evaluation]], tasks: dict[str, Task], *, command: str
+) -> None:
+    """Print and write what was asked for. named: results by name, the model's last."""
     from pamm.evaluation_report import format_evaluation, write_evaluation_report
 
     name, result = named[-1]
@@ -61,10 +69,8 @@ def main(arguments: list[str]) -> int:
     if plain.out:
         result.save(plain.out)
     if plain.report:
-        command = f"pamm eval {shlex.join(arguments)}"
         page = write_evaluation_report(plain.report, named, tasks, comparisons=comparisons, command=command)
         print(f"report: {page}")
-    return 0
 
 
 def arguments_parser() -> argparse.ArgumentParser:
