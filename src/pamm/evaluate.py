@@ -131,7 +131,8 @@ def evaluate(
     stand-in for metrics that take long (see `Task.quick_metric`). The resolution "original" needs a loader whose
     `EvalTransform` has `original` on.
 
-    Returns the rows by resolution and the number of images that the frame holds at another size than their own. On a CPU a batch runs image by image, which costs nothing there and keeps the arithmetic of an image independent of its
+    Returns the rows by resolution and the number of images that the frame holds at another size than their own. On a CPU
+    a batch runs image by image, which costs nothing there and keeps the arithmetic of an image independent of its
     neighbours. Values are rounded to 6 significant digits, below which the order of float32 sums shows.
     """
     device = torch.device(device)
@@ -225,16 +226,14 @@ def evaluate_split(
     rankings = {
         name: Ranking(ranked, score=task.image_score, higher_is_better=task.higher_is_better)
         for name, task in measured.items()
+        if ranked
     }
     options = {"device": fabric.device, "resolutions": resolutions, "quick": quick, "progress": progress}
-    options |= {"rankings": rankings if ranked else {}}
-    options |= {"draw": partial(draw_shown, config=config)} if pictures else {}
-    rows, resized = evaluate(model, loader, measured, **options)
+    draw = partial(draw_shown, config=config) if pictures else None
+    rows, resized = evaluate(model, loader, measured, rankings=rankings, draw=draw, **options)
     protocol, own = _protocols(config, split, data, resized)
     original = OriginalResults(rows["original"], own, resized) if "original" in rows else None
-    return Evaluation(
-        rows.get("frame", {}), len(data), protocol, split=split, original=original, rankings=options["rankings"]
-    )
+    return Evaluation(rows.get("frame", {}), len(data), protocol, split=split, original=original, rankings=rankings)
 
 
 def _protocols(config: DataConfig, split: str, data: Dataset, resized: int) -> tuple[str, str]:
