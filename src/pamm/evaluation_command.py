@@ -114,15 +114,17 @@ def check_outputs(out: Path | None, report: Path | None) -> None:
 
 
 def compare_with(baseline: str, result: Evaluation) -> dict[Resolution, Comparison]:
-    """The comparison at every resolution that both have. Raises GainError where there is none."""
+    """The comparison at every resolution that both have; prints why another has none. Raises GainError where none has."""
     from pamm.gain import GainError, compare
 
-    found, failures = {}, []
+    found, failures = {}, {}
     for resolution, row in result.rows.items():
         try:
             found[resolution] = compare(row, baseline, resolution)
         except GainError as error:
-            failures.append(error)
+            failures[resolution] = error
     if not found:
-        raise failures[0]
+        raise next(iter(failures.values()))
+    for resolution, error in failures.items():
+        print(f"no Δ at the resolution '{resolution}': {error}")
     return found

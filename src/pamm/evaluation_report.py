@@ -246,7 +246,7 @@ h3 { font-size: 1.05rem; margin: 1.2rem 0 .3rem; }
 h4 { font-size: .95rem; margin: .3rem 0; color: #555; }
 figure { margin: .6rem 0; }
 figcaption { overflow-wrap: anywhere; font-size: .9rem; }
-.ends { display: flex; flex-wrap: wrap; gap: 0 2.5rem; align-items: start; }
+.ends { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(560px, 100%), 1fr)); gap: 0 2rem; align-items: start; }
 .row { display: flex; gap: .4rem; align-items: start; }
 .row img { height: 150px; width: auto; max-width: 33%; object-fit: contain; }
 </style>
