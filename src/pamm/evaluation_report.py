@@ -193,7 +193,7 @@ def _html(named: Named, tasks: Mapping[str, Task], comparisons: Comparisons, com
         summary += html_table(score_cells(rows, tasks, gains))
         if resolution in comparisons:
             summary += "".join(f"<p>{escape(line)}</p>" for line in _gain_line(comparisons[resolution]).splitlines())
-        measured = [row for row in rows if row[0] != getattr(comparisons.get(resolution), "baseline", None)]
+        measured = rows[1:] if resolution in comparisons else rows
         details += f"<h3>{HEADINGS[resolution]}</h3>"
         details += "".join(metric_details(task, tasks[task], measured) for task in tasks)
     summary += f"<p>{SAME}</p>" if _is_same(result) else ""
