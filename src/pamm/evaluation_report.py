@@ -23,10 +23,9 @@ from pamm.report import (
     decimals,
     escape,
     format_table,
-    html_table,
+    html_scores,
     markdown_table,
     metric_details,
-    score_cells,
 )
 from pamm.tasks import TASKS, Task
 
@@ -190,7 +189,7 @@ def _html(named: Named, tasks: Mapping[str, Task], comparisons: Comparisons, com
     summary = details = ""
     for resolution, rows, gains, protocol in tables:
         summary += f'<h2>{HEADINGS[resolution]}</h2><p class="protocol">{escape(protocol)}</p>'
-        summary += html_table(score_cells(rows, tasks, gains))
+        summary += html_scores(rows, tasks, gains)
         if resolution in comparisons:
             summary += "".join(f"<p>{escape(line)}</p>" for line in _gain_line(comparisons[resolution]).splitlines())
         measured = rows[1:] if resolution in comparisons else rows

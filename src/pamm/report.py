@@ -38,7 +38,7 @@ def format_table(rows: Sequence[Row], tasks: Mapping[str, Task], *, gains: Seque
 
     gains: the multi-task gain Δ of each row, percent, as a last column.
     """
-    table = [[cell for cell, _ in line] for line in score_cells(rows, tasks, gains)]
+    table = [[cell for cell, _ in line] for line in _score_cells(rows, tasks, gains)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [
         "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]).rstrip()
@@ -53,14 +53,14 @@ def markdown_table(
 ) -> str:
     """As `format_table`, for a Markdown page; the best of several rows is bold."""
     lines = []
-    for cells in score_cells(rows, tasks, gains):
+    for cells in _score_cells(rows, tasks, gains):
         escaped = [(text.replace("|", "\\|"), best) for text, best in cells]
         lines.append("| " + " | ".join(f"**{text}**" if best else text for text, best in escaped) + " |")
     lines.insert(1, "|---|" + "---:|" * (len(tasks) + (gains is not None)))
     return "\n".join(lines) + "\n"
 
 
-def score_cells(
+def _score_cells(
     rows: Sequence[Row], tasks: Mapping[str, Task], gains: Sequence[float | None] | None
 ) -> list[list[tuple[str, bool]]]:
     """Header and rows of (text, whether it is the best of its column)."""
@@ -161,7 +161,7 @@ def write_report(
     page = _PAGE.substitute(
         title=escape(title),
         protocol=escape(protocol),
-        table=html_table(score_cells(rows, tasks, gains)),
+        table=html_scores(rows, tasks, gains),
         facts=f"<dl>{facts}</dl>" if facts else "",
         details="".join(metric_details(name, task, rows) for name, task in tasks.items()),
         figures=_figures(figures, tasks, folder) if figures else "",
@@ -176,7 +176,12 @@ def escape(value: object) -> str:
     return html.escape(str(value))
 
 
-def html_table(lines: Sequence[Sequence[tuple[str, bool]]]) -> str:
+def html_scores(rows: Sequence[Row], tasks: Mapping[str, Task], gains: Sequence[float | None] | None = None) -> str:
+    """As `format_table`, as HTML; the best of several rows is bold."""
+    return _html_table(_score_cells(rows, tasks, gains))
+
+
+def _html_table(lines: Sequence[Sequence[tuple[str, bool]]]) -> str:
     """First line and first cells as headings, best values bold."""
     head = "".join(f'<th scope="col">{escape(text)}</th>' for text, _ in lines[0])
     body = ""
@@ -201,7 +206,7 @@ def metric_details(name: str, task: Task, rows: Sequence[Row]) -> str:
             better = task.higher_is_better if kind or key == task.score else None
             cells = _column([row.get(name, {}).get(key) for _, row in rows], better)
             lines.append([(key.partition("/")[2] if kind else key, False), *cells])
-        tables += html_table(lines)
+        tables += _html_table(lines)
     kinds = "".join(f", {kind} of each class" for kind in groups if kind)
     heading = (
         f"{name}: every metric{kinds} (score: {task.score}, {'higher' if task.higher_is_better else 'lower'} is better)"
