@@ -24,7 +24,8 @@ from pamm.train import TrainingError, create_loop, create_optimizer, learning_ra
 from tiny import experiment
 
 TESTS = Path(__file__).parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+PATHS = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS}
 
 
 @pytest.fixture(scope="session")
