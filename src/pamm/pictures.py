@@ -57,7 +57,7 @@ def draw_pair(task: Task, logits: Tensor, label: Tensor | None) -> tuple[np.ndar
 def embedded(picture: np.ndarray, side: int) -> str:
     """(H, W, 3) uint8 → a data URI of the PNG or the JPEG, whichever is smaller, with a longer side of `side` pixels."""
     image, files = fit(picture, side), {}
-    for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 88, "subsampling": 0})):
+    for kind, options in (("png", {}), ("jpeg", {"quality": 88, "subsampling": 0})):
         buffer = io.BytesIO()
         image.save(buffer, format=kind, **options)
         files[kind] = buffer.getvalue()
