@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from pamm.gain import GainError, baselines, measured_gain, multi_task_gain, paper_tables
+from pamm.gain import GainError, baselines, compare, multi_task_gain, paper_tables
 from pamm.tasks import TASKS
 
 PRINTED_TO = {"PAMM": 0.005, "MTMamba": 0.01}
@@ -124,23 +126,55 @@ def test_impossible_gains_name_the_task(row, baseline, message: str) -> None:
 
 def test_gain_of_an_evaluation_over_a_named_baseline_leaves_out_what_is_not_comparable():
     row = {"semseg": {"mIoU": 57.036}, "depth": {"RMSE": 0.5166}, "edge": {"maxF_pixel": 20.0, "loss": 0.1}}
-    gain, tasks = measured_gain(row, "mtmamba-nyud-single-task")
-    assert tasks == ("semseg", "depth")
-    assert gain == pytest.approx((100 * (57.036 - 54.32) / 54.32 + 0) / 2)
+    found = compare(row, "mtmamba-nyud-single-task")
+    assert found.gains == {"semseg": pytest.approx(100 * (57.036 - 54.32) / 54.32), "depth": 0}
+    assert found.mean == pytest.approx(50 * (57.036 - 54.32) / 54.32)
+    assert found.scores == {"semseg": 54.32, "depth": 0.5166}
+    assert found.left_out == {"edge": "no odsF was measured", "normals": "no mErr was measured"}
+    assert "Swin-L" in found.source and "nyud" in found.source
+    assert compare(row, "mtmamba-nyud-single-task", "original") == found
 
 
 def test_gain_over_a_file_of_results(tmp_path):
     path = tmp_path / "before.json"
-    path.write_text('{"results": {"edge": {"odsF": 20.0}, "sal": {"maxF": null}, "normals": {"loss": 1}}}')
-    row = {"edge": {"odsF": 25.0}, "sal": {"maxF": 3.0}, "normals": {"mErr": 20.0}}
-    assert measured_gain(row, str(path)) == (pytest.approx(25.0), ("edge",))
-    path.write_text("[]")
-    with pytest.raises(GainError, match="not a results file"):
-        measured_gain(row, str(path))
+    results = {"edge": {"odsF": 20.0}, "sal": {"maxF": None}, "normals": {"loss": 1}, "depth": {"RMSE": 0.0}}
+    path.write_text(json.dumps({"protocol": "as before", "results": results}))
+    row = {"edge": {"odsF": 25.0}, "sal": {"maxF": 3.0}, "normals": {"mErr": 20.0}, "depth": {"RMSE": 1.0}}
+    found = compare(row, str(path))
+    assert found.gains == {"edge": 25.0} and found.mean == 25.0 and found.source == "as before"
+    absent = {
+        "sal": "the baseline has no maxF",
+        "normals": "the baseline has no mErr",
+        "depth": "the baseline's score is 0",
+    }
+    assert found.left_out == absent
+    assert found.summary() == {"percent": 25.0, "tasks": {"edge": 25.0}, "left_out": absent}
+
+
+def test_a_file_of_results_is_compared_at_the_same_resolution(tmp_path):
+    path = tmp_path / "before.json"
+    own = {"protocol": "own size", "results": {"sal": {"maxF": 40.0}}}
+    path.write_text(json.dumps({"protocol": "frame", "results": {"sal": {"maxF": 50.0}}, "original": own}))
+    row = {"sal": {"maxF": 60.0}}
+    assert compare(row, str(path)).mean == pytest.approx(20)
+    assert compare(row, str(path), "original").mean == pytest.approx(50)
+    path.write_text(json.dumps({"protocol": "frame", "results": {"sal": {"maxF": 50.0}}}))
+    with pytest.raises(GainError, match=r"no results at the resolution 'original', only: frame.*--resolution both"):
+        compare(row, str(path), "original")
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", "no JSON", '{"results": {"sal": 3}}', '{"results": {"foo": {}}}', b"\xff"]
+)
+def test_another_file_is_no_baseline(tmp_path, content):
+    path = tmp_path / "other.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(GainError, match=r"other.json is not a results file of `pamm eval --out`"):
+        compare({"sal": {"maxF": 3.0}}, str(path))
 
 
 def test_an_unknown_baseline_names_the_known_ones():
     with pytest.raises(GainError, match=r"no baseline 'x' .*pamm-table-1-nyud"):
-        measured_gain({"depth": {"RMSE": 0.5}}, "x")
-    with pytest.raises(GainError, match="choose one of the same tasks"):
-        measured_gain({"depth": {"RMSE": 0.5}}, "pamm-table-1-pascal")
+        compare({"depth": {"RMSE": 0.5}}, "x")
+    with pytest.raises(GainError, match=r"nothing to compare .*depth: the baseline has no RMSE.*Choose a baseline of"):
+        compare({"depth": {"RMSE": 0.5}}, "pamm-table-1-pascal")

@@ -41,7 +41,21 @@ MAY_USE = {
     },
     "build": {"data", "models", "tasks", "experiment", "recipes", "strict"},
     "checkpoint": {"models"},
-    "evaluate": {"models", "data", "tasks", "nn", "experiment", "files", "precision", "recipes", "strict"},
+    "evaluate": {
+        "data",
+        "experiment",
+        "files",
+        "measurement",
+        "models",
+        "pictures",
+        "precision",
+        "ranking",
+        "recipes",
+        "strict",
+        "tasks",
+    },
+    "measurement": {"data", "models", "nn", "tasks"},
+    "ranking": {"nn"},
     "log": {"files"},
     "official": {"data", "experiment", "models", "nn", "tasks", "strict"},
     "look": {
@@ -64,7 +78,19 @@ MAY_USE = {
 }
 """Room → the rooms it may import."""
 
-MAY_USE_ALL = {"__init__", "__main__", "cli", "demo", "doctor", "inputs", "pictures", "predict", "report"}
+MAY_USE_ALL = {
+    "__init__",
+    "__main__",
+    "cli",
+    "demo",
+    "doctor",
+    "evaluation_command",
+    "evaluation_report",
+    "inputs",
+    "pictures",
+    "predict",
+    "report",
+}
 """The command line and what serves it."""
 
 

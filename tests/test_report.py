@@ -1,7 +1,6 @@
 """Tables with the right digits and arrows; a page that holds the numbers, names its protocol and finds its pictures."""
 
 import math
-from html.parser import HTMLParser
 from urllib.parse import unquote
 
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from page import Page
 from pamm.data.transforms import normalize
 from pamm.report import Figure, figure_from, format_table, markdown_table, write_report
 from pamm.tasks import create_task
@@ -35,32 +35,6 @@ ROWS = [
         },
     ),
 ]
-
-
-class Page(HTMLParser):
-    """Text, images and open elements of a page."""
-
-    VOID = ("meta", "img", "br")
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.open, self.words, self.images, self.tags = [], [], [], []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        if tag == "img":
-            self.images.append(dict(attributes))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] != "style":
-            self.words.append(data.strip())
 
 
 def test_text_table_is_aligned_with_arrows_and_four_digits():

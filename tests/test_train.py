@@ -24,7 +24,8 @@ from pamm.train import TrainingError, create_loop, create_optimizer, learning_ra
 from tiny import experiment
 
 TESTS = Path(__file__).parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+PATHS = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS}
 
 
 @pytest.fixture(scope="session")
@@ -157,6 +158,11 @@ def test_evaluation_is_the_same_for_any_batch_size_and_number_of_processes(rooms
     assert set(results[0]["results"]) == set(settings.tasks)
     trained = json.loads((tmp_path / "run/results.json").read_text())
     assert trained["results"] == results[0]["results"]
+    assert set(results[0]["images_by_score"]) == set(settings.tasks)
+    own = results[0]["original"]  # every room has the frame's size
+    assert own["resized"] == 0
+    for name, metrics in own["results"].items():
+        assert metrics == {key: value for key, value in trained["results"][name].items() if key != "loss"}
 
 
 def test_training_lowers_every_loss(rooms, tmp_path):

@@ -195,53 +195,9 @@ def train(arguments: list[str]) -> int:
 
 @command("measure every task of a trained network on a split")
 def evaluate(arguments: list[str]) -> int:
-    own = parser("eval")
-    own.add_argument("source", help="run folder, saved model folder or hub repository")
-    own.add_argument("--data", help="recipe or experiment.yaml whose data are measured (default: the run's own)")
-    own.add_argument("--root", help="folder of the data set, in place of the configured one")
-    own.add_argument("--split", default="val")
-    own.add_argument("--batch", type=at_least(1), default=8, help="images per batch; does not change the result")
-    own.add_argument("--devices", type=at_least(1), default=1, help="processes; does not change the result")
-    own.add_argument("--accelerator", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    own.add_argument("--workers", type=at_least(0), default=2, help="data loading processes")
-    own.add_argument("--precision", default="float32", choices=["auto", "float32", "bfloat16"], help=PRECISION_HELP)
-    own.add_argument("--compile", action="store_true", help="run the network through torch.compile")
-    own.add_argument("--baseline", help="also the gain over a named baseline, or over a JSON file of results")
-    own.add_argument("--untrained", action="store_true", help="also the row of the same network with random weights")
-    own.add_argument("--out", type=Path, help="write the results to this JSON file")
-    plain = own.parse_args(arguments)
-    from pamm.evaluate import evaluate_saved
-    from pamm.experiment import TrainConfig
-    from pamm.gain import measured_gain
-    from pamm.report import format_table
-    from pamm.train import launch
+    from pamm.evaluation_command import main as run
 
-    rows, result, tasks = evaluate_saved(
-        plain.source,
-        launch(TrainConfig(accelerator=plain.accelerator, devices=plain.devices)),
-        data=plain.data,
-        root=plain.root,
-        split=plain.split,
-        batch_size=plain.batch,
-        workers=plain.workers,
-        untrained=plain.untrained,
-        precision=plain.precision,
-        compile=plain.compile,
-    )
-    if is_first_process():
-        gains = None
-        if plain.baseline:
-            gains = [None] * len(rows)
-            gains[-1], compared = measured_gain(result.row, plain.baseline)
-            result.model["gain"] = {"over": plain.baseline, "percent": gains[-1], "tasks": list(compared)}
-        print(f"{format_table(rows, tasks, gains=gains)}\n{result.protocol}")
-        if plain.baseline:
-            print(f"Δ over {plain.baseline}, tasks {', '.join(compared)}")
-        print(f"weights: {result.model['weights']} of {plain.source}")
-        if plain.out:
-            plain.out.parent.mkdir(parents=True, exist_ok=True)
-            result.save(plain.out)
-    return 0
+    return run(arguments)
 
 
 COMMANDS["eval"] = COMMANDS.pop("evaluate")

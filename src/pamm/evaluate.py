@@ -6,26 +6,28 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
-from pamm.data import Batch, dataset_options, open_dataset
+from pamm.data import Batch, Dataset, dataset_options, open_dataset
 from pamm.data.loader import eval_loader
-from pamm.data.transforms import EvalTransform
-from pamm.experiment import Experiment, load
+from pamm.data.transforms import EvalTransform, denormalize, seen
+from pamm.experiment import DataConfig, Experiment, load
 from pamm.files import replace_text
+from pamm.measurement import RESOLUTIONS, Resolution, Row, Shown, TaskScores, over_processes, significant
 from pamm.models.model import MultiTaskModel
 from pamm.models.registry import rebuild_model
 from pamm.models.saved import find_checkpoint, load_model
-from pamm.nn.joined import world_size
+from pamm.pictures import draw_pair, embedded
 from pamm.precision import Precision, choose_precision, prepare
+from pamm.ranking import Ranking
 from pamm.recipes import get_recipe
 from pamm.strict import ConfigError
 from pamm.tasks import Task, create_task
@@ -34,22 +36,36 @@ from pamm.tasks.segmentation import numbered_classes
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-Row = dict[str, dict[str, float]]
-"""Task name → metric name → value. Percent where the field prints percent, NaN where no image has the label."""
+Draw = Callable[[Task, Shown], Mapping[str, str]]
+"""Makes the pictures of an image for one task: name → data URI."""
 
-SIGNIFICANT_DIGITS = 6
+TILE = 288
+"""Longest side of the pictures kept of the best and worst images, pixels."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One row of results and what it was measured on."""
+    """Results and what they were measured on."""
 
     row: Row
+    """In the padded frame, as the papers measure; empty where that was not asked for."""
     images: int
     protocol: str
     """Split, number of images, frame and treatment of padding, in words."""
     model: dict[str, Any] = field(default_factory=dict)
     """Where the weights came from."""
+    split: str = "val"
+    original: OriginalResults | None = None
+    rankings: Mapping[str, Ranking] = field(default_factory=dict)
+    """Task → its best and worst images."""
+    gain: Mapping[str, Any] = field(default_factory=dict)
+    """What the results gain over a baseline, see `pamm.gain.Comparison.summary`."""
+
+    @property
+    def rows(self) -> dict[Resolution, Row]:
+        """Resolution → results, of those that were measured."""
+        own = {"original": self.original.row} if self.original else {}
+        return ({"frame": self.row} if self.row else {}) | own
 
     def total_loss(self, tasks: Mapping[str, Task]) -> float:
         """Σ weight · validation loss over the tasks that have labels; infinity if none has."""
@@ -57,35 +73,43 @@ class Evaluation:
         labelled = [task.weight * losses[name] for name, task in tasks.items() if not math.isnan(losses[name])]
         return sum(labelled) if labelled else math.inf
 
+    def content(self) -> dict[str, Any]:
+        """What `save` writes, as JSON values; a value that is not finite is None."""
+        content = {"split": self.split, "images": self.images, "model": self.model}
+        if self.row:
+            content |= {"resolution": "frame", "protocol": self.protocol, "results": _finite(self.row)}
+        if self.original:
+            own = {"split": self.split, "images": self.images, "resolution": "original"}
+            own |= {"protocol": self.original.protocol, "resized": self.original.resized}
+            content["original"] = own | {"results": _finite(self.original.row)}
+        if self.rankings:
+            content["images_by_score"] = {task: _listed(ranking) for task, ranking in self.rankings.items()}
+        return content | ({"gain": dict(self.gain)} if self.gain else {})
+
     def save(self, path: Path) -> None:
-        """Write as JSON; a value that is not finite becomes null."""
-        row = {t: {k: v if math.isfinite(v) else None for k, v in metrics.items()} for t, metrics in self.row.items()}
-        text = {"protocol": self.protocol, "images": self.images, "model": self.model, "results": row}
-        replace_text(path, json.dumps(text, indent=1) + "\n")
+        """Write as JSON, whole or not at all."""
+        replace_text(path, json.dumps(self.content(), indent=1) + "\n")
 
 
-class LossMean:
-    """The validation loss of one task: Σ over images of loss · valid pixels / Σ valid pixels."""
+@dataclass(frozen=True)
+class OriginalResults:
+    """Results at every image's own size."""
 
-    def __init__(self, task: Task):
-        self.task = task
-        self.sums = torch.zeros(2, dtype=torch.float64)
+    row: Row
+    protocol: str
+    resized: int
+    """Images that the frame holds at another size than their own: 0 means that both resolutions give the same numbers."""
 
-    def update(self, logits: Tensor, label: Tensor) -> None:
-        """One image, (1, channels, H, W) and (1, c, H, W); loss balancing, where a task has it, is per image."""
-        count = self.task.counts(label)[0].cpu()
-        if count > 0:
-            self.sums += torch.stack([self.task.loss(logits, label).double().cpu() * count, count.double()])
 
-    def compute(self, device: torch.device) -> float:
-        """The mean over all processes' images; NaN without any label, infinity where the network's output is not finite."""
-        sums = self.sums.to(device)
-        if world_size() > 1:
-            dist.all_reduce(sums)
-        if sums[1] == 0:
-            return math.nan
-        mean = float(sums[0] / sums[1])
-        return mean if math.isfinite(mean) else math.inf
+def _finite(row: Row) -> dict[str, dict[str, float | None]]:
+    return {t: {k: v if math.isfinite(v) else None for k, v in metrics.items()} for t, metrics in row.items()}
+
+
+def _listed(ranking: Ranking) -> dict[str, Any]:
+    lists = {"worst": ranking.worst, "best": ranking.best}
+    return {"score": ranking.score} | {
+        name: [{"id": one.id, "score": one.score} for one in images] for name, images in lists.items()
+    }
 
 
 @torch.no_grad()
@@ -95,46 +119,80 @@ def evaluate(
     tasks: Mapping[str, Task],
     *,
     device: torch.device | str = "cpu",
+    resolutions: Sequence[Resolution] = ("frame",),
+    rankings: Mapping[str, Ranking] | None = None,
+    draw: Draw | None = None,
     quick: bool = False,
     progress: bool = False,
-) -> Row:
-    """Evaluate `model` on this process's share of the images; the result covers the shares of all processes.
+) -> tuple[dict[Resolution, Row], int]:
+    """Evaluate `model` on this process's share of the images; the results cover the shares of all processes.
 
-    quick: a stand-in for metrics that take long (see `Task.quick_metric`).
+    rankings: task → the ranking that its images enter. draw: makes the pictures of an image that is kept there. quick: a
+    stand-in for metrics that take long (see `Task.quick_metric`). The resolution "original" needs a loader whose
+    `EvalTransform` has `original` on.
 
-    On a CPU a batch runs image by image, which costs nothing there and keeps the arithmetic of an image independent of its
+    Returns the rows by resolution and the number of images that the frame holds at another size than their own. On a CPU
+    a batch runs image by image, which costs nothing there and keeps the arithmetic of an image independent of its
     neighbours. Values are rounded to 6 significant digits, below which the order of float32 sums shows.
     """
     device = torch.device(device)
     home = device if device.type != "mps" else torch.device("cpu")  # sums are float64, which MPS lacks
-    metrics = {name: (task.quick_metric() if quick else task.metric()).to(home) for name, task in tasks.items()}
-    losses = {name: LossMean(task) for name, task in tasks.items()}
+    scores = {name: TaskScores(task, resolutions, device=home, quick=quick) for name, task in tasks.items()}
+    resized = 0
     was_training = model.training
     model.eval()
     try:
         for batch in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=not progress):
-            for image, labels in _parts(batch, device):
-                logits = model(image, batch.label_size)
+            for one in show(model, batch, device):
+                resized += one.resized
                 for name in tasks:
-                    metrics[name].update(logits[name], labels[name])
-                    for one, label in zip(logits[name].split(1), labels[name].split(1), strict=True):
-                        losses[name].update(one, label)
-        return {name: _row(metrics[name], losses[name], home) for name in tasks}
+                    scores[name].update(one)
+                for name, ranking in (rankings or {}).items():
+                    _rank(ranking, tasks[name], one, draw, home)
+        values = {name: scores[name].compute() for name in tasks}
+        for ranking in (rankings or {}).values():
+            ranking.gather()
+        rows = {resolution: {name: values[name][resolution] for name in tasks} for resolution in resolutions}
+        return rows, int(over_processes(torch.tensor(resized, device=home)))
     finally:
         model.train(was_training)
 
 
-def _parts(batch: Batch, device: torch.device) -> Iterable[tuple[Tensor, dict[str, Tensor]]]:
-    """The batch on the device: whole, or image by image on a CPU."""
-    size = 1 if device.type == "cpu" else len(batch.ids)
-    for start in range(0, len(batch.ids), size):
-        rows = slice(start, start + size)
-        yield batch.image[rows].to(device), {name: label[rows].to(device) for name, label in batch.labels.items()}
+def show(model: nn.Module, batch: Batch, device: torch.device) -> Iterator[Shown]:
+    """Run a batch, whole or image by image on a CPU, and tell its images apart."""
+    step = 1 if device.type == "cpu" else len(batch.ids)
+    for start in range(0, len(batch.ids), step):
+        logits = model(batch.image[start : start + step].to(device), batch.label_size)
+        for index in range(start, min(start + step, len(batch.ids))):
+            yield Shown(
+                batch.ids[index],
+                batch.image[index],
+                {name: label[index : index + 1].to(device) for name, label in batch.labels.items()},
+                {name: x[index - start : index - start + 1] for name, x in logits.items()},
+                batch.sizes[index],
+                batch.boxes[index],
+                batch.originals[index],
+            )
 
 
-def _row(metric: Any, loss: LossMean, device: torch.device) -> dict[str, float]:
-    values = {key: float(value) for key, value in metric.compute().items()} | {"loss": loss.compute(device)}
-    return {key: float(f"{value:.{SIGNIFICANT_DIGITS}g}") for key, value in values.items()}
+def _rank(ranking: Ranking, task: Task, one: Shown, draw: Draw | None, device: torch.device) -> None:
+    logits, label = (maps[task.name].to(device) for maps in (one.logits, one.labels))
+    score = significant(task.score_image(logits, label))
+    if math.isfinite(score):
+        ranking.add(one.id, score, (lambda: draw(task, one)) if draw else dict)
+
+
+def draw_shown(task: Task, one: Shown, config: DataConfig) -> dict[str, str]:
+    """What the network saw of an image, its prediction and the truth, as data URIs of small pictures without the padding."""
+
+    def crop(picture: Any, box: tuple[int, int, int, int]) -> Any:
+        top, left, height, width = box
+        return picture[..., top : top + height, left : left + width]
+
+    logits, label = (crop(maps[task.name][0], one.box) for maps in (one.logits, one.labels))
+    prediction, truth = draw_pair(task, logits, label)
+    pictures = {"image": denormalize(crop(one.image, seen(one.box, config))), "prediction": prediction, "truth": truth}
+    return {name: embedded(picture, TILE) for name, picture in pictures.items() if picture is not None}
 
 
 def evaluate_split(
@@ -145,35 +203,51 @@ def evaluate_split(
     *,
     split: str = "val",
     batch_size: int = 8,
+    resolutions: Sequence[Resolution] = ("frame",),
+    ranked: int = 0,
+    pictures: bool = False,
     quick: bool = False,
     progress: bool = False,
 ) -> Evaluation:
     """Evaluate `model`, which is on the fabric's device, on a split, sharded over the fabric's processes.
 
     tasks: what is measured. Labels are read and measured as the data set describes them (unit, tolerance of boundaries),
-    which need not be as the model's. quick: see `evaluate`.
+    which need not be as the model's. ranked: how many best and how many worst images of each task to find. pictures: keep
+    pictures of them. quick: see `evaluate`.
     """
     config = experiment.data
     described = dataset_options(config)
     readers = {name: create_task(name, **described[name]) for name in tasks}
     measured = {name: create_task(name, **(task.options() | described[name])) for name, task in tasks.items()}
     data = open_dataset(config, split, readers)
-    loader = eval_loader(
-        data,
-        EvalTransform(readers, config),
-        rank=fabric.global_rank,
-        world=fabric.world_size,
-        batch_size=batch_size,
-        workers=experiment.train.workers,
-    )
-    row = evaluate(model, loader, measured, device=fabric.device, quick=quick, progress=progress)
+    transform = EvalTransform(readers, config, original="original" in resolutions)
+    shard = {"rank": fabric.global_rank, "world": fabric.world_size}
+    loader = eval_loader(data, transform, batch_size=batch_size, workers=experiment.train.workers, **shard)
+    rankings = {
+        name: Ranking(ranked, score=task.image_score, higher_is_better=task.higher_is_better)
+        for name, task in measured.items()
+        if ranked
+    }
+    options = {"device": fabric.device, "resolutions": resolutions, "quick": quick, "progress": progress}
+    draw = partial(draw_shown, config=config) if pictures else None
+    rows, resized = evaluate(model, loader, measured, rankings=rankings, draw=draw, **options)
+    protocol, own = _protocols(config, split, data, resized)
+    original = OriginalResults(rows["original"], own, resized) if "original" in rows else None
+    return Evaluation(rows.get("frame", {}), len(data), protocol, split=split, original=original, rankings=rankings)
+
+
+def _protocols(config: DataConfig, split: str, data: Dataset, resized: int) -> tuple[str, str]:
+    """What was measured, in words: at the frame's resolution, and at the images' own size."""
     shrunk = "larger images shrunk to fit, " if config.fit else ""
     shrunk += f"seen at {config.size[0]}×{config.size[1]}, " if config.frame != config.size else ""
-    protocol = (
-        f"{config.name} {split} split, {len(data)} images, frame {config.frame[0]}×{config.frame[1]} ({shrunk}centred, padding "
-        "ignored), maps compared at the frame's resolution, single scale"
+    frame = (
+        f"{config.name} {split} split, {len(data)} images, frame {config.frame[0]}×{config.frame[1]} ({shrunk}centred"
     )
-    return Evaluation(row, len(data), protocol)
+    return (
+        f"{frame}, padding ignored), maps compared at the frame's resolution, single scale",
+        f"{frame}), maps cropped to the image, brought to its own size (bilinear logits) and compared there with "
+        f"{data.label_sizes}, single scale; {resized} of the images have another size in the frame",
+    )
 
 
 def evaluate_saved(
@@ -185,33 +259,36 @@ def evaluate_saved(
     split: str = "val",
     batch_size: int = 8,
     workers: int = 2,
+    resolutions: Sequence[Resolution] = RESOLUTIONS,
+    ranked: int = 0,
+    pictures: bool = False,
     untrained: bool = False,
     precision: Precision = "float32",
     compile: bool = False,
-) -> tuple[list[tuple[str, Row]], Evaluation, dict[str, Task]]:
-    """Evaluate a saved model: rows for a table (with the untrained network's, if asked), the result, the tasks.
+) -> tuple[list[tuple[str, Evaluation]], dict[str, Task]]:
+    """Evaluate a saved model: named results, the untrained network's first, if asked for, the model's last; and the tasks.
 
     source: what `load_model` takes. data: recipe or experiment.yaml whose data set is measured; the run's own by default.
-    precision, compile: as `pamm.precision.prepare` takes them.
+    ranked, pictures: see `evaluate_split`. precision, compile: as `pamm.precision.prepare` takes them.
     Raises CheckpointError, ConfigError, DataError.
     """
     model = load_model(source)
     experiment = saved_experiment(source, data, root)
     tasks = measurable_tasks(model, experiment)
     experiment = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, workers=workers))
-    arguments = {"split": split, "batch_size": batch_size, "progress": fabric.is_global_zero and sys.stderr.isatty()}
-    rows = []
+    progress = fabric.is_global_zero and sys.stderr.isatty()
+    arguments = {"split": split, "batch_size": batch_size, "resolutions": resolutions, "progress": progress}
+    results = []
     if untrained:
         torch.manual_seed(experiment.train.seed)
         blank = prepare(rebuild_model(model.settings).to(fabric.device), precision=precision, compile=compile)
-        rows.append(("untrained", evaluate_split(fabric, blank, experiment, tasks, **arguments).row))
+        results.append(("untrained", evaluate_split(fabric, blank, experiment, tasks, **arguments)))
     model = prepare(model.to(fabric.device), precision=precision, compile=compile)
-    result = evaluate_split(fabric, model, experiment, tasks, **arguments)
+    result = evaluate_split(fabric, model, experiment, tasks, ranked=ranked, pictures=pictures, **arguments)
     weights = find_checkpoint(Path(source)).name if Path(source).exists() else "hub"
     arithmetic = str(choose_precision(precision, fabric.device)).removeprefix("torch.")
     details = {"source": source, "weights": weights.strip("."), "precision": arithmetic}
-    result = dataclasses.replace(result, model=details)
-    return [*rows, (Path(source).name or source, result.row)], result, tasks
+    return [*results, (Path(source).name or source, dataclasses.replace(result, model=details))], tasks
 
 
 def saved_experiment(source: str, data: str | None, root: str | None) -> Experiment:

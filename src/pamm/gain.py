@@ -107,38 +107,99 @@ def baselines() -> dict[str, Baseline]:
     return named
 
 
-def measured_gain(row: Mapping[str, Mapping[str, float]], baseline: str) -> tuple[float, tuple[str, ...]]:
-    """Δ of an evaluation's row over a baseline, percent, and the tasks it covers.
+@dataclass(frozen=True)
+class Comparison:
+    """An evaluation beside a baseline."""
 
-    row: task → metric → value. baseline: a name of `baselines()`, or a JSON file of results that `pamm eval --out` wrote.
-    Compared are the tasks whose reported score both have.
+    baseline: str
+    source: str
+    """What the baseline's scores were measured on, or where they stand, in words."""
+    scores: Mapping[str, float]
+    """Task → the baseline's score, of the tasks that are compared."""
+    gains: Mapping[str, float]
+    """Task → relative gain, percent, above 0 where the evaluation is better."""
+    left_out: Mapping[str, str]
+    """Task → why it is not compared."""
+
+    @property
+    def mean(self) -> float:
+        """The multi-task gain Δ, percent."""
+        return sum(self.gains.values()) / len(self.gains)
+
+    def summary(self) -> dict[str, Any]:
+        """As JSON values, to 6 significant digits."""
+        gains = {task: float(f"{value:.6g}") for task, value in self.gains.items()}
+        return {"percent": float(f"{self.mean:.6g}"), "tasks": gains, "left_out": dict(self.left_out)}
+
+
+def compare(row: Mapping[str, Mapping[str, float]], baseline: str, resolution: str = "frame") -> Comparison:
+    """An evaluation's row beside a baseline: Δ of each task and their mean.
+
+    row: task → metric → value. baseline: a name of `baselines()`, or a JSON file of results that `pamm eval` or `pamm train`
+    wrote, of which the results at `resolution` ("frame" or "original") are taken. Compared are the reported scores of
+    the tasks that both have; the others are named.
     Raises GainError, naming the baselines, where there is none of that name or nothing to compare.
     """
     from pamm.tasks import TASKS
 
-    scores = {task: values.get(TASKS[task].score, math.nan) for task, values in row.items()}
-    if baseline in baselines():
-        metrics = _data()["metrics"]
-        reference = {t: s for t, s in baselines()[baseline].scores.items() if metrics[t] == TASKS[t].score}
-    elif Path(baseline).is_file():
-        reference = _results(Path(baseline))
-    else:
-        raise GainError(f"no baseline '{baseline}' and no results file; known baselines: {', '.join(baselines())}")
-    common = [t for t in scores if reference.get(t) and math.isfinite(scores[t])]
-    if not common:
-        raise GainError(f"the baseline '{baseline}' has no score of {', '.join(scores)}; choose one of the same tasks")
-    return multi_task_gain({t: scores[t] for t in common}, reference), tuple(common)
+    references = baseline_scores(baseline)
+    if resolution not in references:
+        raise GainError(
+            f"{baseline} has no results at the resolution '{resolution}', only: {', '.join(references)}. Measure it again "
+            "with pamm eval --resolution both --out"
+        )
+    source, reference = references[resolution]
+    scores = {task: values.get(TASKS[task].score) for task, values in row.items()}
+    left_out = {}
+    for task in dict.fromkeys([*scores, *reference]):
+        reason = _why_not(TASKS[task].score, scores.get(task), reference.get(task))
+        left_out |= {task: reason} if reason else {}
+    known = {task: reference[task] for task in scores if task not in left_out}
+    if not known:
+        raise GainError(
+            f"nothing to compare with the baseline '{baseline}': "
+            + "; ".join(f"{task}: {reason}" for task, reason in left_out.items())
+            + ". Choose a baseline of the same tasks"
+        )
+    gains = {task: multi_task_gain({task: scores[task]}, known) for task in known}
+    return Comparison(baseline, source, known, gains, left_out)
 
 
-def _results(path: Path) -> dict[str, float | None]:
-    """Task → score of a results file."""
+def _why_not(score: str, own: float | None, other: float | None) -> str:
+    """Why two scores of a task cannot be compared; empty where they can."""
+    if own is None or not math.isfinite(own):
+        return f"no {score} was measured"
+    if other is None:
+        return f"the baseline has no {score}"
+    return "" if other else "the baseline's score is 0"
+
+
+def baseline_scores(baseline: str) -> dict[str, tuple[str, dict[str, float | None]]]:
+    """Resolution → where the scores are from, in words, and task → score. What a paper prints stands for both resolutions.
+
+    Raises GainError where `baseline` is neither a name of `baselines()` nor a JSON file of results.
+    """
     from pamm.tasks import TASKS
 
+    if baseline in baselines():
+        known, metrics = baselines()[baseline], _data()["metrics"]
+        scores = {task: score for task, score in known.scores.items() if metrics[task] == TASKS[task].score}
+        return dict.fromkeys(("frame", "original"), (f"{known.source}; {known.dataset}", scores))
+    if not Path(baseline).is_file():
+        raise GainError(f"no baseline '{baseline}' and no results file; known baselines: {', '.join(baselines())}")
     try:
-        results = json.loads(path.read_text())["results"]
-        return {task: values.get(TASKS[task].score) for task, values in results.items()}
+        content = json.loads(Path(baseline).read_text())
+        parts = {"frame": content, "original": content.get("original", {})}
+        found = {
+            name: (part.get("protocol", "protocol not stated"), {t: v.get(TASKS[t].score) for t, v in results.items()})
+            for name, part in parts.items()
+            if (results := part.get("results"))
+        }
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise GainError(f"{path} is not a results file of `pamm eval --out` ({error!r})") from error
+        raise GainError(f"{baseline} is not a results file of `pamm eval --out` ({error!r})") from error
+    if not found:
+        raise GainError(f"{baseline} is not a results file of `pamm eval --out`: it has no results")
+    return found
 
 
 @cache

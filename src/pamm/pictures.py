@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 from pamm.tasks import Task
 
@@ -36,6 +38,31 @@ def legend(task: Task, present: Iterable[int] | None = None) -> dict[str, Colour
         return {}
     colours = task.draw(np.array([shown], np.uint8))[0]
     return {classes[i]: tuple(int(v) for v in colour) for i, colour in zip(shown, colours, strict=True)}
+
+
+def draw_pair(task: Task, logits: Tensor, label: Tensor | None) -> tuple[np.ndarray, np.ndarray | None]:
+    """(channels, H, W) logits, (c, H, W) label → pictures (H, W, 3) uint8 of the prediction and of the truth, on its scale.
+
+    Ignored pixels of the truth are grey; a label that is None or ignored everywhere has no picture.
+    """
+    prediction, truth, picture = task.decode(logits[None])[0].cpu().numpy(), None, None
+    valid = None if label is None else task.valid(label)[0].cpu().numpy()
+    if valid is not None and valid.any():
+        values = task.truth(label).cpu().numpy()
+        truth = np.where(valid.reshape(valid.shape + (1,) * (values.ndim - 2)), values, np.zeros_like(values))
+        picture = task.draw(truth, valid=valid, reference=truth)
+    return task.draw(prediction, reference=truth), picture
+
+
+def embedded(picture: np.ndarray, side: int) -> str:
+    """(H, W, 3) uint8 → a data URI of the PNG or the JPEG, whichever is smaller, with a longer side of `side` pixels."""
+    image, files = fit(picture, side), {}
+    for kind, options in (("png", {}), ("jpeg", {"quality": 88, "subsampling": 0})):
+        buffer = io.BytesIO()
+        image.save(buffer, format=kind, **options)
+        files[kind] = buffer.getvalue()
+    kind = min(files, key=lambda kind: len(files[kind]))
+    return f"data:image/{kind};base64,{base64.b64encode(files[kind]).decode()}"
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from pamm.data.images import ImageError
 from pamm.data.transforms import normalize
 from pamm.inputs import ImageLike, PredictError, expand_inputs, file_names, to_array
 from pamm.memory import keep_memory
-from pamm.models.model import MultiTaskModel
+from pamm.models.model import MultiTaskModel, resize_rows
 from pamm.models.saved import load_model
 from pamm.pictures import SheetRow, compose_sheet, contact_sheet, save_sheet, sheet_row
 from pamm.precision import Precision, choose_precision, prepare
@@ -228,23 +228,6 @@ def decode(task: Task, logits: Tensor, size: tuple[int, int]) -> np.ndarray:
             prediction = np.empty((height, *part.shape[1:]), part.dtype)
         prediction[top : top + rows] = part
     return prediction
-
-
-def resize_rows(logits: Tensor, size: tuple[int, int], rows: range) -> Tensor:
-    """These rows of (1, C, h, w) resized bilinearly to `size` (half-pixel centres)."""
-    height = logits.shape[-2]
-    if tuple(logits.shape[-2:]) == tuple(size):
-        return logits[..., rows.start : rows.stop, :]
-    position = (torch.arange(rows.start, rows.stop, dtype=torch.float64) + 0.5) * (height / size[0]) - 0.5
-    position = position.clamp(0, height - 1)
-    above = position.long()
-    weight = (position - above)[:, None].to(logits)
-    above = above.to(logits.device)
-    lines = torch.lerp(logits[..., above, :], logits[..., (above + 1).clamp(max=height - 1), :], weight)
-    lines = lines.contiguous(
-        memory_format=torch.channels_last
-    )  # a pixel's logits side by side: argmax is 3 times faster
-    return F.interpolate(lines, size=(len(rows), size[1]), mode="bilinear", align_corners=False)
 
 
 @contextmanager

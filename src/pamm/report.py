@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pamm.data.transforms import MEAN, STD
-from pamm.pictures import legend
+from pamm.data.transforms import denormalize
+from pamm.pictures import draw_pair, legend
 from pamm.tasks import Task
 
 Row = tuple[str, Mapping[str, Mapping[str, float | None]]]
@@ -137,18 +137,12 @@ def figure_from(
     Prediction and truth share the truth's colour scale. Ignored pixels of a truth are grey; a label that is absent or
     ignored everywhere counts as none.
     """
-    pixels = image.cpu().movedim(0, -1).numpy() * np.array(STD) + np.array(MEAN)
     predictions, truths = {}, {}
     for name, task in tasks.items():
-        prediction, truth = task.decode(logits[name][None])[0].cpu().numpy(), None
-        label = labels[name].cpu() if name in labels else None
-        valid = None if label is None else task.valid(label)[0].numpy()
-        if valid is not None and valid.any():
-            values = task.truth(label).numpy()
-            truth = np.where(valid.reshape(valid.shape + (1,) * (values.ndim - 2)), values, np.zeros_like(values))
-            truths[name] = task.draw(truth, valid=valid, reference=truth)
-        predictions[name] = task.draw(prediction, reference=truth)
-    return Figure(id, np.rint(np.clip(pixels, 0, 1) * 255).astype(np.uint8), predictions, truths)
+        predictions[name], truth = draw_pair(task, logits[name], labels.get(name))
+        if truth is not None:
+            truths[name] = truth
+    return Figure(id, denormalize(image), predictions, truths)
 
 
 # -- the page ------------------------------------------------------------------------------------------------------------
@@ -172,36 +166,41 @@ def write_report(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    facts = "".join(f"<dt>{_text(key)}</dt><dd>{_text(value)}</dd>" for key, value in (extra or {}).items())
+    facts = "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in (extra or {}).items())
     page = _PAGE.substitute(
-        title=_text(title),
-        protocol=_text(protocol),
-        table=_html_table(_score_cells(rows, tasks, gains)),
+        title=escape(title),
+        protocol=escape(protocol),
+        table=html_scores(rows, tasks, gains),
         facts=f"<dl>{facts}</dl>" if facts else "",
-        details="".join(_details(name, task, rows) for name, task in tasks.items()),
+        details="".join(metric_details(name, task, rows) for name, task in tasks.items()),
         figures=_figures(figures, tasks, folder) if figures else "",
-        shown=SHOWN,
+        style=STYLE,
     )
     path = folder / REPORT
     path.write_text(page, encoding="utf-8")
     return path
 
 
-def _text(value: object) -> str:
+def escape(value: object) -> str:
     return html.escape(str(value))
+
+
+def html_scores(rows: Sequence[Row], tasks: Mapping[str, Task], gains: Sequence[float | None] | None = None) -> str:
+    """As `format_table`, as HTML; the best of several rows is bold."""
+    return _html_table(_score_cells(rows, tasks, gains))
 
 
 def _html_table(lines: Sequence[Sequence[tuple[str, bool]]]) -> str:
     """First line and first cells as headings, best values bold."""
-    head = "".join(f'<th scope="col">{_text(text)}</th>' for text, _ in lines[0])
+    head = "".join(f'<th scope="col">{escape(text)}</th>' for text, _ in lines[0])
     body = ""
     for (name, _), *cells in lines[1:]:
-        values = "".join(f"<td>{f'<b>{_text(text)}</b>' if best else _text(text)}</td>" for text, best in cells)
-        body += f'<tr><th scope="row">{_text(name)}</th>{values}</tr>\n'
+        values = "".join(f"<td>{f'<b>{escape(text)}</b>' if best else escape(text)}</td>" for text, best in cells)
+        body += f'<tr><th scope="row">{escape(name)}</th>{values}</tr>\n'
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>'
 
 
-def _details(name: str, task: Task, rows: Sequence[Row]) -> str:
+def metric_details(name: str, task: Task, rows: Sequence[Row]) -> str:
     """Every metric of a task, closed until asked for; those named "metric/class" in a table of their own."""
     metrics = dict.fromkeys(key for _, row in rows for key in row.get(name, {}))
     if not metrics:
@@ -221,25 +220,29 @@ def _details(name: str, task: Task, rows: Sequence[Row]) -> str:
     heading = (
         f"{name}: every metric{kinds} (score: {task.score}, {'higher' if task.higher_is_better else 'lower'} is better)"
     )
-    return f'<details><summary>{_text(heading)}</summary><div class="tables">{tables}</div></details>\n'
+    return f'<details><summary>{escape(heading)}</summary><div class="tables">{tables}</div></details>\n'
 
 
 def _figures(figures: Sequence[Figure], tasks: Mapping[str, Task], folder: Path) -> str:
     (folder / PICTURES).mkdir(exist_ok=True)
     taken: set[str] = set()
     blocks = [_figure(figure, tasks, folder, _file_stem(figure.id, taken)) for figure in figures]
+    note = "The network's prediction above, the truth below it; pixels of the truth without a label are grey."
+    return f"<h2>Pictures</h2><p>{note}</p>{class_legends(tasks)}\n{''.join(blocks)}"
+
+
+def class_legends(tasks: Mapping[str, Task]) -> str:
+    """The colours of the tasks' classes; empty where no task has classes."""
     legends = ""
     for name, task in tasks.items():
         classes = legend(task)
         swatches = "".join(
-            f'<li><i style="background:rgb{colour}"></i>{_text(label)}</li>' for label, colour in classes.items()
+            f'<li><i style="background:rgb{colour}"></i>{escape(label)}</li>' for label, colour in classes.items()
         )
-        legends += f"<p>{_text(name)}</p><ul>{swatches}</ul>" if classes else ""
-    legends = (
+        legends += f"<p>{escape(name)}</p><ul>{swatches}</ul>" if classes else ""
+    return (
         f'<details class="legend" open><summary>Colours of the classes</summary>{legends}</details>' if legends else ""
     )
-    note = "The network's prediction above, the truth below it; pixels of the truth without a label are grey."
-    return f"<h2>Pictures</h2><p>{note}</p>{legends}\n{''.join(blocks)}"
 
 
 def _figure(figure: Figure, tasks: Mapping[str, Task], folder: Path, stem: str) -> str:
@@ -252,17 +255,17 @@ def _figure(figure: Figure, tasks: Mapping[str, Task], folder: Path, stem: str) 
         path = folder / PICTURES / f"{stem}_{what}.png"
         Image.fromarray(pixels).save(path)
         height, width = pixels.shape[:2]
-        alt = _text(f"{figure.id}: {what.replace('_', ' ')}")
+        alt = escape(f"{figure.id}: {what.replace('_', ' ')}")
         source = quote(f"{PICTURES}/{path.name}")
         small = ' class="small"' if width < SHOWN else ""
         return f'<img src="{source}" width="{width}" height="{height}" alt="{alt}" loading="lazy"{small}>'
 
     shown = [name for name in tasks if name in figure.predictions]
-    head = "".join(f'<th scope="col">{_text(name)}</th>' for name in ("image", *shown))
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in ("image", *shown))
     above = "".join(f"<td>{picture(figure.predictions[name], f'{name}_prediction')}</td>" for name in shown)
     below = "".join(f"<td>{picture(figure.truths.get(name), f'{name}_truth')}</td>" for name in shown)
     return (
-        f'<figure><figcaption>{_text(figure.id)}</figcaption><div class="wide"><table class="pictures">\n'
+        f'<figure><figcaption>{escape(figure.id)}</figcaption><div class="wide"><table class="pictures">\n'
         f"<thead><tr><td></td>{head}</tr></thead><tbody>\n"
         f'<tr><th scope="row">prediction</th><td rowspan="2">{picture(figure.image, "image")}</td>{above}</tr>\n'
         f'<tr><th scope="row">truth</th>{below}</tr>\n</tbody></table></div></figure>\n'
@@ -279,14 +282,7 @@ def _file_stem(id: str, taken: set[str]) -> str:
     return stem
 
 
-_PAGE = Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c1e21; background: #fff; }
+STYLE = Template("""body { font: 15px/1.5 system-ui, sans-serif; color: #1c1e21; background: #fff; }
 body { max-width: 1500px; margin: 2rem auto; padding: 0 1.5rem; }
 h1 { font-size: 1.6rem; margin: 0 0 .25rem; }
 h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; }
@@ -311,7 +307,17 @@ table.pictures th[scope=row] { writing-mode: vertical-rl; rotate: 180deg; color:
 img, .none { display: block; width: ${shown}px; height: auto; }
 img.small { image-rendering: pixelated; }
 .none { display: grid; place-items: center; color: #777; background: #f0f0f0; }
-</style>
+""").substitute(shown=SHOWN)
+"""The style of a page of results."""
+
+_PAGE = Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+$style</style>
 </head>
 <body>
 <h1>$title</h1>

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from pamm.data import DataError, Sample
+from pamm.data import DataError, Sample, transforms
 from pamm.data.transforms import (
     MEAN,
     STD,
@@ -16,8 +16,10 @@ from pamm.data.transforms import (
     bilinear,
     frame,
     hsv_to_rgb,
+    normalize,
     photometric_distortion,
     rgb_to_hsv,
+    seen,
 )
 from pamm.experiment import DataConfig
 from pamm.strict import ConfigError
@@ -249,3 +251,36 @@ def test_fit_shrinks_larger_images_only_and_keeps_values(height, width, expected
 def test_senseless_zoom_is_a_config_error():
     with pytest.raises(ConfigError, match=r"data\.scale"):
         TrainTransform(make_tasks(), replace(STILL, scale=(2.0, 0.5)))
+
+
+@pytest.mark.parametrize(
+    ("label_size", "fit", "size"),
+    [
+        (None, True, (120, 100)),
+        (None, False, (50, 61)),
+        ((128, 192), False, (101, 150)),
+        ((128, 192), True, (300, 151)),
+    ],
+)
+def test_where_an_image_lies_in_frame_and_network_and_its_labels_as_they_were(label_size, fit, size):
+    config = replace(STILL, label_size=label_size, fit=fit)
+    tasks = make_tasks("semseg", "human_parts")
+    white = torch.full((3, *size), 255, dtype=torch.uint8)
+    labels = {name: torch.zeros((1, *size), dtype=torch.uint8) for name in tasks}
+    sample = EvalTransform(tasks, config, original=True)(Sample("a", white, labels, size))
+    assert torch.equal(sample.original["semseg"], labels["semseg"])
+    assert (sample.original["human_parts"] == 255).all()  # a person in no pixel, here as in the frame
+    top, left, height, width = sample.box
+    inside = torch.zeros(config.frame, dtype=torch.bool)
+    inside[top : top + height, left : left + width] = True
+    assert torch.equal(sample.labels["semseg"][0] == 0, inside)
+    top, left, height, width = seen(sample.box, config)
+    inside = torch.zeros(config.size, dtype=torch.bool)
+    inside[top : top + height, left : left + width] = True
+    assert torch.equal(sample.image[0] > 1, inside)
+    assert EvalTransform(tasks, config)(Sample("a", white, labels, size)).original is None
+
+
+def test_pixels_survive_normalisation():
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 5, 7), dtype=np.uint8)
+    np.testing.assert_array_equal(transforms.denormalize(normalize(pixels)), pixels.transpose(1, 2, 0))

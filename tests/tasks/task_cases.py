@@ -13,7 +13,7 @@ PERFECT = {
     "human_parts": {"mIoU": 100, "pixel_accuracy": 100},
     "sal": {"maxF": 100, "maxF_released": 100},
     "edge": {"odsF": 100, "oisF": 100},
-    "normals": {"mErr": 0, "within_11.25": 100, "within_22.5": 100, "within_30": 100},
+    "normals": {"mErr": 0, "RMSE": 0, "within_11.25": 100, "within_22.5": 100, "within_30": 100},
     "depth": {"RMSE": 0, "log_RMSE": 0, "abs_rel": 0, "sq_rel": 0, "delta_1.25": 100, "delta_1.25^3": 100},
 }
 """Task → the scores of a perfect prediction."""

@@ -136,8 +136,19 @@ def f_measures(probability: np.ndarray, positive: np.ndarray, thresholds: np.nda
         found.append((1 + beta2) * precision * recall / (beta2 * precision + recall) if hits else 0.0)
     return found
 
+    def test_the_score_of_one_image_is_of_the_classes_in_it(self) -> None:
+        task = create_task("semseg", classes=["a", "b", "c", "d"])
+        label = torch.tensor([[[[0, 0, 0, 255], [1, 1, 0, 0]]]])
+        prediction = torch.tensor([[[0, 0, 2, 3], [1, 0, 0, 0]]])
+        logits = torch.nn.functional.one_hot(prediction, 4).movedim(-1, 1).float()
+        assert task.score_image(logits, label) == pytest.approx(100 * np.mean([4 / 6, 1 / 2, 0]))  # "d" is ignored
+
 
 class TestSaliency:
+    def test_an_image_without_an_object_has_no_score_of_its_own(self) -> None:
+        task, logits, label = case("sal")
+        assert np.isnan(task.score_image(logits[:1], torch.zeros_like(label[:1])))
+
     def test_scores_equal_a_count_by_hand(self) -> None:
         task, logits, label = case("sal")
         valid = label[:, 0].numpy() != 255
@@ -344,6 +355,7 @@ class TestNormals:
         angle = np.degrees(np.arccos(np.clip(cosine, -1, 1)))
         found = computed(task, logits, label)
         assert found["mErr"] == pytest.approx(angle.mean(), rel=1e-9)
+        assert found["RMSE"] == pytest.approx(np.sqrt(np.mean(angle**2)), rel=1e-9)
         assert found["median"] == pytest.approx(np.median(angle), abs=0.05)
         for bound in (11.25, 22.5, 30):
             assert found[f"within_{bound:g}"] == pytest.approx(100 * np.mean(angle < bound), rel=1e-9)

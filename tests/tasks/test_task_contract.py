@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import pickle
 import subprocess
 import sys
@@ -336,3 +337,13 @@ def test_the_task_package_needs_no_extra() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_an_image_alone_has_a_score_that_tells_good_from_bad(task: Task) -> None:
+    label = random_label(task, batch=1)
+    good, bad = (task.score_image(x, label) for x in (perfect_logits(task, label), random_logits(task, label)))
+    assert good == pytest.approx(100 if task.higher_is_better else 0, abs=1e-4)
+    assert good > bad if task.higher_is_better else good < bad
+    assert task.image_score
+    nothing = torch.full_like(label, task.ignore)
+    assert math.isnan(task.score_image(random_logits(task, label), nothing))

@@ -43,6 +43,9 @@ class PackagedDataset(FileDataset):
     A list may be shortened to work with a part of the data; every file of a listed image must exist.
     """
 
+    label_sizes = (
+        "labels as stored, those of another size than their image brought to it (nearest pixel, normals bicubic)"
+    )
     folder: str
     """Folder that the archive unpacks to; `data.root` is it or holds it."""
     lists: str

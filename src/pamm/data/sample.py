@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -19,6 +19,10 @@ DATASETS: dict[str, type[Dataset]] = {}
 """Every registered data set, by name."""
 
 
+Box = tuple[int, int, int, int]
+"""top, left, height, width, in pixels."""
+
+
 @dataclass
 class Sample:
     """One image and its labels.
@@ -26,22 +30,30 @@ class Sample:
     image: (3, H, W) uint8 RGB as read, (3, H, W) float32 normalised after the transforms.
     labels: task name → (c, H, W); a task without a label for this image has no key.
     size: (H, W) of the image as read.
+    box: where the image lies in its evaluation frame. original: the labels at `size`. Both where `EvalTransform` set them.
     """
 
     id: str
     image: Tensor
     labels: dict[str, Tensor]
     size: tuple[int, int]
+    box: Box | None = None
+    original: dict[str, Tensor] | None = None
 
 
 @dataclass
 class Batch:
-    """image (B, 3, H, W) float32; labels: task name → (B, c, *label_size) for every task, all ignored where one is missing."""
+    """image (B, 3, H, W) float32; labels: task name → (B, c, *label_size) for every task, all ignored where one is missing.
+
+    sizes, boxes, originals: `size`, `box` and `original` of every sample.
+    """
 
     ids: list[str]
     image: Tensor
     labels: dict[str, Tensor]
     sizes: list[tuple[int, int]]
+    boxes: list[Box | None]
+    originals: list[dict[str, Tensor] | None]
 
     @property
     def label_size(self) -> tuple[int, int]:
@@ -51,12 +63,12 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The same batch with image and labels on `device`."""
         labels = {name: label.to(device, non_blocking=True) for name, label in self.labels.items()}
-        return Batch(self.ids, self.image.to(device, non_blocking=True), labels, self.sizes)
+        return replace(self, image=self.image.to(device, non_blocking=True), labels=labels)
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory (called by torch's loader where the device is CUDA)."""
         labels = {name: label.pin_memory() for name, label in self.labels.items()}
-        return Batch(self.ids, self.image.pin_memory(), labels, self.sizes)
+        return replace(self, image=self.image.pin_memory(), labels=labels)
 
 
 def collate(samples: Sequence[Sample], tasks: Mapping[str, Task]) -> Batch:
@@ -66,7 +78,14 @@ def collate(samples: Sequence[Sample], tasks: Mapping[str, Task]) -> Batch:
         name: torch.stack([s.labels[name] if name in s.labels else task.missing(size) for s in samples])
         for name, task in tasks.items()
     }
-    return Batch([s.id for s in samples], torch.stack([s.image for s in samples]), labels, [s.size for s in samples])
+    return Batch(
+        [s.id for s in samples],
+        torch.stack([s.image for s in samples]),
+        labels,
+        sizes=[s.size for s in samples],
+        boxes=[s.box for s in samples],
+        originals=[s.original for s in samples],
+    )
 
 
 class DataError(ValueError):
@@ -86,6 +105,8 @@ class Dataset(ABC, torch.utils.data.Dataset):
     """
 
     name: ClassVar[str]
+    label_sizes: ClassVar[str] = "labels as stored"
+    """What was done to labels whose file has another size than the image, in words."""
     split: str
     tasks: Mapping[str, Task]
     ids: Sequence[str]

@@ -8,6 +8,7 @@ NumPy, so that a sample has the same bits in any process, on any number of threa
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pamm.data.sample import DataError, Sample
+from pamm.data.sample import Box, DataError, Sample
 from pamm.strict import ConfigError
 from pamm.tasks import Task
 
@@ -26,9 +27,6 @@ MEAN = (0.485, 0.456, 0.406)
 """Mean of ImageNet's RGB values in 0..1."""
 STD = (0.229, 0.224, 0.225)
 """Standard deviation of ImageNet's RGB values in 0..1."""
-
-Box = tuple[int, int, int, int]
-"""top, left, height, width, in pixels."""
 
 _REDRAWS = 10
 
@@ -56,26 +54,43 @@ def normalize(image: np.ndarray) -> Tensor:
     return torch.from_numpy(image.astype(np.float32) * scale[:, None, None] - shift[:, None, None])
 
 
+def denormalize(image: Tensor) -> np.ndarray:
+    """Inverse of `normalize`: (3, H, W) float → (H, W, 3) uint8."""
+    pixels = image.cpu().movedim(0, -1).numpy() * np.array(STD) + np.array(MEAN)
+    return np.rint(np.clip(pixels, 0, 1) * 255).astype(np.uint8)
+
+
+def seen(box: Box, config: DataConfig) -> Box:
+    """Where what lies at `box` of the frame lies in the image that the network sees."""
+    height, width = _seen_size(box[2:], config)
+    return (config.size[0] - height) // 2, (config.size[1] - width) // 2, height, width
+
+
 class EvalTransform:
     """Normalise and pad to the frame, the image in the centre; with `config.fit` larger images shrink first.
 
     With `config.label_size` labels have that size and the image is shrunk from it to `config.size` (antialiased bilinear).
+    original: the samples also hold their labels at the image's own size.
     """
 
-    def __init__(self, tasks: Mapping[str, Task], config: DataConfig):
+    def __init__(self, tasks: Mapping[str, Task], config: DataConfig, *, original: bool = False):
         self.tasks = tasks
         self.config = config
+        self.original = original
 
     def __call__(self, sample: Sample) -> Sample:
         """Image (3, H, W) uint8 → (3, *config.size) float32, labels (c, *config.frame). Raises DataError (see `frame`)."""
         try:
-            frame(sample.size, self.config)
+            box = frame(sample.size, self.config)
         except DataError as error:
             raise DataError(f"{sample.id}: {error}") from None
         image, labels = sample.image.numpy(), sample.labels
         if self.config.fit:
             image, labels = _shrink(image, labels, self.tasks, self.config.frame)
-        return _finish(sample, image, labels, self.tasks, self.config)
+        original = None
+        if self.original:
+            original = {name: self.tasks[name].finish(label) for name, label in sample.labels.items()}
+        return replace(_finish(sample, image, labels, self.tasks, self.config), box=box, original=original)
 
 
 class TrainTransform:
@@ -257,9 +272,15 @@ def _finish(
     """Normalise, pad with the image in the centre, and apply each task's last rule."""
     frame, size = config.frame, config.size
     labels = {name: tasks[name].finish(_pad(label, frame, tasks[name].ignore)) for name, label in labels.items()}
-    if frame != size:  # the image's share of its frame stays the same
-        image = _resized(image, tuple(max(1, round(image.shape[1 + i] * size[i] / frame[i])) for i in (0, 1)))
+    if frame != size:
+        image = _resized(image, _seen_size(image.shape[1:], config))
     return Sample(sample.id, _pad(normalize(image), size, 0), labels, sample.size)
+
+
+def _seen_size(size: tuple[int, int], config: DataConfig) -> tuple[int, int]:
+    """(H, W) inside the frame → (H, W) in the network's image: its share of the whole stays the same."""
+    height, width = (max(1, round(size[i] * config.size[i] / config.frame[i])) for i in (0, 1))
+    return height, width
 
 
 def _pad(map: Tensor, size: tuple[int, int], fill: float) -> Tensor:

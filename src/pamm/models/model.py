@@ -112,3 +112,20 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     return (
         x if tuple(x.shape[-2:]) == tuple(size) else F.interpolate(x, size=size, mode="bilinear", align_corners=False)
     )
+
+
+def resize_rows(logits: Tensor, size: tuple[int, int], rows: range) -> Tensor:
+    """These rows of (1, C, h, w) resized bilinearly to `size` (half-pixel centres)."""
+    height = logits.shape[-2]
+    if tuple(logits.shape[-2:]) == tuple(size):
+        return logits[..., rows.start : rows.stop, :]
+    position = (torch.arange(rows.start, rows.stop, dtype=torch.float64) + 0.5) * (height / size[0]) - 0.5
+    position = position.clamp(0, height - 1)
+    above = position.long()
+    weight = (position - above)[:, None].to(logits)
+    above = above.to(logits.device)
+    lines = torch.lerp(logits[..., above, :], logits[..., (above + 1).clamp(max=height - 1), :], weight)
+    lines = lines.contiguous(
+        memory_format=torch.channels_last
+    )  # a pixel's logits side by side: argmax is 3 times faster
+    return F.interpolate(lines, size=(len(rows), size[1]), mode="bilinear", align_corners=False)

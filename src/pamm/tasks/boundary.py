@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -163,6 +164,7 @@ class Boundary(Task):
     score = "odsF"
     quick_score = "maxF_pixel"
     higher_is_better = True
+    pixelwise = False
     ignore = 255
     channels = 1
 
@@ -242,6 +244,10 @@ class Boundary(Task):
 
     def _pixel_scores(self, sums: Sums) -> Sums:
         return {"maxF_pixel": best_f_measure(sums["bins"], 1.0)}
+
+    def score_image(self, logits: Tensor, label: Tensor) -> float:
+        """As every task's; NaN without any pixel of a boundary, where F is 0 whatever is predicted."""
+        return super().score_image(logits, label) if (label == 1).any() else math.nan
 
     def decode(self, logits: Tensor) -> Tensor:
         return full_precision(logits)[:, 0].sigmoid()

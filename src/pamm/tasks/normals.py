@@ -66,11 +66,12 @@ class Normals(Task):
         return mean_over(total, self.counts(label) if counts is None else counts)
 
     def metric(self) -> Metric:
-        """Angles between prediction and truth over all pixels of the set, degrees: mErr (mean) and median (from a
-        histogram of 0.01° bins, to that precision); within_11.25, within_22.5, within_30: percent of pixels below.
+        """Angles between prediction and truth over all pixels of the set, degrees: mErr (mean), median (from a
+        histogram of 0.01° bins, to that precision) and RMSE; within_11.25, within_22.5, within_30: percent of pixels below.
         """
         empty = {
             "angle": torch.zeros((), dtype=torch.float64),
+            "square": torch.zeros((), dtype=torch.float64),
             "close": torch.zeros(len(BOUNDS), dtype=torch.int64),
             "bins": torch.zeros(round(180 / BIN), dtype=torch.int64),
         }
@@ -84,6 +85,7 @@ class Normals(Task):
         last = round(180 / BIN) - 1
         return {
             "angle": angle.sum(),
+            "square": angle.square().sum(),
             "close": torch.stack([(angle < bound).sum() for bound in BOUNDS]),
             "bins": torch.bincount((angle / BIN).long().clamp(max=last), minlength=last + 1),
         }
@@ -91,7 +93,8 @@ class Normals(Task):
     def _scores(self, sums: Sums) -> Sums:
         count = sums["bins"].sum()
         shares = {f"within_{bound:g}": 100 * n / count for bound, n in zip(BOUNDS, sums["close"].double(), strict=True)}
-        return {"mErr": sums["angle"] / count, "median": histogram_median(sums["bins"])} | shares
+        means = {"mErr": sums["angle"] / count, "median": histogram_median(sums["bins"])}
+        return means | {"RMSE": (sums["square"] / count).sqrt()} | shares
 
     def decode(self, logits: Tensor) -> Tensor:
         return F.normalize(full_precision(logits), dim=1).movedim(1, -1)

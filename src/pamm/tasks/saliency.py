@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +79,10 @@ class Saliency(Task):
             "maxF": best_f_measure(sums["counts"], BETA2),
             "maxF_released": best_f_measure(sums["counts_released"], BETA2),
         }
+
+    def score_image(self, logits: Tensor, label: Tensor) -> float:
+        """As every task's; NaN without any pixel of an object, where F is 0 whatever is predicted."""
+        return super().score_image(logits, label) if (label == 1).any() else math.nan
 
     def decode(self, logits: Tensor) -> Tensor:
         return full_precision(logits).softmax(1)[:, 1]

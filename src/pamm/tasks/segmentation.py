@@ -90,6 +90,15 @@ class ClassMap(Task):
             )
         return {"confusion": pairs.reshape(self.channels, self.channels)}
 
+    image_score = "mIoU of the classes that occur"
+
+    def score_image(self, logits: Tensor, label: Tensor) -> float:
+        """Mean IoU, percent, over the classes in the image's label or prediction: absent ones say nothing about it."""
+        confusion = self._measure(logits, label)["confusion"].double()
+        hits = confusion.diagonal()
+        union = confusion.sum(0) + confusion.sum(1) - hits
+        return float((100 * hits / union)[union > 0].mean())
+
     def _scores(self, sums: Sums) -> Sums:
         confusion = sums["confusion"].double()
         hits, total = confusion.diagonal(), confusion.sum()

@@ -45,6 +45,8 @@ class Task(ABC):
     higher_is_better: ClassVar[bool]
     ignore: ClassVar[float]
     """Value of a label's ignored pixels; padding and missing labels are filled with it."""
+    pixelwise: ClassVar[bool] = True
+    """Whether the metric is a sum over pixels, so that a large image may be measured in strips of rows."""
     balances_crops: ClassVar[bool] = False
     """Whether a training crop is redrawn while one class of this task's label dominates it."""
     suffixes: ClassVar[tuple[str, ...]] = (".png",)
@@ -123,6 +125,18 @@ class Task(ABC):
     def quick_metric(self) -> Metric:
         """The metric of the evaluations during training; differs where the reported one takes long."""
         return self.metric()
+
+    @property
+    def image_score(self) -> str:
+        """What `score_image` computes, in words."""
+        return self.quick_score or self.score
+
+    def score_image(self, logits: Tensor, label: Tensor) -> float:
+        """(1, channels, H, W) logits, (1, c, H, W) label → the score of this image alone, by which reports rank images.
+
+        NaN where the label gives it none. By default `quick_metric` of this image.
+        """
+        return float(self.quick_metric().to(logits.device)(logits, label)[self.quick_score or self.score])
 
     # -- predictions -------------------------------------------------------------------------------------------------------
 

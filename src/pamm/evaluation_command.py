@@ -1,0 +1,130 @@
+"""The command line of `pamm eval`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import errno
+import os
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pamm.cli import PRECISION_HELP, at_least, check_writable, is_first_process, parser
+
+if TYPE_CHECKING:
+    from pamm.evaluate import Evaluation
+    from pamm.gain import Comparison
+    from pamm.measurement import Resolution
+    from pamm.tasks import Task
+
+
+def main(arguments: list[str]) -> int:
+    """Run `pamm eval ARGUMENTS`. Raises CheckpointError, ConfigError, DataError, GainError, and OSError for the outputs."""
+    plain = arguments_parser().parse_args(arguments)
+    from pamm.evaluate import evaluate_saved
+    from pamm.experiment import TrainConfig
+    from pamm.gain import baseline_scores
+    from pamm.measurement import RESOLUTIONS
+    from pamm.train import launch
+
+    if plain.baseline:
+        baseline_scores(plain.baseline)  # told now, not after hours of evaluating
+    if is_first_process():
+        check_outputs(plain.out, plain.report)
+    named, tasks = evaluate_saved(
+        plain.source,
+        launch(TrainConfig(accelerator=plain.accelerator, devices=plain.devices)),
+        data=plain.data,
+        root=plain.root,
+        split=plain.split,
+        batch_size=plain.batch,
+        workers=plain.workers,
+        resolutions=RESOLUTIONS if plain.resolution == "both" else (plain.resolution,),
+        ranked=plain.pictures,
+        pictures=plain.report is not None,
+        untrained=plain.untrained,
+        precision=plain.precision,
+        compile=plain.compile,
+    )
+    if is_first_process():
+        tell(plain, named, tasks, command=f"pamm eval {shlex.join(arguments)}")
+    return 0
+
+
+def tell(
+    plain: argparse.Namespace, named: list[tuple[str, Evaluation]], tasks: dict[str, Task], *, command: str
+) -> None:
+    """Print and write what was asked for. named: results by name, the model's last."""
+    from pamm.evaluation_report import format_evaluation, write_evaluation_report
+
+    name, result = named[-1]
+    comparisons = compare_with(plain.baseline, result) if plain.baseline else {}
+    if comparisons:
+        gain = {resolution: comparison.summary() for resolution, comparison in comparisons.items()}
+        result = dataclasses.replace(result, gain={"over": plain.baseline} | gain)
+    named = [*named[:-1], (name, result)]
+    print(format_evaluation(named, tasks, comparisons))
+    print(f"weights: {result.model['weights']} of {plain.source}")
+    if plain.out:
+        result.save(plain.out)
+    if plain.report:
+        page = write_evaluation_report(plain.report, named, tasks, comparisons=comparisons, command=command)
+        print(f"report: {page}")
+
+
+def arguments_parser() -> argparse.ArgumentParser:
+    own = parser("eval")
+    own.add_argument("source", help="run folder, saved model folder or hub repository")
+    own.add_argument("--data", help="recipe or experiment.yaml whose data are measured (default: the run's own)")
+    own.add_argument("--root", help="folder of the data set, in place of the configured one")
+    own.add_argument("--split", default="val")
+    own.add_argument(
+        "--resolution",
+        default="both",
+        choices=["frame", "original", "both"],
+        help="where maps are compared: in the padded frame, as the papers do, or at every image's own size; costs no time "
+        "where the frame shrinks no image",
+    )
+    own.add_argument("--batch", type=at_least(1), default=8, help="images per batch; does not change the result")
+    own.add_argument("--devices", type=at_least(1), default=1, help="processes; does not change the result")
+    own.add_argument("--accelerator", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    own.add_argument("--workers", type=at_least(0), default=2, help="data loading processes")
+    own.add_argument("--precision", default="float32", choices=["auto", "float32", "bfloat16"], help=PRECISION_HELP)
+    own.add_argument("--compile", action="store_true", help="run the network through torch.compile")
+    own.add_argument("--baseline", help="also the gain over a named baseline, or over a JSON file of results")
+    own.add_argument("--untrained", action="store_true", help="also the row of the same network with random weights")
+    own.add_argument("--out", type=Path, help="write the results to this JSON file")
+    own.add_argument("--report", type=Path, help="write results.json, results.md and report.html into this folder")
+    own.add_argument(
+        "--pictures",
+        type=at_least(0),
+        default=4,
+        help="how many best and how many worst images of each task to name, and to show in the report (default 4)",
+    )
+    return own
+
+
+def check_outputs(out: Path | None, report: Path | None) -> None:
+    """Try the places of the results before hours are spent; raises OSError."""
+    if out and out.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(out))
+    for folder in ([out.parent] if out else []) + ([report] if report else []):
+        check_writable(folder)
+
+
+def compare_with(baseline: str, result: Evaluation) -> dict[Resolution, Comparison]:
+    """The comparison at every resolution that both have; prints why another has none. Raises GainError where none has."""
+    from pamm.gain import GainError, compare
+
+    found, failures = {}, {}
+    for resolution, row in result.rows.items():
+        try:
+            found[resolution] = compare(row, baseline, resolution)
+        except GainError as error:
+            failures[resolution] = error
+    if not found:
+        raise next(iter(failures.values()))
+    for resolution, error in failures.items():
+        print(f"no Δ at the resolution '{resolution}': {error}")
+    return found

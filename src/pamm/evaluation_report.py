@@ -1,0 +1,262 @@
+"""An evaluation as people read it: lines for a terminal, and a folder with JSON, Markdown and one page that holds its pictures."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from string import Template
+
+from pamm.evaluate import Evaluation
+from pamm.files import replace_text
+from pamm.gain import Comparison
+from pamm.measurement import Resolution
+from pamm.ranking import Ranked, Ranking
+from pamm.report import (
+    MISSING,
+    REPORT,
+    STYLE,
+    Row,
+    class_legends,
+    decimals,
+    escape,
+    format_table,
+    html_scores,
+    markdown_table,
+    metric_details,
+)
+from pamm.tasks import TASKS, Task
+
+RESULTS, PAGE = "results.json", "results.md"
+
+HEADINGS: Mapping[Resolution, str] = {
+    "frame": "In the padded frame, as the papers measure",
+    "original": "At the images' own size",
+}
+
+SAME = "At the images' own size the numbers are the same: the frame holds every image unchanged."
+
+Named = Sequence[tuple[str, Evaluation]]
+"""Results by name: others to compare with first, the evaluation itself last."""
+
+Comparisons = Mapping[Resolution, Comparison]
+
+
+def format_evaluation(named: Named, tasks: Mapping[str, Task], comparisons: Comparisons) -> str:
+    """Plain text: the table, the protocol and the gain at every resolution."""
+    parts = []
+    for resolution, rows, gains, protocol in _tables(named, comparisons):
+        text = f"{format_table(rows, tasks, gains=gains)}\n{protocol}"
+        if resolution in comparisons:
+            text += f"\n{_gain_line(comparisons[resolution])}"
+        parts.append(text)
+    return "\n\n".join(parts) + (f"\n{SAME}" if _is_same(named[-1][1]) else "")
+
+
+def write_evaluation_report(
+    folder: str | Path,
+    named: Named,
+    tasks: Mapping[str, Task],
+    *,
+    comparisons: Comparisons | None = None,
+    command: str = "",
+) -> Path:
+    """Write results.json, results.md and report.html into `folder`; returns the page's path.
+
+    The page is one file without script and without anything from elsewhere: pictures are in it. It holds no date, so that the same
+    results give the same bytes. Everything that comes from outside, ids of images above all, is escaped.
+    """
+    folder, comparisons = Path(folder), comparisons or {}
+    folder.mkdir(parents=True, exist_ok=True)
+    named[-1][1].save(folder / RESULTS)
+    replace_text(folder / PAGE, _writable(_markdown(named, tasks, comparisons, command)))
+    replace_text(folder / REPORT, _writable(_html(named, tasks, comparisons, command)))
+    return folder / REPORT
+
+
+# -- what both forms show ------------------------------------------------------------------------------------------------
+
+
+def _tables(
+    named: Named, comparisons: Comparisons
+) -> list[tuple[Resolution, list[Row], list[float | None] | None, str]]:
+    """Resolution, rows, their gains and the protocol: the frame's, and the images' own where that is another one."""
+    last, tables = named[-1][1], []
+    for resolution in last.rows:
+        if resolution == "original" and _is_same(last):
+            continue
+        rows = [(name, result.rows[resolution]) for name, result in named]
+        gains = None
+        if resolution in comparisons:
+            found = comparisons[resolution]
+            scores = {task: {TASKS[task].score: value} for task, value in found.scores.items()}
+            rows.insert(0, (found.baseline, scores))
+            gains = [None] * (len(rows) - 1) + [found.mean]
+        tables.append((resolution, rows, gains, last.protocol if resolution == "frame" else last.original.protocol))
+    return tables
+
+
+def _is_same(result: Evaluation) -> bool:
+    """Whether both resolutions were measured and are the same one."""
+    return len(result.rows) == 2 and result.original.resized == 0
+
+
+def _gain_line(found: Comparison) -> str:
+    gains = ", ".join(f"{task} {gain:+.2f}" for task, gain in found.gains.items())
+    text = f"Δ over {found.baseline}, %: {gains}; mean {found.mean:+.2f} (baseline: {found.source})"
+    absent = "; ".join(f"{task}: {reason}" for task, reason in found.left_out.items())
+    return f"{text}\nnot compared: {absent}" if absent else text
+
+
+def _facts(result: Evaluation, command: str) -> dict[str, str]:
+    facts = {key: str(value) for key, value in result.model.items()} | ({"command": command} if command else {})
+    return facts | {"pamm": version("pamm")}
+
+
+def _number(value: float) -> str:
+    return f"{value:.{decimals(value)}f}" if math.isfinite(value) else MISSING
+
+
+def _writable(text: str) -> str:
+    """Names of files that are no Unicode text stay readable."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+# -- Markdown ------------------------------------------------------------------------------------------------------------
+
+
+def _markdown(named: Named, tasks: Mapping[str, Task], comparisons: Comparisons, command: str) -> str:
+    name, result = named[-1]
+    lines = [f"# Evaluation of {_plain(name)}", ""]
+    tables = _tables(named, comparisons)
+    for resolution, rows, gains, protocol in tables:
+        lines += [f"## {HEADINGS[resolution]}", "", _plain(protocol), "", markdown_table(rows, tasks, gains=gains)]
+        if resolution in comparisons:
+            lines += [*map(_plain, _gain_line(comparisons[resolution]).splitlines()), ""]
+    lines += [SAME, ""] if _is_same(result) else []
+    lines += [f"- {key}: {_plain(value)}" for key, value in _facts(result, command).items()]
+    lines += ["", "## All metrics", ""]
+    for task in tasks:
+        columns = [(resolution, rows[-1][1].get(task, {})) for resolution, rows, _, _ in tables]
+        lines += [f"### {task}", "", _metrics_markdown(columns), ""]
+    if result.rankings:
+        lines += ["## Worst and best images", ""]
+        for task, ranking in result.rankings.items():
+            lines += [
+                f"### {task}",
+                "",
+                f"By {_plain(ranking.score)} of the image alone.",
+                "",
+                _images_markdown(ranking),
+            ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _metrics_markdown(columns: Sequence[tuple[str, Mapping[str, float]]]) -> str:
+    keys = dict.fromkeys(key for _, values in columns for key in values)
+    lines = ["| | " + " | ".join(name for name, _ in columns) + " |", "|---|" + "---:|" * len(columns)]
+    for key in keys:
+        cells = [_number(values[key]) if key in values else MISSING for _, values in columns]
+        lines.append(f"| {_plain(key)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _images_markdown(ranking: Ranking) -> str:
+    lines = ["| worst | | best | |", "|---|---:|---|---:|"]
+    for index in range(max(len(ranking.worst), len(ranking.best))):
+        cells = []
+        for images in (ranking.worst, ranking.best):
+            one = images[index] if index < len(images) else None
+            cells += [_plain(one.id), _number(one.score)] if one else ["", ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _plain(text: str) -> str:
+    """Text in which no character has a meaning for Markdown or HTML, on one line."""
+    return re.sub(r"([\\`*_\[\]<>|#~&])", r"\\\1", " ".join(str(text).split()))
+
+
+# -- the page ------------------------------------------------------------------------------------------------------------
+
+
+def _html(named: Named, tasks: Mapping[str, Task], comparisons: Comparisons, command: str) -> str:
+    name, result = named[-1]
+    tables = _tables(named, comparisons)
+    facts = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in _facts(result, command).items())
+    summary = details = ""
+    for resolution, rows, gains, protocol in tables:
+        summary += f'<h2>{HEADINGS[resolution]}</h2><p class="protocol">{escape(protocol)}</p>'
+        summary += html_scores(rows, tasks, gains)
+        if resolution in comparisons:
+            summary += "".join(f"<p>{escape(line)}</p>" for line in _gain_line(comparisons[resolution]).splitlines())
+        measured = rows[1:] if resolution in comparisons else rows
+        details += f"<h3>{HEADINGS[resolution]}</h3>"
+        details += "".join(metric_details(task, tasks[task], measured) for task in tasks)
+    summary += f"<p>{SAME}</p>" if _is_same(result) else ""
+    return _PAGE.substitute(
+        title=escape(f"Evaluation of {name}"),
+        style=STYLE,
+        summary=summary,
+        facts=f"<dl>{facts}</dl>",
+        details=details,
+        images=_gallery(result.rankings, tasks),
+    )
+
+
+def _gallery(rankings: Mapping[str, Ranking], tasks: Mapping[str, Task]) -> str:
+    if not rankings:
+        return ""
+    note = (
+        "Side by side: what the network saw, its prediction, the truth; pixels of the truth without a label are grey. The "
+        "number is the score of the image alone, in the frame; it serves to order the images and is no part of the results."
+    )
+    text = f"<h2>Worst and best images</h2><p>{note}</p>{class_legends(tasks)}"
+    for task, ranking in rankings.items():
+        sides = ""
+        for heading, images in (("worst first", ranking.worst), ("best first", ranking.best)):
+            figures = "".join(map(_figure, images)) or "<p>none</p>"
+            sides += f"<section><h4>{heading}</h4>{figures}</section>"
+        text += f'<h3>{escape(task)}, by {escape(ranking.score)}</h3><div class="ends">{sides}</div>\n'
+    return text
+
+
+def _figure(one: Ranked) -> str:
+    pictures = "".join(
+        f'<img src="{escape(uri)}" alt="{escape(f"{one.id}: {what}")}">' for what, uri in one.pictures.items()
+    )
+    return (
+        f"<figure><figcaption>{escape(one.id)} <b>{_number(one.score)}</b></figcaption>"
+        f'<div class="row">{pictures}</div></figure>\n'
+    )
+
+
+_PAGE = Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+$style
+h3 { font-size: 1.05rem; margin: 1.2rem 0 .3rem; }
+h4 { font-size: .95rem; margin: .3rem 0; color: #555; }
+figure { margin: .6rem 0; }
+figcaption { overflow-wrap: anywhere; font-size: .9rem; }
+.ends { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(560px, 100%), 1fr)); gap: 0 2rem; align-items: start; }
+.row { display: flex; gap: .4rem; align-items: start; }
+.row img { height: 150px; width: auto; max-width: 33%; object-fit: contain; }
+</style>
+</head>
+<body>
+<h1>$title</h1>
+$summary
+$facts
+<h2>All metrics</h2>
+$details
+$images
+</body>
+</html>
+""")

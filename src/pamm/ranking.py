@@ -1,0 +1,74 @@
+"""The images of a split on which a task scores best and worst, found in one pass and in little memory."""
+
+from __future__ import annotations
+
+from bisect import bisect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch.distributed as dist
+
+from pamm.nn.joined import world_size
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """One image: its id, its score, and what is shown of it, name → data URI of a picture; "truth" may be absent."""
+
+    id: str
+    score: float
+    pictures: Mapping[str, str] = field(default_factory=dict)
+
+
+class Ranking:
+    """The `count` best and the `count` worst images by one score; ties are ordered by id. score: what it is, in words.
+
+    Which they are depends on ids and scores alone, not on the order in which they come or on the process that saw them. No
+    image is in both lists: of fewer than 2 · `count` images the better half counts as best.
+    """
+
+    def __init__(self, count: int, *, higher_is_better: bool, score: str = ""):
+        self.count = count
+        self.score = score
+        self.sign = 1 if higher_is_better else -1
+        self.kept: list[Ranked] = []
+        """Worst first; of more than 2 · `count` images only those at both ends."""
+
+    def add(self, id: str, score: float, draw: Callable[[], Mapping[str, str]] = dict) -> None:
+        """Take an image into account; `draw` makes its pictures and is called only where the image is among the kept."""
+        at = bisect(self.kept, self._order(Ranked(id, score)), key=self._order)
+        full = len(self.kept) == 2 * self.count
+        if full and at == self.count:
+            return
+        self.kept.insert(at, Ranked(id, score, draw()))
+        if full:
+            del self.kept[self.count]
+
+    @property
+    def worst(self) -> list[Ranked]:
+        """Worst first."""
+        return self.kept[: len(self.kept) // 2]
+
+    @property
+    def best(self) -> list[Ranked]:
+        """Best first."""
+        return self.kept[len(self.kept) // 2 :][::-1]
+
+    def gather(self) -> None:
+        """Join the rankings of all processes: afterwards each has the whole. Pictures travel of the kept images alone."""
+        if world_size() == 1:
+            return
+        orders = sorted(order for share in _exchange([self._order(one) for one in self.kept]) for order in share)
+        ends = {*orders[: self.count], *orders[max(0, len(orders) - self.count) :]}
+        shares = _exchange([one for one in self.kept if self._order(one) in ends])
+        self.kept = sorted((one for share in shares for one in share), key=self._order)
+
+    def _order(self, one: Ranked) -> tuple[float, str]:
+        return self.sign * one.score, one.id
+
+
+def _exchange(own: list) -> list[list]:
+    """Every process's list, in the order of the processes."""
+    shares: list[list] = [[]] * world_size()
+    dist.all_gather_object(shares, own)
+    return shares
