@@ -16,6 +16,7 @@ from skimage.morphology import thin as skimage_thin
 from pamm.tasks import create_task
 from pamm.tasks.boundary import PROTOCOLS, average_precision, counts, f_measure
 from pamm.tasks.metrics.correspondence import label_boundaries, suppress, thin, triangle
+from pamm.tasks.metrics.matching import Matcher
 
 HUNDREDTHS = np.arange(1, 100) / 100
 
@@ -94,6 +95,38 @@ def test_matched_pixels_are_as_many_as_an_assignment_finds(reach: float) -> None
         near = ((predicted[:, None] - true[None]) ** 2).sum(-1) <= reach**2
         rows, columns = linear_sum_assignment(near, maximize=True)
         assert (cntR[k], sumR[k], cntP[k], sumP[k]) == (near[rows, columns].sum(), len(true), cntR[k], len(predicted))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_matching_is_a_largest_one_of_least_distance(seed: int) -> None:
+    """For maps one after the other, as their thresholds rise, against an assignment of the whole with a price for staying alone."""
+    generator = np.random.default_rng(seed)
+    shape, reach = (24, 31), 2.9
+    truth, values = generator.random(shape) < 0.06, generator.random(shape)
+    matcher = Matcher(truth, values >= 0.7, reach, nearest=True)
+    contests = 0
+    for threshold in (0.7, 0.8, 0.85, 0.9, 0.95, 0.99, 0.8):
+        mask = values >= threshold
+        predicted = np.flatnonzero(mask)
+        column_of = np.full(mask.size, -1)
+        column_of[predicted] = np.arange(len(predicted))
+        right = matcher.match(predicted, column_of)
+        distance = np.sqrt(((np.argwhere(truth)[:, None] - np.argwhere(mask)[None]) ** 2).sum(-1))
+        prices = np.where(distance <= reach, distance, 1e4)
+        best = prices[linear_sum_assignment(prices)]
+        ours = prices[:, right][linear_sum_assignment(prices[:, right])]
+        assert right.sum() == (best <= reach).sum() == (ours <= reach).sum()
+        assert ours[ours <= reach].sum() == pytest.approx(best[best <= reach].sum(), rel=1e-12)
+        contests += (distance.min(0) <= reach).sum() > right.sum()
+    assert contests > 2
+
+
+def test_a_threshold_counts_the_same_among_others_and_alone() -> None:
+    truths = [triangle(np.random.default_rng(seed).random((61, 83)), 3) > 0.53 for seed in range(3)]
+    truths = [skimage_thin(truth) for truth in truths]
+    together = np.array(counts(blobs(1), truths, thresholds=HUNDREDTHS[::-3], max_distance=0.03))
+    alone = [counts(blobs(1), truths, thresholds=[threshold], max_distance=0.03) for threshold in HUNDREDTHS[::-3]]
+    np.testing.assert_array_equal(together, np.array(alone)[..., 0].T)
 
 
 def test_a_pixel_is_right_that_any_annotator_marked() -> None:
