@@ -37,6 +37,7 @@ MAY_USE = {
         "train",
         "strict",
     },
+    "boundaries": {"data", "files", "tasks"},
     "build": {"data", "models", "tasks", "experiment", "recipes", "strict"},
     "checkpoint": {"models"},
     "evaluate": {"models", "data", "tasks", "nn", "experiment", "files", "precision", "recipes", "strict"},

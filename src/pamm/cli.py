@@ -321,6 +321,13 @@ def bench(arguments: list[str]) -> int:
     return run(arguments)
 
 
+@command("ODS, OIS and AP of a folder of boundary maps, without MATLAB")
+def boundary(arguments: list[str]) -> int:
+    from pamm.boundaries.command import main as run
+
+    return run(arguments)
+
+
 @command("list the recipes, or print one")
 def recipes(arguments: list[str]) -> int:
     import yaml

@@ -128,7 +128,9 @@ def contested(
     links = csr_array((np.ones(len(edges)), (columns[edges], mates[rows[edges]])), shape=(width, width))
     group = connected_components(links, directed=False)[1]
     edges = edges[np.argsort(group[columns[edges]], kind="stable")]
-    members = np.unique(columns[edges])
+    present = np.zeros(width, dtype=bool)
+    present[columns[edges]] = True
+    members = np.flatnonzero(present)
     members = members[np.argsort(group[members], kind="stable")]
     split = [
         np.split(part, np.flatnonzero(np.diff(group[of])) + 1)
@@ -138,9 +140,12 @@ def contested(
 
 
 def nearest_columns(rows: np.ndarray, columns: np.ndarray, costs: np.ndarray, width: int) -> np.ndarray:
-    """(width,) bool: the columns covered by the matching of least total cost that pairs every row; one must exist."""
-    rows = np.unique(rows, return_inverse=True)[1]
-    graph = csr_array((costs + 1, (rows, columns)), shape=(rows.max() + 1, width))  # a stored zero would be no edge
+    """(width,) bool: the columns covered by the matching of least total cost that pairs every row; one must exist.
+
+    rows: sorted, not necessarily all numbers up to the largest.
+    """
+    rows = np.cumsum(np.diff(rows, prepend=rows[0]) > 0)
+    graph = csr_array((costs + 1, (rows, columns)), shape=(rows[-1] + 1, width))  # a stored zero would be no edge
     covered = np.zeros(width, dtype=bool)
     covered[min_weight_full_bipartite_matching(graph)[1]] = True
     return covered
