@@ -1,4 +1,4 @@
-"""The boundary benchmark against its reference's counts, and its parts against libraries and loops."""
+"""The boundary benchmark on one image: its parts against libraries and loops (tests/test_boundaries.py has its reference)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from scipy.io import loadmat
 from scipy.ndimage import binary_dilation
 from scipy.optimize import linear_sum_assignment
 from skimage.morphology import thin as skimage_thin
@@ -25,42 +23,6 @@ def blobs(seed: int, size: tuple[int, int] = (61, 83)) -> np.ndarray:
     """A smooth random map with values from 0 to 1."""
     values = triangle(np.random.default_rng(seed).random(size), 5)
     return (values - values.min()) / np.ptp(values)
-
-
-# -- against the reference ---------------------------------------------------------------------------------------------
-
-
-def reference_counts(shared, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Ours and the reference's counts of one image, (4, 99) each: cntR, sumR, cntP, sumP."""
-    folder = shared / "data" / "boundary_reference"
-    annotators = loadmat(folder / "groundTruth" / f"{name}.mat")["groundTruth"][0]
-    truths = [annotator["Boundaries"][0, 0] > 0 for annotator in annotators]
-    probability = np.asarray(Image.open(folder / "hed" / f"{name}.png")) / 255
-    ours = counts(probability, truths, thresholds=HUNDREDTHS, max_distance=0.0075)
-    return np.array(ours), np.loadtxt(folder / "hed_counts" / f"{name}_ev1.txt")[:, 1:].T
-
-
-def all_names(shared) -> list[str]:
-    return sorted(path.stem for path in (shared / "data" / "boundary_reference" / "hed").iterdir())
-
-
-def assert_counts_agree(ours: np.ndarray, theirs: np.ndarray) -> None:
-    np.testing.assert_array_equal(ours[[1, 3]], theirs[[1, 3]])
-    assert ours[0].sum() == pytest.approx(theirs[0].sum(), rel=0.003)
-    assert ours[2].sum() == pytest.approx(theirs[2].sum(), rel=0.01)
-
-
-@pytest.mark.slow
-def test_scores_of_many_images_equal_the_reference(shared) -> None:
-    totals, best = np.zeros((2, 4, 99)), np.zeros((2, 4))
-    for name in all_names(shared)[::34]:
-        pair = reference_counts(shared, name)
-        assert_counts_agree(*pair)
-        totals += np.array(pair)
-        best += np.array([found[:, f_measure(found).argmax()] for found in pair])
-    for score in (lambda total, best: f_measure(total).max(), lambda total, best: f_measure(best)):
-        assert score(totals[0], best[0]) == pytest.approx(score(totals[1], best[1]), abs=0.002)
-    assert average_precision(totals[0]) == pytest.approx(average_precision(totals[1]), abs=0.002)
 
 
 # -- parts ---------------------------------------------------------------------------------------------------------------
