@@ -103,7 +103,20 @@ def test_boundaries_are_measured_on_the_benchmarks_own_list(shared, tmp_path, ca
     parts, ids = shared / "data" / "pascal_part", ["2008_000652", "2008_001978", "2008_005643"]
     make_pascal(tmp_path / "PASCALContext", parts, ids, lambda id: image_size(parts / f"{id}.jpg"))
     write_ids(tmp_path / "PASCALContext" / "ImageSets" / "Context" / "test_new.txt", ids[-1:])
-    pascal = ["--data.name", "pascal", "--data.root", tmp_path, "--data.size", 512, 512, "--tasks", "edge", "--quiet"]
+    pascal = [
+        "--data.name",
+        "pascal",
+        "--data.root",
+        tmp_path,
+        "--data.size",
+        96,
+        96,
+        "--data.fit",
+        True,
+        "--tasks",
+        "edge",
+        "--quiet",
+    ]
     given = tmp_path / "tiny.yaml"
     dump(experiment(steps=1, batch=1), given)
     told(capsys, "train", given, "--out", tmp_path / "run", *pascal, code=0)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +19,9 @@ from tqdm import tqdm
 from pamm.boundaries import BoundaryError
 from pamm.boundaries.files import pair_files, read_map, read_truths
 from pamm.tasks.boundary import PROTOCOLS, average_precision, f_measure, protocol_counts
+
+Work = Callable[[Path, Path], np.ndarray]
+"""A map's and a truth's file → counts of the image."""
 
 COUNTS = ("cntR", "sumR", "cntP", "sumP")
 """True pixels with a partner, of all; predicted pixels with a partner, of all: the columns of MATLAB's *_ev1.txt."""
@@ -113,24 +118,31 @@ def measure_folders(
     pairs = pair_files(Path(predictions), Path(truths), ids)
     work = partial(measure_image, protocol=protocol, max_distance=max_distance, outline=outline, suppressed=suppressed)
     found = {}
+    images = _start(work, pairs, workers)  # before the bar, which starts a thread: processes are forked without threads
     with tqdm(total=len(pairs), desc="boundaries", unit="image", disable=not progress) as bar:
-        for name, counted in _each(work, pairs, workers):
+        for name, counted in images:
             found[name] = counted
             bar.update()
     return BoundaryScores(protocol, max_distance, {name: found[name] for name in pairs})
 
 
-def _each(work: Any, pairs: dict[str, tuple[Path, Path]], workers: int) -> Iterator[tuple[str, np.ndarray]]:
-    """Name and counts of every image as they are done, in this process or in others."""
+def _start(work: Work, pairs: dict[str, tuple[Path, Path]], workers: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and counts of every image: in this process one by one, or in others, which start now, as they are done."""
     if workers == 1 or len(pairs) == 1:
-        yield from ((name, work(*files)) for name, files in pairs.items())
-        return
-    method = "fork" if sys.platform == "linux" else "spawn"
-    pool = ProcessPoolExecutor(min(workers, len(pairs)), multiprocessing.get_context(method))
+        return ((name, work(*files)) for name, files in pairs.items())
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    pool = ProcessPoolExecutor(min(workers, len(pairs)), context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    return _collect(pool, {pool.submit(work, *files): name for name, files in pairs.items()})
+
+
+def _collect(pool: ProcessPoolExecutor, running: dict[Future, str]) -> Iterator[tuple[str, np.ndarray]]:
     try:
-        running: dict[Future, str] = {pool.submit(work, *files): name for name, files in pairs.items()}
         for done in as_completed(running):
             yield running[done], done.result()
+    except BrokenProcessPool:
+        raise BoundaryError(
+            "a worker process ended before its image was done, most likely for want of memory: use fewer, e.g. --workers 1"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
