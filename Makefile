@@ -1,10 +1,10 @@
-# make demo: a network learns six maps from one image, in minutes on a CPU.   make test: the whole test suite.
+# make demo: a network learns six maps from one image, in minutes on a CPU.   make test: the test suite (test-all: with tests of minutes).
 # make bench: speed and memory against plain forms, some fifteen minutes on two cores, and their page in benchmarks/speed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-all lint bench clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -17,6 +17,9 @@ demo: $(VENV)/ready
 test: $(VENV)/ready
 	$(BIN)/ruff check src tests
 	$(BIN)/ruff format --check src tests
+	$(BIN)/python -m pytest -m "not exhaustive"
+
+test-all: $(VENV)/ready
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/ready

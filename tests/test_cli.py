@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data.packages import make_pascal, write_ids
 from pamm.cli import COMMANDS, main
+from pamm.data.images import image_size
 from pamm.experiment import dump
 from pamm.train import train
 from tiny import experiment
@@ -95,6 +97,31 @@ def test_a_folder_of_photographs_trains_and_evaluates(photographs, tmp_path, cap
     text = told(capsys, "eval", tmp_path / "run", "--accelerator", "cpu", "--untrained", "--out", out, code=0)
     assert "untrained" in text and "val split, 1 images, frame 48×64" in text
     assert set(json.loads(out.read_text())["results"]) == {"semseg", "depth"}
+
+
+def test_boundaries_are_measured_on_the_benchmarks_own_list(shared, tmp_path, capsys):
+    parts, ids = shared / "data" / "pascal_part", ["2008_000652", "2008_001978", "2008_005643"]
+    make_pascal(tmp_path / "PASCALContext", parts, ids, lambda id: image_size(parts / f"{id}.jpg"))
+    write_ids(tmp_path / "PASCALContext" / "ImageSets" / "Context" / "test_new.txt", ids[-1:])
+    pascal = [
+        "--data.name",
+        "pascal",
+        "--data.root",
+        tmp_path,
+        "--data.size",
+        96,
+        96,
+        "--data.fit",
+        True,
+        "--tasks",
+        "edge",
+        "--quiet",
+    ]
+    given = tmp_path / "tiny.yaml"
+    dump(experiment(steps=1, batch=1), given)
+    told(capsys, "train", given, "--out", tmp_path / "run", *pascal, code=0)
+    text = told(capsys, "eval", tmp_path / "run", "--accelerator", "cpu", "--split", "test_new", code=0)
+    assert "odsF" in text and "pascal test_new split, 1 images" in text
 
 
 def test_unknown_recipe(capsys):

@@ -39,6 +39,7 @@ MAY_USE = {
         "train",
         "strict",
     },
+    "boundaries": {"data", "files", "tasks"},
     "build": {"data", "models", "tasks", "experiment", "recipes", "strict"},
     "checkpoint": {"models"},
     "evaluate": {

@@ -34,7 +34,7 @@ COMMANDS = [
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory) -> Path:
-    """A folder as the README's reader has it: a demo run, some photographs, a folder data set called mine."""
+    """A folder as the README's reader has it: a demo run, some photographs, a folder data set called mine, maps of boundaries."""
     folder = tmp_path_factory.mktemp("readme")
     tiny = experiment(str(folder / "rooms"), steps=2)
     run_demo(replace(tiny, data=replace(tiny.data, size=(96, 128))), folder / "runs/demo", progress=False)
@@ -49,6 +49,9 @@ def workplace(tmp_path_factory) -> Path:
     (folder / "mine/dataset.yaml").write_text(
         "tasks: {semseg: {classes: [background, cat, dog]}, depth: {unit: millimetre}}\n"
     )
+    for kind in ("maps", "truths"):
+        (folder / kind).mkdir()
+        Image.fromarray(np.eye(40, 50, dtype=np.uint8) * np.uint8(255)).save(folder / kind / "a.png")
     own = DataConfig(name="folder", root=str(folder / "mine"), size=(48, 64))
     train(
         replace(experiment(steps=1), tasks={"semseg": TaskConfig(), "depth": TaskConfig()}, data=own),

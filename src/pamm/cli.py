@@ -283,6 +283,13 @@ def bench(arguments: list[str]) -> int:
     return run(arguments)
 
 
+@command("ODS, OIS and AP of a folder of boundary maps, without MATLAB")
+def boundary(arguments: list[str]) -> int:
+    from pamm.boundaries.command import main as run
+
+    return run(arguments)
+
+
 @command("look inside: predictions side by side, features, router weights, scan orders")
 def look(arguments: list[str]) -> int:
     from pamm.look.command import main as run

@@ -69,6 +69,17 @@ def test_labels_follow_the_packaging_and_nothing_is_written_into_it(root):
     assert snapshot(root) == before
 
 
+def test_the_boundary_benchmarks_split_is_a_list_beside_the_others(root):
+    with pytest.raises(
+        DataError, match=r"no split list .*test_new\.txt: .* train, val\. .*Boundary-Detection-Evaluation-Tools"
+    ):
+        open_split(root, "test_new")
+    write_ids(root / "ImageSets" / "Context" / "test_new.txt", [NOBODY[1]])
+    dataset = open_split(root, "test_new")
+    assert [sample.id for sample in map(dataset.__getitem__, range(len(dataset)))] == [NOBODY[1]]
+    np.testing.assert_array_equal(dataset[0].labels["edge"], open_split(root, "val")[1].labels["edge"])
+
+
 def test_human_parts_equal_an_independent_reading_of_the_annotations(root, shared):
     """The mosaic's part maps were made from the same files by another program."""
     maps = {path.stem: path for path in (shared / "data" / "mosaic").glob("*/human_parts/part_*.png")}

@@ -1,4 +1,4 @@
-"""The boundary benchmark against its reference's counts, and its parts against libraries and loops."""
+"""The boundary benchmark on one image: its parts against libraries and loops (tests/test_boundaries.py has its reference)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from scipy.io import loadmat
 from scipy.ndimage import binary_dilation
 from scipy.optimize import linear_sum_assignment
 from skimage.morphology import thin as skimage_thin
@@ -16,6 +14,7 @@ from skimage.morphology import thin as skimage_thin
 from pamm.tasks import create_task
 from pamm.tasks.boundary import PROTOCOLS, average_precision, counts, f_measure
 from pamm.tasks.metrics.correspondence import label_boundaries, suppress, thin, triangle
+from pamm.tasks.metrics.matching import Matcher
 
 HUNDREDTHS = np.arange(1, 100) / 100
 
@@ -24,42 +23,6 @@ def blobs(seed: int, size: tuple[int, int] = (61, 83)) -> np.ndarray:
     """A smooth random map with values from 0 to 1."""
     values = triangle(np.random.default_rng(seed).random(size), 5)
     return (values - values.min()) / np.ptp(values)
-
-
-# -- against the reference ---------------------------------------------------------------------------------------------
-
-
-def reference_counts(shared, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Ours and the reference's counts of one image, (4, 99) each: cntR, sumR, cntP, sumP."""
-    folder = shared / "data" / "boundary_reference"
-    annotators = loadmat(folder / "groundTruth" / f"{name}.mat")["groundTruth"][0]
-    truths = [annotator["Boundaries"][0, 0] > 0 for annotator in annotators]
-    probability = np.asarray(Image.open(folder / "hed" / f"{name}.png")) / 255
-    ours = counts(probability, truths, thresholds=HUNDREDTHS, max_distance=0.0075)
-    return np.array(ours), np.loadtxt(folder / "hed_counts" / f"{name}_ev1.txt")[:, 1:].T
-
-
-def all_names(shared) -> list[str]:
-    return sorted(path.stem for path in (shared / "data" / "boundary_reference" / "hed").iterdir())
-
-
-def assert_counts_agree(ours: np.ndarray, theirs: np.ndarray) -> None:
-    np.testing.assert_array_equal(ours[[1, 3]], theirs[[1, 3]])
-    assert ours[0].sum() == pytest.approx(theirs[0].sum(), rel=0.003)
-    assert ours[2].sum() == pytest.approx(theirs[2].sum(), rel=0.01)
-
-
-@pytest.mark.slow
-def test_scores_of_many_images_equal_the_reference(shared) -> None:
-    totals, best = np.zeros((2, 4, 99)), np.zeros((2, 4))
-    for name in all_names(shared)[::34]:
-        pair = reference_counts(shared, name)
-        assert_counts_agree(*pair)
-        totals += np.array(pair)
-        best += np.array([found[:, f_measure(found).argmax()] for found in pair])
-    for score in (lambda total, best: f_measure(total).max(), lambda total, best: f_measure(best)):
-        assert score(totals[0], best[0]) == pytest.approx(score(totals[1], best[1]), abs=0.002)
-    assert average_precision(totals[0]) == pytest.approx(average_precision(totals[1]), abs=0.002)
 
 
 # -- parts ---------------------------------------------------------------------------------------------------------------
@@ -94,6 +57,38 @@ def test_matched_pixels_are_as_many_as_an_assignment_finds(reach: float) -> None
         near = ((predicted[:, None] - true[None]) ** 2).sum(-1) <= reach**2
         rows, columns = linear_sum_assignment(near, maximize=True)
         assert (cntR[k], sumR[k], cntP[k], sumP[k]) == (near[rows, columns].sum(), len(true), cntR[k], len(predicted))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_matching_is_a_largest_one_of_least_distance(seed: int) -> None:
+    """For maps one after the other, as their thresholds rise, against an assignment of the whole with a price for staying alone."""
+    generator = np.random.default_rng(seed)
+    shape, reach = (24, 31), 2.9
+    truth, values = generator.random(shape) < 0.06, generator.random(shape)
+    matcher = Matcher(truth, values >= 0.7, reach, nearest=True)
+    contests = 0
+    for threshold in (0.7, 0.8, 0.85, 0.9, 0.95, 0.99, 0.8):
+        mask = values >= threshold
+        predicted = np.flatnonzero(mask)
+        column_of = np.full(mask.size, -1)
+        column_of[predicted] = np.arange(len(predicted))
+        right = matcher.match(predicted, column_of)
+        distance = np.sqrt(((np.argwhere(truth)[:, None] - np.argwhere(mask)[None]) ** 2).sum(-1))
+        prices = np.where(distance <= reach, distance, 1e4)
+        best = prices[linear_sum_assignment(prices)]
+        ours = prices[:, right][linear_sum_assignment(prices[:, right])]
+        assert right.sum() == (best <= reach).sum() == (ours <= reach).sum()
+        assert ours[ours <= reach].sum() == pytest.approx(best[best <= reach].sum(), rel=1e-12)
+        contests += (distance.min(0) <= reach).sum() > right.sum()
+    assert contests > 2
+
+
+def test_a_threshold_counts_the_same_among_others_and_alone() -> None:
+    truths = [triangle(np.random.default_rng(seed).random((61, 83)), 3) > 0.53 for seed in range(3)]
+    truths = [skimage_thin(truth) for truth in truths]
+    together = np.array(counts(blobs(1), truths, thresholds=HUNDREDTHS[::-3], max_distance=0.03))
+    alone = [counts(blobs(1), truths, thresholds=[threshold], max_distance=0.03) for threshold in HUNDREDTHS[::-3]]
+    np.testing.assert_array_equal(together, np.array(alone)[..., 0].T)
 
 
 def test_a_pixel_is_right_that_any_annotator_marked() -> None:

@@ -10,6 +10,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -54,6 +55,8 @@ class PackagedDataset(FileDataset):
     """Folder and suffix of the images."""
     published: Mapping[str, int]
     """Split → number of ids as published."""
+    added: Mapping[str, str] = MappingProxyType({})
+    """Split that the archive holds no list of → where to take its list from."""
 
     def __init__(self, root: Path, split: str, tasks: Mapping[str, Task]):
         self.root, self.split, self.tasks = root, split, tasks
@@ -68,7 +71,14 @@ class PackagedDataset(FileDataset):
 
     def list_ids(self) -> list[str]:
         """The ids of the split. Raises DataError."""
-        return read_ids(self.root / self.source)
+        path = self.root / self.source
+        if self.split not in self.published and path.name not in names_in(path.parent):
+            remedy = self.added.get(self.split, "one id per line")
+            raise DataError(
+                f"no split list {path}: the archive holds those of {', '.join(self.published)}. Choose among them, or write "
+                f"this list there: {remedy}."
+            )
+        return read_ids(path)
 
     def files(self, folder: str, suffix: str) -> set[str]:
         """The ids that have a file in `folder`."""

@@ -1,6 +1,8 @@
 """PASCAL-Context in the packaging of the multi-task benchmarks (PASCALContext.tar.gz, ATRC; PASCAL_MT.tgz, ASTMT).
 
     PASCALContext/ImageSets/Context/{train,val}.txt      4998 and 5105 ids
+    PASCALContext/ImageSets/Context/test_new.txt         the 2498 ids of val that papers measure boundaries on; not in
+                                                         the archive
     PASCALContext/ImageSets/Parts/{train,val}.txt        JSON {id: [object categories]}; optional
     PASCALContext/JPEGImages/<id>.jpg
     PASCALContext/semseg/{VOC12,pascal-context}/<id>.png 0..20, 255 ignored; VOC12 where both exist
@@ -95,6 +97,9 @@ class PascalContext(PackagedDataset):
     lists = "ImageSets/Context"
     images = ("JPEGImages", ".jpg")
     published = MappingProxyType({"train": 4998, "val": 5105})
+    added = MappingProxyType(
+        {"test_new": "the 2498 ids of test_new.txt of the repository prismformore/Boundary-Detection-Evaluation-Tools"}
+    )
 
     @classmethod
     def options(cls, config: DataConfig) -> dict[str, dict[str, Any]]:

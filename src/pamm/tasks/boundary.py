@@ -108,25 +108,62 @@ def _check_counts(probability: np.ndarray, truths: list[np.ndarray], thresholds:
         raise ValueError(f"max_distance: found {distance}, expected a fraction of the image's diagonal, e.g. 0.0075")
 
 
+def protocol_counts(
+    probability: np.ndarray,
+    truths: Sequence[np.ndarray],
+    *,
+    protocol: str,
+    max_distance: float,
+    suppressed: bool = False,
+    valid: np.ndarray | None = None,
+) -> np.ndarray:
+    """What a named protocol counts on one image.
+
+    Args:
+        probability: (H, W) in [0, 1], as the benchmark reads it: 8-bit maps divided by 255.
+        truths: the annotators' maps, (H, W) bool each, lines one pixel wide.
+        protocol: a key of `PROTOCOLS`.
+        max_distance: as for `counts`.
+        suppressed: the map went through non-maximum suppression already.
+        valid: (H, W) bool, where predicted pixels count; everywhere by default.
+
+    Returns (4, thresholds) int64: cntR, sumR, cntP, sumP, see `counts`. Raises ValueError as `counts` does.
+    """
+    rule = PROTOCOLS[protocol]
+    edges, levels = np.asarray(probability, dtype=np.float64), np.array(rule.thresholds)
+    _check_counts(edges, list(truths), levels, max_distance)
+    if not suppressed:
+        from pamm.tasks.metrics.correspondence import suppress
+
+        edges = suppress(edges, rule.radius, rule.smoothing)
+        edges = np.rint(edges * 255) / 255 if rule.stored else edges
+    if valid is not None:
+        edges = edges * valid
+    levels = np.nextafter(levels, 2) if rule.strict else levels
+    return np.array(counts(edges, truths, thresholds=levels, max_distance=max_distance))
+
+
 def image_sums(probability: np.ndarray, label: np.ndarray, protocol: str, max_distance: float, outline: bool) -> dict:
     """One image's share of the scores: counts at every threshold, and those at the image's own best threshold.
 
     probability: (H, W) uint8, as the benchmarks store it. label: (H, W) uint8, 255 around and inside the image where
     nothing is to be counted. outline: the truth is the outline of the label's regions (see `Boundary`).
     """
-    from pamm.tasks.metrics.correspondence import image_counts, label_boundaries, suppress, thin
+    from pamm.tasks.metrics.correspondence import label_boundaries, thin
 
     rows, columns = (np.flatnonzero((label != Boundary.ignore).any(axis)) for axis in (1, 0))
-    rule = PROTOCOLS[protocol]
     if not len(rows):
-        return {name: value.numpy() for name, value in _empty(rule).items()}
+        return {name: value.numpy() for name, value in _empty(PROTOCOLS[protocol]).items()}
     frame = (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))
     label = label[frame]
-    edges = suppress(probability[frame] / 255, rule.radius, rule.smoothing)
-    edges = (np.rint(edges * 255) / 255 if rule.stored else edges) * (label != Boundary.ignore)
-    levels = np.nextafter(rule.thresholds, 2) if rule.strict else np.array(rule.thresholds)
     truth = thin(label_boundaries(label == 1) if outline else label == 1)
-    found = image_counts(edges, [truth], levels, max_distance)
+    found = protocol_counts(
+        probability[frame] / 255,
+        [truth],
+        protocol=protocol,
+        max_distance=max_distance,
+        valid=label != Boundary.ignore,
+    )
     return {"counts": found, "best": found[:, int(f_measure(found).argmax())]}
 
 

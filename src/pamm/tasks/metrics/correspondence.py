@@ -12,8 +12,8 @@ from functools import lru_cache
 
 import numpy as np
 from scipy.ndimage import correlate1d, map_coordinates
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import maximum_flow, min_weight_full_bipartite_matching
+
+from pamm.tasks.metrics.matching import Matcher
 
 FADE = 5
 """Pixels at the border of an image over which non-maximum suppression fades the map out."""
@@ -32,7 +32,7 @@ def image_counts(
     """
     reach = max_distance * math.hypot(*probability.shape)
     lowest = probability >= thresholds.min()
-    pairs = [Candidates(truth, lowest, reach, nearest=len(truths) > 1) for truth in truths]
+    matchers = [Matcher(truth, lowest, reach, nearest=len(truths) > 1) for truth in truths]
     counts = np.zeros((4, len(thresholds)), dtype=np.int64)
     counts[1] = sum(int(truth.sum()) for truth in truths)
     last = None
@@ -42,82 +42,16 @@ def image_counts(
             counts[:, k] = counts[:, k - 1]
             continue
         last = mask
-        predicted = thin(mask)
-        right = np.zeros(predicted.size, dtype=bool)
-        for candidates in pairs:
-            matched = candidates.match(predicted)
-            counts[0, k] += len(matched)
-            right[matched] = True
-        counts[2:, k] = right.sum(), predicted.sum()
+        predicted = np.flatnonzero(thin(mask))
+        column_of = np.full(mask.size, -1)
+        column_of[predicted] = np.arange(len(predicted))
+        right = np.zeros(len(predicted), dtype=bool)
+        for matcher in matchers:
+            paired = matcher.match(predicted, column_of)
+            counts[0, k] += paired.sum()
+            right |= paired
+        counts[2:, k] = right.sum(), len(predicted)
     return counts
-
-
-class Candidates:
-    """The pixels that each true boundary pixel may be paired with: those of `allowed` within `reach` pixels.
-
-    nearest: of all largest matchings take one of the least sum of distances. It is as large as any other, but the
-    annotators' matchings then agree as the benchmark's own do on which predicted pixels are right.
-    """
-
-    def __init__(self, truth: np.ndarray, allowed: np.ndarray, reach: float, *, nearest: bool):
-        height, width = truth.shape
-        side = int(reach)
-        dy, dx = np.mgrid[-side : side + 1, -side : side + 1].reshape(2, -1)
-        near = dy**2 + dx**2 <= reach**2
-        y, x = (axis[:, None] + offsets[near] for axis, offsets in zip(np.nonzero(truth), (dy, dx), strict=True))
-        inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
-        rows, offsets = np.nonzero(inside)
-        pixels = (y * width + x)[inside]
-        kept = allowed.ravel()[pixels]
-        self.rows, self.pixels, self.count = rows[kept], pixels[kept], len(y)
-        self.costs = np.hypot(dy, dx)[near][offsets[kept]] if nearest else None
-
-    def match(self, predicted: np.ndarray) -> np.ndarray:
-        """Flat indices of the pixels of `predicted` (H, W) bool in a matching of the largest size there is."""
-        met = predicted.ravel()[self.pixels]
-        pixels, columns = np.unique(self.pixels[met], return_inverse=True)
-        if not len(pixels):
-            return pixels
-        rows = self.rows[met]
-        if self.costs is None:
-            return pixels[matched_columns(rows, columns, self.count, len(pixels))]
-        return pixels[nearest_columns(rows, columns, self.costs[met], self.count, len(pixels))]
-
-
-def nearest_columns(rows: np.ndarray, columns: np.ndarray, costs: np.ndarray, height: int, width: int) -> np.ndarray:
-    """As `matched_columns`, in a matching that has the least sum of costs besides.
-
-    Every row may stay alone, at a price above that of any way around it.
-    """
-    alone = np.arange(height)
-    price = (costs.max() + 1) * 100
-    graph = csr_array(
-        (
-            np.concatenate([costs + 1, np.full(height, price)]),  # a stored zero would be no edge
-            (np.concatenate([rows, alone]), np.concatenate([columns, width + alone])),
-        ),
-        shape=(height, width + height),
-    )
-    _, partner = min_weight_full_bipartite_matching(graph)
-    return partner[partner < width]
-
-
-def matched_columns(rows: np.ndarray, columns: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Columns in a largest matching of the bipartite graph of these (row, column) pairs, which are sorted by row.
-
-    As a flow of units from a source over rows and columns to a sink: scipy's own bipartite matching does not end in
-    reasonable time on graphs like these.
-    """
-    source, sink = height + width, height + width + 1
-    starts = np.concatenate([[0], np.bincount(rows, minlength=height).cumsum()])
-    starts = np.concatenate([starts, starts[-1] + np.arange(1, width + 1), [starts[-1] + width + height] * 2])
-    ends = np.concatenate([height + columns, np.full(width, sink), np.arange(height)])
-    capacity = csr_array(
-        (np.ones(len(ends), np.int32), ends.astype(np.int32), starts.astype(np.int32)), (sink + 1,) * 2
-    )
-    flow = maximum_flow(capacity, source, sink).flow
-    inflow = slice(flow.indptr[sink], flow.indptr[sink + 1])
-    return flow.indices[inflow][flow.data[inflow] < 0] - height
 
 
 def thin(mask: np.ndarray) -> np.ndarray:

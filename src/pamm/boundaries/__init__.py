@@ -1,0 +1,5 @@
+"""The boundary benchmark on folders of maps and truths: what its MATLAB code prints, without MATLAB."""
+
+
+class BoundaryError(ValueError):
+    """Maps or truths that cannot be measured; the message names the file, what was found and the remedy."""

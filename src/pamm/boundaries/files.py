@@ -1,0 +1,151 @@
+"""Boundary maps and truths from files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pamm.boundaries import BoundaryError
+from pamm.data.files import files_by_stem, is_folder, preview, read_ids
+from pamm.tasks.metrics.correspondence import label_boundaries, thin
+from pamm.tasks.pictures import read_png
+
+MAPS = (".png", ".npy")
+TRUTHS = (".mat", ".png", ".npy")
+
+
+def pair_files(predictions: Path, truths: Path, ids: Path | None = None) -> dict[str, tuple[Path, Path]]:
+    """Stem → map and truth, sorted: every file of both folders, or those of the stems that a list names, one per line.
+
+    Raises BoundaryError where a map or a truth has no partner, DataError for folders and lists that cannot be read.
+    """
+    for folder in (predictions, truths):
+        if not is_folder(folder):
+            raise BoundaryError(f"no folder {folder}: give the folder of the maps, then the folder of the truths")
+    maps, marked = files_by_stem(predictions, MAPS), files_by_stem(truths, TRUTHS)
+    for folder, found, suffixes in ((predictions, maps, MAPS), (truths, marked, TRUTHS)):
+        if not found:
+            raise BoundaryError(
+                f"{folder} holds no {', '.join(suffixes)} file: give the folder that holds them directly"
+            )
+    if not maps.keys() & marked.keys():
+        raise BoundaryError(
+            f"no map and truth have a name in common: {predictions} holds {preview(path.name for path in maps.values())}; "
+            f"{truths} holds {preview(path.name for path in marked.values())}. Name each map as its truth, apart from the suffix"
+        )
+    stems = read_ids(ids) if ids else sorted(maps.keys() | marked.keys())
+    remedy = (
+        "add the files or correct the list" if ids else "add them, or list the names to measure in a file for --ids"
+    )
+    for folder, found, what in ((predictions, maps, "map"), (truths, marked, "truth")):
+        absent = [stem for stem in stems if stem not in found]
+        if absent:
+            raise BoundaryError(
+                f"{folder} holds no {what} for {len(absent)} of {len(stems)} images: {preview(absent)}; {remedy}"
+            )
+    return {stem: (maps[stem], marked[stem]) for stem in stems}
+
+
+def read_map(path: Path) -> np.ndarray:
+    """A map of probabilities, (H, W) float64 in [0, 1]: PNG of 8 or 16 bits over the largest value of its type, or .npy.
+
+    Raises BoundaryError, LabelError.
+    """
+    if path.suffix.lower() == ".npy":
+        values = read_array(path)
+        if values.dtype.kind != "f" or values.ndim != 2 or not values.size:
+            raise BoundaryError(
+                f"{path} holds {values.dtype} values of shape {values.shape}, expected (H, W) floating point"
+            )
+        if not (values.min() >= 0 and values.max() <= 1):
+            raise BoundaryError(
+                f"{path} holds values from {values.min():g} to {values.max():g}, expected probabilities from 0 to 1; apply a "
+                "sigmoid to logits, divide levels of grey by their largest"
+            )
+        return values.astype(np.float64)
+    values = read_png(path, ("L", "I;16", "I", "1"), "a grey map of 8 or 16 bits")
+    if values.dtype == np.bool_:
+        return values.astype(np.float64)
+    low, full = (1, 255) if values.dtype == np.uint8 else (255, 65535)
+    if 0 < values.max() <= low:
+        raise BoundaryError(
+            f"{path} holds values up to {values.max()} only, expected 0 to {full} in a PNG of {8 if full == 255 else 16} bits; "
+            "write it again with probabilities times that number"
+        )
+    return values / full
+
+
+def read_truths(path: Path, *, outline: bool) -> list[np.ndarray]:
+    """The annotators' boundaries, (H, W) bool each, one pixel wide.
+
+    path: BSDS's groundTruth .mat, whose lines are taken as they are; a PNG; a .npy of shape (H, W) or (annotators, H, W).
+    Lines of the latter two are thinned. outline: the outlines of the regions of equal values, thinned, in place of the lines.
+    Raises BoundaryError, LabelError.
+    """
+    suffix = path.suffix.lower()
+    if suffix == ".mat":
+        maps = _read_bsds(path)
+        return [thin(label_boundaries(values)) for values in maps] if outline else [values > 0 for values in maps]
+    if suffix == ".npy":
+        values = read_array(path)
+        maps = list(values) if values.ndim == 3 else [values]
+    else:
+        maps = [read_png(path, ("L", "1", "P", "I;16", "I"), "a picture of lines or labels, one channel")]
+    if not maps or any(values.ndim != 2 or not values.size or values.dtype.kind not in "biu" for values in maps):
+        raise BoundaryError(
+            f"{path} holds {values.dtype} values of shape {values.shape}, expected whole numbers or booleans, "
+            "(H, W) or (annotators, H, W)"
+        )
+    if outline:
+        return [thin(label_boundaries(values)) for values in maps]
+    for values in maps:
+        levels = np.unique(values)
+        if len(levels) > 2 or levels[0] != 0:
+            raise BoundaryError(
+                f"{path} holds the values {preview(map(str, levels))}, expected 0 and one other value on lines; for a map of "
+                "labels, whose regions' outlines are the boundaries, give --outline"
+            )
+    return [thin(values > 0) for values in maps]
+
+
+def read_array(path: Path) -> np.ndarray:
+    """A .npy file; one that holds Python objects is refused, not run. Raises BoundaryError."""
+    return _reading(path, "NumPy", lambda: np.load(path, allow_pickle=False))
+
+
+def _read_bsds(path: Path) -> list[np.ndarray]:
+    """The maps 'Boundaries' of a BSDS groundTruth, (H, W) numbers each."""
+    from scipy.io import loadmat
+
+    content = _reading(path, "MATLAB", lambda: loadmat(path, variable_names=["groundTruth"]))
+    try:
+        cells = content["groundTruth"].ravel()
+        maps = [cell["Boundaries"][0, 0] for cell in cells]
+        sound = maps and all(values.ndim == 2 and values.size and values.dtype.kind in "biuf" for values in maps)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+        sound = False
+    if not sound:
+        raise BoundaryError(
+            f"{path} has no cell array 'groundTruth' of structs with an (H, W) array 'Boundaries', as BSDS's files have; save "
+            "other annotations as PNG or .npy"
+        )
+    return maps
+
+
+def _reading(path: Path, kind: str, read: Callable[[], Any]) -> Any:
+    """What `read` returns; whatever a reader raises on a damaged or foreign file becomes a BoundaryError."""
+    try:
+        return read()
+    except PermissionError:
+        raise BoundaryError(f"{path} may not be read: change its permissions") from None
+    except NotImplementedError:
+        raise BoundaryError(
+            f"{path} is a MATLAB file of version 7.3 (HDF5); in MATLAB: save(file, '-v7', 'groundTruth')"
+        ) from None
+    except Exception as error:
+        raise BoundaryError(
+            f"{path} is no whole {kind} file of plain arrays ({error}); copy or write it again"
+        ) from None

@@ -1,0 +1,163 @@
+"""Counts of every image of a folder in worker processes, and the scores made of them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from pamm.boundaries import BoundaryError
+from pamm.boundaries.files import pair_files, read_map, read_truths
+from pamm.tasks.boundary import PROTOCOLS, average_precision, f_measure, protocol_counts
+
+Work = Callable[[Path, Path], np.ndarray]
+"""A map's and a truth's file → counts of the image."""
+
+COUNTS = ("cntR", "sumR", "cntP", "sumP")
+"""True pixels with a partner, of all; predicted pixels with a partner, of all: the columns of MATLAB's *_ev1.txt."""
+
+
+@dataclass(frozen=True)
+class BoundaryScores:
+    """What the benchmark counts on a set of images, and its scores."""
+
+    protocol: str
+    max_distance: float
+    counts: dict[str, np.ndarray]
+    """Image's name → (4, thresholds) int64, rows as in `COUNTS`."""
+
+    @property
+    def total(self) -> np.ndarray:
+        """(4, thresholds): the sums over the images."""
+        return sum(self.counts.values())
+
+    def scores(self) -> dict[str, Any]:
+        """ODS and OIS, each with F, recall and precision in [0, 1], ODS with its threshold; AP in [0, 1].
+
+        ODS: the best F at one threshold for the whole set; OIS: with each image at its own best; AP: see `average_precision`.
+        """
+        best = sum(found[:, f_measure(found).argmax()] for found in self.counts.values())
+        return {"ODS": self._best(self.total), "OIS": _rates(best), "AP": average_precision(self.total)}
+
+    def images(self) -> dict[str, dict[str, float]]:
+        """Image's name → its best F, with threshold, recall and precision."""
+        return {name: self._best(found) for name, found in self.counts.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """Scores, thresholds, and the counts at every threshold of the set and of each image."""
+        rule = PROTOCOLS[self.protocol]
+        images = self.images()
+        return {
+            "protocol": self.protocol,
+            "max_distance": self.max_distance,
+            "images": len(self.counts),
+            **self.scores(),
+            "comparison": "above the threshold" if rule.strict else "from the threshold on",
+            "thresholds": list(rule.thresholds),
+            "total": _named(self.total),
+            "per_image": {name: {"best": images[name], **_named(found)} for name, found in self.counts.items()},
+        }
+
+    def _best(self, found: np.ndarray) -> dict[str, float]:
+        place = int(f_measure(found).argmax())
+        return {"threshold": PROTOCOLS[self.protocol].thresholds[place], **_rates(found[:, place])}
+
+
+def _rates(found: np.ndarray) -> dict[str, float]:
+    recall, precision = (float(found[i] / max(found[i + 1], 1)) for i in (0, 2))
+    return {"F": float(f_measure(found)), "recall": recall, "precision": precision}
+
+
+def _named(found: np.ndarray) -> dict[str, list[int]]:
+    return {name: row.tolist() for name, row in zip(COUNTS, found, strict=True)}
+
+
+def measure_folders(
+    predictions: Path,
+    truths: Path,
+    *,
+    protocol: str = "bdet",
+    max_distance: float = 0.0075,
+    ids: Path | None = None,
+    outline: bool = False,
+    suppressed: bool = False,
+    workers: int = 1,
+    progress: bool = False,
+) -> BoundaryScores:
+    """Measure a folder of boundary maps against a folder of truths of the same names.
+
+    Args:
+        predictions: PNG of 8 or 16 bits, or .npy in [0, 1].
+        truths: BSDS .mat with any number of annotators, PNG or .npy; see `pamm.boundaries.files.read_truths`.
+        protocol: a key of `pamm.tasks.boundary.PROTOCOLS`.
+        max_distance: reach of a pair, as a fraction of the image's diagonal (0.0075 PASCAL and BSDS, 0.011 NYUD).
+        ids: list of the names to measure, one per line; all files of both folders by default.
+        outline: the truths are the outlines of the regions that the values of their files form.
+        suppressed: the maps went through non-maximum suppression already.
+        workers: processes that share the images; the result is the same for any number.
+        progress: show a bar on the standard error.
+
+    Raises BoundaryError, and DataError and LabelError for files that cannot be read. Needs pamm[train].
+    """
+    if protocol not in PROTOCOLS:
+        raise BoundaryError(f"unknown protocol '{protocol}'; known protocols: {', '.join(PROTOCOLS)}")
+    if not 0 <= max_distance < 1:
+        raise BoundaryError(
+            f"max_distance is {max_distance:g}, expected a fraction of the image's diagonal, e.g. 0.0075"
+        )
+    pairs = pair_files(Path(predictions), Path(truths), ids)
+    work = partial(measure_image, protocol=protocol, max_distance=max_distance, outline=outline, suppressed=suppressed)
+    found = {}
+    images = _start(work, pairs, workers)  # before the bar, which starts a thread: processes are forked without threads
+    with tqdm(total=len(pairs), desc="boundaries", unit="image", disable=not progress) as bar:
+        for name, counted in images:
+            found[name] = counted
+            bar.update()
+    return BoundaryScores(protocol, max_distance, {name: found[name] for name in pairs})
+
+
+def _start(work: Work, pairs: dict[str, tuple[Path, Path]], workers: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and counts of every image: in this process one by one, or in others, which start now, as they are done."""
+    if workers == 1 or len(pairs) == 1:
+        return ((name, work(*files)) for name, files in pairs.items())
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    pool = ProcessPoolExecutor(min(workers, len(pairs)), context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    return _collect(pool, {pool.submit(work, *files): name for name, files in pairs.items()})
+
+
+def _collect(pool: ProcessPoolExecutor, running: dict[Future, str]) -> Iterator[tuple[str, np.ndarray]]:
+    try:
+        for done in as_completed(running):
+            yield running[done], done.result()
+    except BrokenProcessPool:
+        raise BoundaryError(
+            "a worker process ended before its image was done, most likely for want of memory: use fewer, e.g. --workers 1"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def measure_image(
+    prediction: Path, truth: Path, *, protocol: str, max_distance: float, outline: bool, suppressed: bool
+) -> np.ndarray:
+    """Counts of one image, (4, thresholds) int64. Raises BoundaryError, LabelError."""
+    probability, truths = read_map(prediction), read_truths(truth, outline=outline)
+    height, width = probability.shape
+    for marked in truths:
+        if marked.shape != probability.shape:
+            turned = " (turn the map by 90°)" if marked.shape == (width, height) else ""
+            raise BoundaryError(
+                f"{prediction} has {height} x {width} pixels, {truth} {marked.shape[0]} x {marked.shape[1]}: write the map at the "
+                f"size of its truth, without padding{turned}"
+            )
+    return protocol_counts(probability, truths, protocol=protocol, max_distance=max_distance, suppressed=suppressed)
