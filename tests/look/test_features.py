@@ -66,7 +66,7 @@ STAGES = {
     "pamm": (["stage 1", "stage 2", "fused"], lambda m: m.decoder.pame, lambda y: y[0]),
     "baseline": (["stage 1", "stage 2", "fused"], lambda m: m.decoder.local, lambda y: y[0]),
     "one stage": (["stage 1"], lambda m: m.decoder.pame, lambda y: y[0]),
-    "pamm-released": (["stage 1", "stage 2", "fused"], lambda m: m.decoder.stages, lambda y: y[:, 0]),
+    "pamm-released": (["stage 1", "stage 2", "fused"], lambda m: m.decoder.stages, lambda y: torch.cat(y)),
     "mtmamba": (["stage 1", "stage 2", "stage 3"], lambda m: m.decoder.stages, lambda y: y[:, 0].movedim(-1, 1)),
     "mtmamba++": (["stage 1", "stage 2", "stage 3"], lambda m: m.decoder.stages, lambda y: y[:, 0].movedim(-1, 1)),
 }

@@ -59,7 +59,7 @@ def expected(kind: str, image: np.ndarray) -> tuple[dict, dict]:
     Predictor(model).logits(image)
     for (name, s, block), x in inputs.items():
         if released:
-            pairs = [released_by_hand(block.routers[task], x[t, 0]) for t, task in enumerate(TASKS)]
+            pairs = [released_by_hand(block.routers[task], x[t][0]) for t, task in enumerate(TASKS)]
             weights[name, s], mixes[name, s] = (torch.stack(part) for part in zip(*pairs, strict=True))
         else:
             weights[name, s] = torch.stack([by_equations(block.router, t, x[t, 0]) for t in range(len(TASKS))])

@@ -91,7 +91,7 @@ def _released(decoder: ReleasedDecoder) -> Plan:
         for name in PARAMETERS
         if isinstance(getattr(stage, name), ReleasedExperts)
     }
-    return Plan(list(decoder.stages), lambda y: y, list(range(len(decoder.stages))), True, routers)
+    return Plan(list(decoder.stages), torch.stack, list(range(len(decoder.stages))), True, routers)
 
 
 def _mtmamba(decoder: MTMambaDecoder) -> Plan:

@@ -211,16 +211,16 @@ class ReleasedStage(nn.Module):
         u = [self.conv[task](f) if self.conv is not None else f for task in self.norm]
         n = [norm(u_t) for norm, u_t in zip(self.norm.values(), u, strict=True)]
         z = [F.silu(gate(n_t)) for gate, n_t in zip(self.gate.values(), n, strict=True)]
-        x = [expand(F.silu(n_t)) for expand, n_t in zip(self.expand.values(), n, strict=True)]
-        y = zip(self.contract.values(), self.scan(x, orders), strict=True)
+        y = self.scan([expand(F.silu(n_t)) for expand, n_t in zip(self.expand.values(), n, strict=True)], orders)
+        y = zip(self.contract.values(), y, strict=True)
         y = [contract(y_t).transpose(1, 2).unflatten(2, stage.shape[-2:]) for contract, y_t in y]
         return tuple(torch.addcmul(u_t, y_t, z_t) for u_t, y_t, z_t in zip(u, y, z, strict=True))
 
-    def scan(self, x: list[Tensor], orders: Tensor) -> Tensor:
-        """T signals (B, e, h, w) → (T, B, L, e), the sum over the scan orders. Empties the list, whose maps take room."""
+    def scan(self, x: Sequence[Tensor], orders: Tensor) -> Tensor:
+        """T signals (B, e, h, w) → (T, B, L, e), the sum over the scan orders."""
         B, C = (to_tokens(experts(x)) for experts in (self.B, self.C))
         tokens = torch.stack([to_tokens(x_t) for x_t in x])
-        x.clear()
+        del x  # its maps take room
         lows = [reduce(x_t) for reduce, x_t in zip(self.delta_reduce.values(), tokens, strict=True)]
         steps = self.delta_restore.values()  # their bias is added inside the scan, in float32
         delta = torch.stack([linear(low, step.weight) for low, step in zip(lows, steps, strict=True)])
