@@ -75,7 +75,7 @@ def look(capsys, *arguments: object, code: int = 0) -> str:
 
 def test_predictions_of_several_models(place, tmp_path, capsys):
     """Without classes, whose legend grows with those that are predicted."""
-    models, tasks = [place / "pamm", place / "mtmamba"], ("--tasks", "depth,normals")
+    models, tasks = [place / "pamm", place / "mtmamba"], ("--tasks", "depth", "normals")
     for count in (1, 2):
         out = tmp_path / str(count)
         look(capsys, "predictions", *models[:count], "--images", place / "photographs", *tasks, "--out", out)
