@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from scipy.io import savemat
+from scipy.sparse import csc_array
 
 from pamm.boundaries import BoundaryError
 from pamm.boundaries.measure import COUNTS, measure_folders
@@ -193,6 +194,12 @@ def write_array(path: Path, values: np.ndarray, **options: object) -> None:
     np.save(path.with_suffix(".npy"), values, **options)
 
 
+def write_archive(path: Path) -> None:
+    path.with_suffix(".png").unlink()
+    with path.with_suffix(".npy").open("wb") as file:
+        np.savez(file, np.ones((40, 50)))
+
+
 def replace_truth(path: Path, **content: object) -> None:
     path.with_suffix(".png").unlink()
     savemat(path.with_suffix(".mat"), content)
@@ -228,6 +235,7 @@ MISTAKES = {
         lambda m, t: write_array(m, np.array([[print]]), allow_pickle=True),
         r"a\.npy is no whole NumPy file of plain arrays",
     ),
+    "archive": (lambda m, t: write_archive(m), r"a\.npy is an archive of arrays \(\.npz\)"),
     "truncated": (lambda m, t: m.write_bytes(m.read_bytes()[:90]), "empty or damaged"),
     "labels": (lambda m, t: Image.fromarray(example(0)[0]).save(t), "give --outline"),
     "no groundTruth": (
@@ -236,6 +244,10 @@ MISTAKES = {
     ),
     "plain truth": (
         lambda m, t: replace_truth(t, groundTruth=np.ones((40, 50))),
+        r"a\.mat has no cell array 'groundTruth'",
+    ),
+    "sparse truth": (
+        lambda m, t: replace_truth(t, groundTruth=np.array([[{"Boundaries": csc_array(np.eye(40, 50))}]], object)),
         r"a\.mat has no cell array 'groundTruth'",
     ),
     "nested truth": (

@@ -198,6 +198,15 @@ def test_markdown_has_tables_of_equal_width_whatever_the_names(run, tmp_path):
         assert all(f"| {key.replace('_', chr(92) + '_')} |" in text for key in metrics)
 
 
+def test_results_are_kept_where_the_baseline_cannot_be_compared(run, tmp_path, capsys):
+    (tmp_path / "base.json").write_text('{"results": {"depth": {"RMSE": 1.0}}}')
+    options = ("--resolution", "original", "--baseline", tmp_path / "base.json", "--out", tmp_path / "r.json")
+    assert main([str(a) for a in ("eval", run, "--accelerator", "cpu", "--pictures", 0, *options)]) == 1
+    told = capsys.readouterr()
+    assert "base.json" in told.err and "Traceback" not in told.err
+    assert json.loads((tmp_path / "r.json").read_text())["original"]
+
+
 def test_what_cannot_be_done_is_told_before_anything_is_measured(run, tmp_path, capsys):
     def told(*arguments: object) -> str:
         assert main([str(a) for a in ("eval", run, "--accelerator", "cpu", *arguments)]) == 1

@@ -22,7 +22,7 @@ MAY_USE = {
     "strict": set(),
     "recipes": {"experiment", "strict"},
     "gain": {"tasks"},
-    "ablate": {"build", "experiment", "files", "gain", "models", "report", "strict", "tasks", "train"},
+    "ablate": {"build", "experiment", "files", "gain", "models", "ops", "report", "strict", "tasks", "train"},
     "bench": {
         "build",
         "data",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -155,11 +156,11 @@ def named_experiment(name: str, root: str | None = None) -> Experiment:
     from pamm.experiment import load
     from pamm.recipes import get_recipe, with_variants
 
-    file, *variants = name.rsplit(".yaml+", 1)
-    if variants:
-        path = Path(f"{file}.yaml")
-        experiment = with_variants(load(path), variants[0].split("+"), str(path))
-        experiment = replace(experiment, name="+".join([experiment.name, *variants]))
+    derived = re.fullmatch(r"(.+\.ya?ml)\+(.+)", name)
+    if derived:
+        path, variants = Path(derived[1]), derived[2]
+        experiment = with_variants(load(path), variants.split("+"), str(path))
+        experiment = replace(experiment, name=f"{experiment.name}+{variants}")
     else:
         path = Path(name)
         experiment = load(path) if path.suffix in (".yaml", ".yml") else get_recipe(name)

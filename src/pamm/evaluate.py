@@ -285,7 +285,7 @@ def evaluate_saved(
         results.append(("untrained", evaluate_split(fabric, blank, experiment, tasks, **arguments)))
     model = prepare(model.to(fabric.device), precision=precision, compile=compile)
     result = evaluate_split(fabric, model, experiment, tasks, ranked=ranked, pictures=pictures, **arguments)
-    weights = find_checkpoint(Path(source)).name if Path(source).exists() else "hub"
+    weights = find_checkpoint(place).name if (place := Path(source).expanduser()).exists() else "hub"
     arithmetic = str(choose_precision(precision, fabric.device)).removeprefix("torch.")
     details = {"source": source, "weights": weights.strip("."), "precision": arithmetic}
     return [*results, (Path(source).name or source, dataclasses.replace(result, model=details))], tasks

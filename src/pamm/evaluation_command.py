@@ -57,9 +57,14 @@ def tell(
 ) -> None:
     """Print and write what was asked for. named: results by name, the model's last."""
     from pamm.evaluation_report import format_evaluation, write_evaluation_report
+    from pamm.gain import GainError
 
     name, result = named[-1]
-    comparisons = compare_with(plain.baseline, result) if plain.baseline else {}
+    comparisons, incomparable = {}, None
+    try:
+        comparisons = compare_with(plain.baseline, result) if plain.baseline else {}
+    except GainError as error:  # told at the end, when the results are kept
+        incomparable = error
     if comparisons:
         gain = {resolution: comparison.summary() for resolution, comparison in comparisons.items()}
         result = dataclasses.replace(result, gain={"over": plain.baseline} | gain)
@@ -71,6 +76,8 @@ def tell(
     if plain.report:
         page = write_evaluation_report(plain.report, named, tasks, comparisons=comparisons, command=command)
         print(f"report: {page}")
+    if incomparable:
+        raise incomparable
 
 
 def arguments_parser() -> argparse.ArgumentParser:

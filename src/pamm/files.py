@@ -10,5 +10,8 @@ def replace_text(path: Path, text: str) -> None:
     try:
         new.write_text(text, encoding="utf-8")
         os.replace(new, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk names no file
+        raise
     finally:
         new.unlink(missing_ok=True)

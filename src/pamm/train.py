@@ -135,7 +135,7 @@ def start_folder(fabric: Fabric, experiment: Experiment, out: Path) -> None:
         recover(out / "last")
         recover(out / "best")
     fabric.barrier()
-    if path.exists() and (out / "last").exists():
+    if path.exists() and any((out / name).exists() for name in ("last", "best", "results.json")):
         different = differences(path, experiment)
         if different:
             raise ConfigError(

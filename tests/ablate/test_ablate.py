@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from itertools import islice
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import numpy as np
 import pytest
 
 from pamm.ablate.command import main
+from pamm.ablate.cost import count_cost
 from pamm.ablate.result import collect, mean_and_spread
 from pamm.ablate.runs import make_plan
 from pamm.ablate.tables import TABLES, AblationRow, AblationTable
+from pamm.build import create_tasks
 from pamm.cli import main as pamm
 from pamm.cli import parse_experiment
 from pamm.experiment import dump
@@ -165,9 +168,46 @@ def test_a_curve_has_a_row_per_evaluation(base, tmp_path, capsys):
     told(capsys, "pamm-fig8", "--base", base, "--out", tmp_path, "--tasks", "normals,edge", "--quiet")
     rows = read(tmp_path, "pamm-fig8")["rows"]
     assert [row["label"] for row in rows] == ["step 1", "step 2"]
-    log = [json.loads(line) for line in (tmp_path / "tiny.yaml/seed-0/log.jsonl").read_text().splitlines()]
+    log = [json.loads(line) for line in (tmp_path / "pamm-fig8/tiny.yaml/seed-0/log.jsonl").read_text().splitlines()]
     assert [row["mean"]["edge"] for row in rows] == [e["edge/maxF_pixel"] for e in log if e["kind"] == "val"]
     assert "edge maxF_pixel ↑" in (tmp_path / "pamm-fig8.md").read_text()
+    with (tmp_path / "pamm-fig8/tiny.yaml/seed-0/log.jsonl").open("a") as log:
+        log.write('{"kind": "val", "st')  # as a full disk leaves it
+    told(capsys, "pamm-fig8", "--base", base, "--out", tmp_path, "--tasks", "normals,edge", "--report")
+    assert read(tmp_path, "pamm-fig8")["rows"] == rows
+
+
+def test_why_no_row_can_be_is_told(base, tmp_path, capsys):
+    text = told(capsys, "pamm-2", "--base", base, "--out", tmp_path, "--tasks", "dept", "--quiet", code=1)
+    assert "no row of 'pamm-2' has results. " in text and "--tasks: 'dept' is none of this experiment's tasks" in text
+
+
+def test_runs_with_other_evaluations_are_not_this_tables(base, done, tmp_path, capsys):
+    (tmp_path / "tiny.yaml+baseline").symlink_to(done / "tiny.yaml+baseline")
+    options = ("--base", base, "--out", tmp_path, "--only", "baseline", "--train.eval-every", "1")
+    assert "holds another experiment (train.eval_every: " in told(capsys, "pamm-2", *options, "--dry-run")
+
+
+def test_a_finished_run_without_its_optimizer_is_not_overwritten(base, done, tmp_path, capsys):
+    shutil.copytree(done / "tiny.yaml+baseline/seed-0", tmp_path / "tiny.yaml+baseline/seed-0")
+    shutil.rmtree(tmp_path / "tiny.yaml+baseline/seed-0/last")
+    kept = (tmp_path / "tiny.yaml+baseline/seed-0/results.json").read_bytes()
+    options = ("--base", base, "--out", tmp_path, "--only", "baseline", "--quiet", "--train.lr", "0.5")
+    assert "holds another experiment (train.lr: " in told(capsys, "pamm-2", *options, code=1)
+    assert (tmp_path / "tiny.yaml+baseline/seed-0/results.json").read_bytes() == kept
+
+
+def test_costs_do_not_depend_on_the_engine_that_is_asked_for(base, monkeypatch):
+    experiment = parse([str(base)])
+    counted = count_cost(experiment, create_tasks(experiment))
+    monkeypatch.setenv("PAMM_SCAN_ENGINE", "reference")
+    assert count_cost(experiment, create_tasks(experiment)) == counted
+
+
+def test_a_yml_file_takes_variants(base, tmp_path):
+    file = tmp_path / "mine.yml"
+    file.write_bytes(base.read_bytes())
+    assert parse([f"{file}+no-priors"]).name.endswith("+no-priors")
 
 
 def test_one_network_per_task_is_one_row(base, tmp_path, capsys):

@@ -127,6 +127,11 @@ def test_suppression_equals_a_loop_over_pixels() -> None:
             assert found[y, x] == pytest.approx(value * ramp(y, height) * ramp(x, width), abs=1e-9)
 
 
+@pytest.mark.parametrize("shape", [(1, 9), (9, 1), (1, 1)])
+def test_an_image_of_one_row_or_column_is_all_border(shape) -> None:
+    assert not suppress(np.ones(shape), radius=1).any()
+
+
 def test_suppression_leaves_the_ridge_of_a_wide_line() -> None:
     x = np.arange(60)
     line = np.exp(-(((x - 30) / 4) ** 2))[None].repeat(50, 0)

@@ -60,9 +60,13 @@ def main(arguments: list[str], parse: Parse, first: Callable[[], bool]) -> int:
 def write(plan: Plan, out: Path, failed: dict[str, str]) -> None:
     """Print the table of what is finished, and write it as <out>/<table>.md and <out>/<table>.json."""
     from pamm.ablate import result
+    from pamm.ablate.runs import FINISHED
     from pamm.files import replace_text
 
     rows = result.collect(plan)
+    if failed and not any(row.scores for row in rows):
+        reasons = "; ".join(f"{label}: {reason}" for label, reason in failed.items())
+        raise ConfigError(f"no row of '{plan.table.name}' has results. {reasons}")
     if not any(row.scores for row in rows):
         states = "; ".join(dict.fromkeys(run.state() for run in plan.runs))
         raise ConfigError(
@@ -71,7 +75,8 @@ def write(plan: Plan, out: Path, failed: dict[str, str]) -> None:
         )
     add_costs(plan, rows)
     tasks = list(dict.fromkeys(task for run in plan.runs for task in run.experiment.tasks))
-    protocol = next((text for run in plan.runs if (text := protocol_of(run.folder))), "")
+    finished = [run.folder for run in plan.runs if run.state() == FINISHED]
+    protocol = next((text for folder in finished if (text := protocol_of(folder))), "")
     print(result.text(plan, rows, tasks, protocol))
     page, data = out / f"{plan.table.name}.md", out / f"{plan.table.name}.json"
     replace_text(page, result.markdown(plan, rows, tasks, protocol))
@@ -95,8 +100,7 @@ def add_costs(plan: Plan, rows: list[RowResult]) -> None:
 
 def protocol_of(folder: Path) -> str:
     """What a finished run's results were measured on, in words."""
-    path = folder / "results.json"
-    return json.loads(path.read_text())["protocol"] if path.exists() else ""
+    return json.loads((folder / "results.json").read_text(encoding="utf-8")).get("protocol", "")
 
 
 def chosen_rows(table: AblationTable, only: str | None) -> list[AblationRow]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -12,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pamm.experiment import Experiment
 from pamm.models.registry import build_model
+from pamm.ops.selective_scan import VARIABLE
 from pamm.tasks import Task
 
 PER_STATE_STEP = 9
@@ -32,11 +36,22 @@ def count_cost(experiment: Experiment, tasks: dict[str, Task]) -> Cost:
     with torch.device("meta"):
         network = build_model(model, tasks, experiment.data.size).eval()
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.pamm.selective_scan: _scan_flops})
-    with FakeTensorMode(), counter, torch.no_grad():
+    with _own_engine(), FakeTensorMode(), counter, torch.no_grad():
         stored = [*network.named_parameters(), *network.named_buffers()]
         tensors = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in stored}
         functional_call(network, tensors, (torch.empty(1, 3, *experiment.data.size),))
     return Cost(sum(parameter.numel() for parameter in network.parameters()), counter.get_total_flops() // 2)
+
+
+@contextmanager
+def _own_engine() -> Iterator[None]:
+    """Leave the choice of a scan engine aside: another need not run here, or not be one node of the graph."""
+    held = os.environ.pop(VARIABLE, None)
+    try:
+        yield
+    finally:
+        if held is not None:
+            os.environ[VARIABLE] = held
 
 
 def _scan_flops(x: tuple, delta: tuple, A: tuple, B: tuple, C: tuple, D: tuple, bias: tuple, orders: tuple, *_, **__):

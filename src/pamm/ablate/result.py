@@ -77,25 +77,35 @@ def _curve(plan: Plan) -> list[RowResult]:
         if run.state() not in ("finished", "begun") or not log.exists():
             continue
         names = score_names(plan.table, list(run.experiment.tasks))
-        for line in map(json.loads, log.read_text().splitlines()):
-            if line["kind"] == "val":
+        for line in map(_record, log.read_text(encoding="utf-8", errors="replace").splitlines()):
+            if line.get("kind") == "val":
                 point = points.setdefault(line["step"], RowResult(f"step {line['step']}", run.recipe))
                 keys = {task: f"{task}/{name}" for task, name in names.items()}
                 point.scores[run.seed] = {task: line[key] for task, key in keys.items() if key in line}
     return [points[step] for step in sorted(points)]
 
 
+def _record(line: str) -> dict:
+    """A line of a log; nothing of one that a kill or a full disk cut off."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return {}
+
+
 def add_gains(results: Sequence[RowResult], baseline: str | None) -> None:
-    """Give every row its Δ over the baseline row, seed by seed, over the tasks that both have at every seed they share."""
+    """Give every row its Δ over the baseline row, at every seed where both have the same tasks."""
     reference = next((result for result in results if result.label == baseline), None)
     if reference is None:
         return
     for result in results:
         for seed in result.scores.keys() & reference.scores.keys():
             row, base = result.scores[seed], reference.scores[seed]
+            if row.keys() != base.keys():  # Δ of fewer tasks would be another figure
+                continue
             try:
                 result.gains[seed] = multi_task_gain(row, base)
-            except GainError:  # a baseline of 0, or without this task: Δ of fewer tasks would be another figure
+            except GainError:  # a baseline of 0
                 continue
         result.gains = dict(sorted(result.gains.items()))
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pamm.ablate.tables import AblationRow, AblationTable
-from pamm.experiment import Experiment
+from pamm.experiment import Experiment, load
 from pamm.gain import GainError
 from pamm.strict import ConfigError
 from pamm.train import differences, train
@@ -37,7 +37,7 @@ class Run:
         if not written.exists():
             return ABSENT
         try:
-            other = differences(written, self.experiment)
+            other = differences(written, self.experiment) + _other_scores(load(written), self.experiment)
         except ConfigError as error:
             return f"cannot be read: {error}"
         if other:
@@ -55,6 +55,16 @@ class Run:
             raise GainError(
                 f"{path} is not a results file ({error!r}). Remove it: the run is then evaluated again"
             ) from None
+
+
+def _other_scores(held: Experiment, wanted: Experiment) -> list[str]:
+    """Differences that a run may go on with, but not share a table's figures."""
+    found = []
+    if held.train.eval_every != wanted.train.eval_every:  # the best of other evaluations is another network
+        found.append(f"train.eval_every: {held.train.eval_every} there, {wanted.train.eval_every} here")
+    if wanted.data.name == "folder" and held.data.root != wanted.data.root:
+        found.append(f"data.root: {held.data.root} there, {wanted.data.root} here")
+    return found
 
 
 @dataclass(frozen=True)
@@ -87,7 +97,10 @@ def make_plan(
     out: Path,
     resolve: Callable[[str], Experiment],
 ) -> Plan:
-    """The runs of `rows`, in folders <out>/<recipe>/seed-<n>. `resolve`: a recipe's full name → its experiment."""
+    """The runs of `rows`, in folders <out>/<recipe>/seed-<n>, those of a curve in <out>/<table>/<recipe>/seed-<n>.
+
+    `resolve`: a recipe's full name → its experiment.
+    """
     experiments, failed = {}, {}
     for row in rows:
         try:
@@ -109,7 +122,7 @@ def _seeded(table: AblationTable, experiment: Experiment, seed: int) -> Experime
 
 
 def _runs(table: AblationTable, row: AblationRow, recipe: str, experiment: Experiment, out: Path) -> list[Run]:
-    folder = out / Path(recipe).name / f"seed-{experiment.train.seed}"
+    folder = (out / table.name if table.curve else out) / Path(recipe).name / f"seed-{experiment.train.seed}"
     if not row.per_task:
         return [Run(row.label, recipe, experiment.train.seed, experiment, folder)]
     return [

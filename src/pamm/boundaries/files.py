@@ -113,7 +113,10 @@ def read_truths(path: Path, *, outline: bool) -> list[np.ndarray]:
 
 def read_array(path: Path) -> np.ndarray:
     """A .npy file; one that holds Python objects is refused, not run. Raises BoundaryError."""
-    return _reading(path, "NumPy", lambda: np.load(path, allow_pickle=False))
+    values = _reading(path, "NumPy", lambda: np.load(path, allow_pickle=False))
+    if not isinstance(values, np.ndarray):
+        raise BoundaryError(f"{path} is an archive of arrays (.npz), expected one array; write it with numpy.save")
+    return values
 
 
 def _read_bsds(path: Path) -> list[np.ndarray]:
@@ -124,7 +127,8 @@ def _read_bsds(path: Path) -> list[np.ndarray]:
     try:
         cells = content["groundTruth"].ravel()
         maps = [cell["Boundaries"][0, 0] for cell in cells]
-        sound = maps and all(values.ndim == 2 and values.size and values.dtype.kind in "biuf" for values in maps)
+        arrays = all(isinstance(values, np.ndarray) for values in maps)  # no sparse matrices
+        sound = maps and arrays and all(v.ndim == 2 and v.size and v.dtype.kind in "biuf" for v in maps)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError):
         sound = False
     if not sound:

@@ -39,7 +39,8 @@ def main(arguments: list[str]) -> int:
         raise LookError(f"--count: found {plain.count}, expected a number from 1 up")
     plain.out.mkdir(parents=True, exist_ok=True)
     written = VIEWS[plain.view](plain)
-    print("written: " + ", ".join(map(str, written)))
+    text = "written: " + ", ".join(map(str, written))
+    print(text.encode("utf-8", "backslashreplace").decode())  # a file's name need not be text
     return 0
 
 

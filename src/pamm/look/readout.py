@@ -119,15 +119,14 @@ def reading(model: MultiTaskModel) -> Iterator[Readout]:
     What the model returns does not change. Raises LookError.
     """
     plan, seen = plan_of(model), Readout()
-    handles = [
-        model.backbone.register_forward_hook(_write(seen, "backbone")),
-        model.decoder.register_forward_hook(_write(seen, "fused")),
-    ]
-    for number, stage in enumerate(plan.stages):
-        handles.append(stage.register_forward_hook(_write_item(seen.stages, number, plan.arrange)))
-    for place, router in plan.routers.items():
-        handles += _router_hooks(seen, place, router)
+    handles = []
     try:
+        handles.append(model.backbone.register_forward_hook(_write(seen, "backbone")))
+        handles.append(model.decoder.register_forward_hook(_write(seen, "fused")))
+        for number, stage in enumerate(plan.stages):
+            handles.append(stage.register_forward_hook(_write_item(seen.stages, number, plan.arrange)))
+        for place, router in plan.routers.items():
+            handles += _router_hooks(seen, place, router)
         yield seen
     finally:
         for handle in handles:

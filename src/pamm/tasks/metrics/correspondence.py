@@ -98,6 +98,8 @@ def suppress(probability: np.ndarray, radius: int, smoothing: int = 0) -> np.nda
     (H, W) float in [0, 1] → the same, faded out over the 5 pixels at the border. smoothing: radius of a triangle filter
     applied first, 0 for none.
     """
+    if min(probability.shape) < 2:  # all border, where the map is faded out
+        return np.zeros(probability.shape)
     edges = triangle(probability.astype(np.float64), smoothing)
     angle = direction(edges)
     y, x = np.mgrid[: edges.shape[0], : edges.shape[1]].astype(np.float64)
