@@ -17,7 +17,7 @@ demo: $(VENV)/ready
 test: $(VENV)/ready
 	$(BIN)/ruff check src tests
 	$(BIN)/ruff format --check src tests
-	$(BIN)/python -m pytest -m "not exhaustive"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not exhaustive" --numprocesses 2 --dist loadfile
 
 test-all: $(VENV)/ready
 	$(BIN)/python -m pytest
