@@ -12,9 +12,9 @@ from PIL import Image
 from scipy.io import savemat
 from scipy.sparse import csc_array
 
+from command import run_command
 from pamm.boundaries import BoundaryError
 from pamm.boundaries.measure import COUNTS, measure_folders
-from pamm.cli import main
 from pamm.tasks.boundary import PROTOCOLS, counts
 from pamm.tasks.metrics.images import processes
 
@@ -159,18 +159,16 @@ def test_the_outline_of_a_label_map_is_the_truth_where_asked_for(tmp_path) -> No
 # -- the command ---------------------------------------------------------------------------------------------------------
 
 
-def told(capsys, *arguments: object) -> tuple[int, str]:
-    """Exit code and all that was said; never a traceback."""
-    code = main(["boundary", *map(str, arguments)])
-    said = capsys.readouterr()
-    return code, said.out + said.err
+def told(capsys, *arguments: object, code: int = 1) -> str:
+    """Run `pamm boundary`, expect an exit code; returns what it said."""
+    return run_command(capsys, "boundary", *arguments, code=code)
 
 
 def test_the_command_prints_scores_and_writes_all_counts(folders, tmp_path, capsys) -> None:
     out = tmp_path / "results" / "scores.json"
-    code, text = told(capsys, *folders, "--max-distance", 0.03, "--out", out)
+    text = told(capsys, *folders, "--max-distance", 0.03, "--out", out, code=0)
     found = measure_folders(*folders, max_distance=0.03)
-    assert code == 0 and f"ODS {found.scores()['ODS']['F']:.4f}" in text and "3 images, protocol bdet" in text
+    assert f"ODS {found.scores()['ODS']['F']:.4f}" in text and "3 images, protocol bdet" in text
     written = json.loads(out.read_text())
     assert written["thresholds"] == list(PROTOCOLS["bdet"].thresholds)
     assert {key: written[key] for key in ("ODS", "OIS", "AP")} == found.scores()
@@ -180,13 +178,11 @@ def test_the_command_prints_scores_and_writes_all_counts(folders, tmp_path, caps
 
 def test_a_list_chooses_the_images(folders, tmp_path, capsys) -> None:
     (folders[0] / "b.png").unlink()
-    code, text = told(capsys, *folders)
-    assert code == 1 and "holds no map for 1 of 3 images: b; add them, or list the names" in text
+    assert "holds no map for 1 of 3 images: b; add them, or list the names" in told(capsys, *folders)
     (tmp_path / "ids.txt").write_text("c\na\n")
-    code, text = told(capsys, *folders, "--ids", tmp_path / "ids.txt")
-    assert code == 0 and "2 images" in text
+    assert "2 images" in told(capsys, *folders, "--ids", tmp_path / "ids.txt", code=0)
     (tmp_path / "ids.txt").write_text("c\nb\n")
-    assert "holds no map for 1 of 2 images: b" in told(capsys, *folders, "--ids", tmp_path / "ids.txt")[1]
+    assert "holds no map for 1 of 2 images: b" in told(capsys, *folders, "--ids", tmp_path / "ids.txt")
 
 
 def write_array(path: Path, values: np.ndarray, **options: object) -> None:
@@ -203,6 +199,13 @@ def write_archive(path: Path) -> None:
 def replace_truth(path: Path, **content: object) -> None:
     path.with_suffix(".png").unlink()
     savemat(path.with_suffix(".mat"), content)
+
+
+def write_header(path: Path) -> None:
+    """The first bytes of a file of MATLAB 7.3, and zeros."""
+    path.with_suffix(".png").unlink()
+    text = b"MATLAB 7.3 MAT-file, Platform: GLNXA64".ljust(124)
+    path.with_suffix(".mat").write_bytes(text + bytes([0, 2]) + b"IM" + bytes(400))
 
 
 def write_text(path: Path, suffix: str, text: str) -> None:
@@ -254,6 +257,10 @@ MISTAKES = {
         lambda m, t: replace_truth(t, groundTruth=np.array([[{"Boundaries": np.array([{"a": 1}])}]], object)),
         r"a\.mat has no cell array 'groundTruth'",
     ),
+    "MATLAB 7.3": (
+        lambda m, t: write_header(t),
+        r"a\.mat is a MATLAB file of version 7\.3 \(HDF5\); in MATLAB: save\(file, '-v7'",
+    ),
     "foreign mat": (lambda m, t: write_text(t, ".mat", "hello" * 99), r"a\.mat is no whole MATLAB file"),
     "two of a name": (lambda m, t: np.save(m.with_suffix(".npy"), np.ones((40, 50))), r"holds both a\.npy and a\.png"),
 }
@@ -263,8 +270,7 @@ MISTAKES = {
 def test_a_mistake_is_told_with_its_remedy(folders, kind, capsys) -> None:
     damage, message = MISTAKES[kind]
     damage(folders[0] / "a.png", folders[1] / "a.png")
-    code, text = told(capsys, *folders, "--workers", 2)
-    assert code == 1
+    text = told(capsys, *folders, "--workers", 2)
     assert re.search(message, text), text
 
 
@@ -278,9 +284,8 @@ def test_wrong_folders_and_options_are_told(folders, tmp_path, capsys) -> None:
         ((tmp_path / "empty", truths), "holds no .png, .npy file"),
         ((tmp_path / "other", truths), "no map and truth have a name in common"),
         ((maps, truths, "--max-distance", 4.7), "max_distance is 4.7, expected a fraction"),
-        ((maps, truths, "--workers", 0), "--workers: found 0"),
         ((maps, truths, "--out", tmp_path), "is a folder, expected the path of a JSON file"),
         ((maps, truths, "--ids", tmp_path / "none.txt"), "none.txt"),
     ):
-        code, text = told(capsys, *arguments)
-        assert code == 1 and message in text
+        assert message in told(capsys, *arguments)
+    assert "found '0', expected a whole number from 1 up" in told(capsys, maps, truths, "--workers", 0, code=2)

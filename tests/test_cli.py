@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from command import run_command
 from data.packages import make_pascal, write_ids
-from pamm.cli import COMMANDS, main
+from pamm.cli import COMMANDS
 from pamm.data.images import image_size
 from pamm.experiment import dump
 from pamm.train import train
@@ -48,15 +49,8 @@ def photographs(tmp_path) -> Path:
 
 
 def told(capsys, *arguments: object, code: int = 1) -> str:
-    """Run the command, expect an exit code and a message without a traceback; returns what it said."""
-    try:
-        result = main([str(argument) for argument in arguments])
-    except SystemExit as leaving:
-        result = leaving.code
-    captured = capsys.readouterr()
-    assert result == code, captured
-    assert "Traceback" not in captured.err
-    return captured.err + captured.out
+    """What the command said of a mistake."""
+    return run_command(capsys, *arguments, code=code)
 
 
 def train_arguments(root: Path, out: Path, *more: object) -> list[object]:

@@ -17,6 +17,7 @@ MAY_USE = {
     "nn": {"ops"},
     "data": {"tasks", "experiment", "strict", "strict_yaml"},
     "models": {"nn", "ops", "tasks", "experiment", "strict"},
+    "arguments": set(),
     "files": set(),
     "experiment": {"files", "strict", "strict_yaml"},
     "strict": set(),
@@ -39,7 +40,7 @@ MAY_USE = {
         "train",
         "strict",
     },
-    "boundaries": {"data", "files", "tasks"},
+    "boundaries": {"arguments", "data", "files", "tasks"},
     "build": {"data", "models", "tasks", "experiment", "recipes", "strict"},
     "checkpoint": {"models"},
     "evaluate": {
@@ -60,6 +61,7 @@ MAY_USE = {
     "log": {"files"},
     "official": {"data", "experiment", "models", "nn", "tasks", "strict"},
     "look": {
+        "arguments",
         "data",
         "evaluate",
         "experiment",

@@ -51,7 +51,7 @@ def test_markdown_table_marks_the_best_and_keeps_its_columns():
         "|  | semseg mIoU ↑ | depth RMSE ↓ | normals mErr ↓ |",
         "|---|---:|---:|---:|",
         "| a\\|b | 3.51 | 1.2500 | – |",
-        "| trained <1> | **45.68** | **0.4818** | – |",
+        "| trained \\<1\\> | **45.68** | **0.4818** | – |",
     ]
 
 

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pamm.arguments import at_least
+
 if TYPE_CHECKING:
     from pamm.experiment import Experiment
 
@@ -83,17 +85,6 @@ def usage() -> str:
         "Multi-task dense prediction: one image in; segmentation, human parts, depth, surface normals, saliency and object\n"
         f"boundaries out.\n\ncommands:\n{lines}\n\n`pamm COMMAND --help` tells a command's arguments."
     )
-
-
-def at_least(smallest: int) -> Callable[[str], int]:
-    """An argparse type: a whole number not below `smallest`."""
-
-    def number(text: str) -> int:
-        if not text.lstrip("-").isdigit() or int(text) < smallest:
-            raise argparse.ArgumentTypeError(f"found '{text}', expected a whole number from {smallest} up")
-        return int(text)
-
-    return number
 
 
 def check_writable(folder: Path) -> None:

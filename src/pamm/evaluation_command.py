@@ -10,7 +10,8 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pamm.cli import PRECISION_HELP, at_least, check_writable, is_first_process, parser
+from pamm.arguments import at_least
+from pamm.cli import PRECISION_HELP, check_writable, is_first_process, parser
 
 if TYPE_CHECKING:
     from pamm.evaluate import Evaluation

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from string import Template
 
 from pamm.evaluate import Evaluation
 from pamm.files import replace_text
@@ -17,15 +15,16 @@ from pamm.ranking import Ranked, Ranking
 from pamm.report import (
     MISSING,
     REPORT,
-    STYLE,
     Row,
     class_legends,
     decimals,
     escape,
     format_table,
+    html_page,
     html_scores,
     markdown_table,
     metric_details,
+    plain_markdown,
 )
 from pamm.tasks import TASKS, Task
 
@@ -129,14 +128,20 @@ def _writable(text: str) -> str:
 
 def _markdown(named: Named, tasks: Mapping[str, Task], comparisons: Comparisons, command: str) -> str:
     name, result = named[-1]
-    lines = [f"# Evaluation of {_plain(name)}", ""]
+    lines = [f"# Evaluation of {plain_markdown(name)}", ""]
     tables = _tables(named, comparisons)
     for resolution, rows, gains, protocol in tables:
-        lines += [f"## {HEADINGS[resolution]}", "", _plain(protocol), "", markdown_table(rows, tasks, gains=gains)]
+        lines += [
+            f"## {HEADINGS[resolution]}",
+            "",
+            plain_markdown(protocol),
+            "",
+            markdown_table(rows, tasks, gains=gains),
+        ]
         if resolution in comparisons:
-            lines += [*map(_plain, _gain_line(comparisons[resolution]).splitlines()), ""]
+            lines += [*map(plain_markdown, _gain_line(comparisons[resolution]).splitlines()), ""]
     lines += [SAME, ""] if _is_same(result) else []
-    lines += [f"- {key}: {_plain(value)}" for key, value in _facts(result, command).items()]
+    lines += [f"- {key}: {plain_markdown(value)}" for key, value in _facts(result, command).items()]
     lines += ["", "## All metrics", ""]
     for task in tasks:
         columns = [(resolution, rows[-1][1].get(task, {})) for resolution, rows, _, _ in tables]
@@ -147,7 +152,7 @@ def _markdown(named: Named, tasks: Mapping[str, Task], comparisons: Comparisons,
             lines += [
                 f"### {task}",
                 "",
-                f"By {_plain(ranking.score)} of the image alone.",
+                f"By {plain_markdown(ranking.score)} of the image alone.",
                 "",
                 _images_markdown(ranking),
             ]
@@ -159,7 +164,7 @@ def _metrics_markdown(columns: Sequence[tuple[str, Mapping[str, float]]]) -> str
     lines = ["| | " + " | ".join(name for name, _ in columns) + " |", "|---|" + "---:|" * len(columns)]
     for key in keys:
         cells = [_number(values[key]) if key in values else MISSING for _, values in columns]
-        lines.append(f"| {_plain(key)} | " + " | ".join(cells) + " |")
+        lines.append(f"| {plain_markdown(key)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -169,14 +174,9 @@ def _images_markdown(ranking: Ranking) -> str:
         cells = []
         for images in (ranking.worst, ranking.best):
             one = images[index] if index < len(images) else None
-            cells += [_plain(one.id), _number(one.score)] if one else ["", ""]
+            cells += [plain_markdown(one.id), _number(one.score)] if one else ["", ""]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-def _plain(text: str) -> str:
-    """Text in which no character has a meaning for Markdown or HTML, on one line."""
-    return re.sub(r"([\\`*_\[\]<>|#~&])", r"\\\1", " ".join(str(text).split()))
 
 
 # -- the page ------------------------------------------------------------------------------------------------------------
@@ -196,14 +196,8 @@ def _html(named: Named, tasks: Mapping[str, Task], comparisons: Comparisons, com
         details += f"<h3>{HEADINGS[resolution]}</h3>"
         details += "".join(metric_details(task, tasks[task], measured) for task in tasks)
     summary += f"<p>{SAME}</p>" if _is_same(result) else ""
-    return _PAGE.substitute(
-        title=escape(f"Evaluation of {name}"),
-        style=STYLE,
-        summary=summary,
-        facts=f"<dl>{facts}</dl>",
-        details=details,
-        images=_gallery(result.rankings, tasks),
-    )
+    parts = [summary, f"<dl>{facts}</dl>", "<h2>All metrics</h2>", details, _gallery(result.rankings, tasks)]
+    return html_page(f"Evaluation of {name}", parts, style=_STYLE)
 
 
 def _gallery(rankings: Mapping[str, Ranking], tasks: Mapping[str, Task]) -> str:
@@ -233,30 +227,12 @@ def _figure(one: Ranked) -> str:
     )
 
 
-_PAGE = Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
-$style
-h3 { font-size: 1.05rem; margin: 1.2rem 0 .3rem; }
+_STYLE = """h3 { font-size: 1.05rem; margin: 1.2rem 0 .3rem; }
 h4 { font-size: .95rem; margin: .3rem 0; color: #555; }
 figure { margin: .6rem 0; }
 figcaption { overflow-wrap: anywhere; font-size: .9rem; }
 .ends { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(560px, 100%), 1fr)); gap: 0 2rem; align-items: start; }
 .row { display: flex; gap: .4rem; align-items: start; }
 .row img { height: 150px; width: auto; max-width: 33%; object-fit: contain; }
-</style>
-</head>
-<body>
-<h1>$title</h1>
-$summary
-$facts
-<h2>All metrics</h2>
-$details
-$images
-</body>
-</html>
-""")
+"""
+"""What this page adds to the style of all pages of results."""

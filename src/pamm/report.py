@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from pamm.data.transforms import denormalize
+from pamm.files import distinct_stem
 from pamm.pictures import draw_pair, legend
 from pamm.tasks import Task
 
@@ -60,13 +61,22 @@ def markdown_table(
 
 
 def as_markdown(table: Sequence[Sequence[tuple[str, bool]]]) -> str:
-    """Lines of (text, whether it is bold), the first of them the header → a Markdown table."""
+    """Lines of (text, whether it is bold), the first of them the header → a Markdown table.
+
+    The first cell of a line is a name from outside: nothing in it has a meaning for Markdown.
+    """
     lines = []
-    for cells in table:
+    for (name, _), *cells in table:
         escaped = [(text.replace("|", "\\|"), bold) for text, bold in cells]
-        lines.append("| " + " | ".join(f"**{text}**" if bold else text for text, bold in escaped) + " |")
+        shown = [plain_markdown(name), *(f"**{text}**" if bold else text for text, bold in escaped)]
+        lines.append("| " + " | ".join(shown) + " |")
     lines.insert(1, "|---|" + "---:|" * (len(table[0]) - 1))
     return "\n".join(lines) + "\n"
+
+
+def plain_markdown(text: object) -> str:
+    """Text in which no character has a meaning for Markdown or HTML, on one line."""
+    return re.sub(r"([\\`*_\[\]<>|#~&])", r"\\\1", " ".join(str(text).split()))
 
 
 def _score_cells(
@@ -167,18 +177,22 @@ def write_report(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     facts = "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in (extra or {}).items())
-    page = _PAGE.substitute(
-        title=escape(title),
-        protocol=escape(protocol),
-        table=html_scores(rows, tasks, gains),
-        facts=f"<dl>{facts}</dl>" if facts else "",
-        details="".join(metric_details(name, task, rows) for name, task in tasks.items()),
-        figures=_figures(figures, tasks, folder) if figures else "",
-        style=STYLE,
-    )
+    parts = [
+        f'<p class="protocol">{escape(protocol)}</p>',
+        html_scores(rows, tasks, gains),
+        f"<dl>{facts}</dl>" if facts else "",
+        "<h2>All metrics</h2>",
+        "".join(metric_details(name, task, rows) for name, task in tasks.items()),
+        _figures(figures, tasks, folder) if figures else "",
+    ]
     path = folder / REPORT
-    path.write_text(page, encoding="utf-8")
+    path.write_text(html_page(title, parts), encoding="utf-8")
     return path
+
+
+def html_page(title: str, parts: Sequence[str], *, style: str = "") -> str:
+    """A page of results: parts of HTML below the title, which is escaped here; `style` adds to the style of all pages."""
+    return _PAGE.substitute(title=escape(title), style=_STYLE + style, body="\n".join(parts))
 
 
 def escape(value: object) -> str:
@@ -226,7 +240,7 @@ def metric_details(name: str, task: Task, rows: Sequence[Row]) -> str:
 def _figures(figures: Sequence[Figure], tasks: Mapping[str, Task], folder: Path) -> str:
     (folder / PICTURES).mkdir(exist_ok=True)
     taken: set[str] = set()
-    blocks = [_figure(figure, tasks, folder, _file_stem(figure.id, taken)) for figure in figures]
+    blocks = [_figure(figure, tasks, folder, distinct_stem(figure.id, taken)) for figure in figures]
     note = "The network's prediction above, the truth below it; pixels of the truth without a label are grey."
     return f"<h2>Pictures</h2><p>{note}</p>{class_legends(tasks)}\n{''.join(blocks)}"
 
@@ -272,17 +286,7 @@ def _figure(figure: Figure, tasks: Mapping[str, Task], folder: Path, stem: str) 
     )
 
 
-def _file_stem(id: str, taken: set[str]) -> str:
-    """A file name made of the id, different from those taken, letter case apart."""
-    plain = re.sub(r"[^\w.-]+", "_", id).strip(".")[:100] or "image"
-    stem, number = plain, 2
-    while stem.casefold() in taken:
-        stem, number = f"{plain}_{number}", number + 1
-    taken.add(stem.casefold())
-    return stem
-
-
-STYLE = Template("""body { font: 15px/1.5 system-ui, sans-serif; color: #1c1e21; background: #fff; }
+_STYLE = Template("""body { font: 15px/1.5 system-ui, sans-serif; color: #1c1e21; background: #fff; }
 body { max-width: 1500px; margin: 2rem auto; padding: 0 1.5rem; }
 h1 { font-size: 1.6rem; margin: 0 0 .25rem; }
 h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; }
@@ -308,8 +312,6 @@ img, .none { display: block; width: ${shown}px; height: auto; }
 img.small { image-rendering: pixelated; }
 .none { display: grid; place-items: center; color: #777; background: #f0f0f0; }
 """).substitute(shown=SHOWN)
-"""The style of a page of results."""
-
 _PAGE = Template("""<!doctype html>
 <html lang="en">
 <head>
@@ -321,12 +323,7 @@ $style</style>
 </head>
 <body>
 <h1>$title</h1>
-<p class="protocol">$protocol</p>
-$table
-$facts
-<h2>All metrics</h2>
-$details
-$figures
+$body
 </body>
 </html>
 """)

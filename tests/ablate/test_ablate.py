@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from command import run_command
 from pamm.ablate.command import main
 from pamm.ablate.cost import count_cost
 from pamm.ablate.result import collect, mean_and_spread
 from pamm.ablate.runs import make_plan
 from pamm.ablate.tables import TABLES, AblationRow, AblationTable
 from pamm.build import create_tasks
-from pamm.cli import main as pamm
 from pamm.cli import parse_experiment
 from pamm.experiment import dump
 from pamm.gain import GainError
@@ -41,13 +41,15 @@ def base(tmp_path_factory) -> Path:
 
 def told(capsys, *arguments: object, code: int = 0) -> str:
     """Run `pamm ablate`, expect an exit code; returns what it said."""
-    try:
-        result = pamm(["ablate", *map(str, arguments)])
-    except SystemExit as leaving:
-        result = leaving.code
-    captured = capsys.readouterr()
-    assert result == code, captured
-    return captured.out + captured.err
+    return run_command(capsys, "ablate", *arguments, code=code)
+
+
+def plan_of(base: Path, out: Path, *options: str, table: AblationTable | None = None, rows: int | None = None):
+    """The runs of a table's first rows, by default PAMM's Table II, with one seed; `options` as on the command line."""
+    table = table or TABLES["pamm-2"]
+    return make_plan(
+        table, table.rows[:rows], base=str(base), seeds=[0], out=out, resolve=lambda r: parse([r, *options])
+    )
 
 
 @pytest.fixture(scope="module")
@@ -90,14 +92,7 @@ def test_finished_runs_are_left_alone(done, base, capsys):
 
 
 def test_a_killed_run_goes_on_to_the_same_figures(done, base, tmp_path, capsys):
-    plan = make_plan(
-        TABLES["pamm-2"],
-        TABLES["pamm-2"].rows[:1],
-        base=str(base),
-        seeds=[0],
-        out=tmp_path,
-        resolve=lambda r: parse([r]),
-    )
+    plan = plan_of(base, tmp_path, rows=1)
     loop, loader = create_loop(plan.runs[0].experiment, plan.runs[0].folder)
     for parts in islice(loader, 1):
         loop._one_step(parts)
@@ -213,14 +208,7 @@ def test_a_yml_file_takes_variants(base, tmp_path):
 def test_one_network_per_task_is_one_row(base, tmp_path, capsys):
     """The reference of MTMamba's Table 2; here with the tiny PAMM, the variant being its own."""
     table = AblationTable("single", "", "", (AblationRow("single", "+baseline", per_task=True),))
-    plan = make_plan(
-        table,
-        table.rows,
-        base=str(base),
-        seeds=[0],
-        out=tmp_path,
-        resolve=lambda recipe: parse([recipe, "--tasks", "depth,normals"]),
-    )
+    plan = plan_of(base, tmp_path, "--tasks", "depth,normals", table=table)
     assert [(list(run.experiment.tasks), run.folder.name) for run in plan.runs] == [
         (["depth"], "depth"),
         (["normals"], "normals"),
@@ -282,14 +270,7 @@ def test_means_spreads_and_paired_gains_are_numpys(base, tmp_path, capsys):
 
 
 def test_a_score_that_is_not_finite_takes_its_gain_with_it(base, tmp_path):
-    plan = make_plan(
-        TABLES["pamm-2"],
-        TABLES["pamm-2"].rows[:2],
-        base=str(base),
-        seeds=[0],
-        out=tmp_path,
-        resolve=lambda r: parse([r]),
-    )
+    plan = plan_of(base, tmp_path, rows=2)
     for run, sal in zip(plan.runs, (None, 50.0), strict=True):
         write(run, {"mIoU": 1.0, "RMSE": 1.0, "mErr": 1.0, "odsF": 1.0, "maxF": sal})
     results = collect(plan)
@@ -308,14 +289,7 @@ def test_a_damaged_experiment_file_does_not_lose_the_other_rows(base, done, tmp_
 
 
 def test_a_damaged_result_is_told(base, tmp_path):
-    plan = make_plan(
-        TABLES["pamm-2"],
-        TABLES["pamm-2"].rows[:1],
-        base=str(base),
-        seeds=[0],
-        out=tmp_path,
-        resolve=lambda r: parse([r]),
-    )
+    plan = plan_of(base, tmp_path, rows=1)
     write(plan.runs[0], {})
     (plan.runs[0].folder / "results.json").write_text("{}")
     with pytest.raises(

@@ -12,8 +12,8 @@ import pytest
 from looked_at import KINDS, build, photo
 from PIL import Image
 
+from command import run_command
 from pamm.checkpoint import save_checkpoint
-from pamm.cli import main
 from pamm.look.predictions import compare, truth_row
 from pamm.look.scans import orders_of
 from pamm.look.subjects import Subject, choose_tasks, open_models, subjects_for
@@ -63,14 +63,7 @@ def arrays(path: Path) -> dict[str, np.ndarray]:
 
 def look(capsys, *arguments: object, code: int = 0) -> str:
     """Run `pamm look`; returns what it said."""
-    try:
-        result = main(["look", *map(str, arguments)])
-    except SystemExit as leaving:
-        result = leaving.code
-    captured = capsys.readouterr()
-    assert result == code, captured
-    assert "Traceback" not in captured.err
-    return captured.out + captured.err
+    return run_command(capsys, "look", *arguments, code=code)
 
 
 def test_predictions_of_several_models(place, tmp_path, capsys):
@@ -94,6 +87,16 @@ def test_arrays_are_what_the_predictor_gives(place, tmp_path, capsys):
         maps = Predictor(place / "pamm")(path)
         for task in maps:
             assert np.array_equal(np.load(tmp_path / f"a/arrays/{task}/{path.stem}.npy"), maps[task])
+
+
+def test_models_whose_names_are_one_file_name_keep_folders_of_their_own(place, tmp_path, capsys):
+    """As runs/a and runs_a are."""
+    models, images = [place / "pamm", place / "mtmamba"], ["--images", place / "photographs", "--arrays"]
+    look(capsys, "predictions", *models, *images, "--out", tmp_path, "--names", "a/b", "a_b", "--tasks", "depth")
+    first, second = (np.load(tmp_path / f"{name}/arrays/depth/0.npy") for name in ("a_b", "a_b_2"))
+    photograph = place / "photographs/0.png"
+    assert np.array_equal(first, Predictor(place / "pamm")(photograph)["depth"])
+    assert np.array_equal(second, Predictor(place / "mtmamba")(photograph)["depth"])
 
 
 def test_more_images_than_a_figure_holds_go_into_further_ones(place, tmp_path, capsys):
@@ -197,7 +200,6 @@ WRONG = {
     "twice": (["predictions", "pamm", "pamm", "--images", "photographs"], "pamm is given twice"),
     "stage": (["features", "pamm", "--images", "photographs", "--stages", "9"], "no '9' .*which has 1, 2, fused"),
     "tile": (["scans", "--tile", "5"], "--tile: found 5, expected 60 to 2000 pixels"),
-    "count": (["router", "pamm", "--count", "0"], "--count: found 0"),
     "curve": (["scans", "--curve", "peano"], "unknown scan curve 'peano'; choose among"),
     "grid": (["scans", "--grid", "0", "3"], "expected sides of 1 to 256"),
 }
@@ -209,6 +211,12 @@ def test_what_cannot_be_shown_is_told_with_the_remedy(case, place, tmp_path, cap
     monkeypatch.chdir(place)
     text = look(capsys, *arguments, "--out", tmp_path, code=1)
     assert re.search(message, text, re.S), text
+
+
+@pytest.mark.parametrize("option", ["--count", "--longest-side"])
+def test_a_number_below_one_is_told(option, place, tmp_path, capsys):
+    text = look(capsys, "router", place / "pamm", option, 0, "--out", tmp_path, code=2)
+    assert f"argument {option}: found '0', expected a whole number from 1 up" in text
 
 
 def test_an_unknown_id_is_told_with_the_known_ones(place, tmp_path, capsys):

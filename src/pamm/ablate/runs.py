@@ -143,6 +143,7 @@ def train_all(plan: Plan, *, progress: bool, say: Callable[[str], None]) -> dict
         except Exception as error:
             if not type(error).__module__.startswith("pamm."):
                 traceback.print_exc(file=sys.stderr)
-            failed[run.label] = f"seed {run.seed}: {error}"
+            earlier = f"{failed[run.label]}; " if run.label in failed else ""
+            failed[run.label] = f"{earlier}seed {run.seed}: {error}"
             say(f"  failed: {error}")
     return failed

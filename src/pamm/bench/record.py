@@ -108,6 +108,8 @@ def cells(line: Mapping[str, Any]) -> tuple[str, ...]:
 def _notes(line: Mapping[str, Any]) -> Iterable[str]:
     if line["shape"].get("per_order"):
         yield "parameters per order"
+    if line["shape"].get("dead_branch") and line["candidate"].startswith("plain"):
+        yield "dead branch computed, as published"
     if line["allocator"] == "system":
         yield "system's allocator"
     if line["floor_share"]:

@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+from pamm.arguments import at_least
 from pamm.boundaries import BoundaryError
 from pamm.boundaries.measure import BoundaryScores, measure_folders
 from pamm.files import replace_text
@@ -20,9 +21,6 @@ SHOWN = 10
 def main(arguments: list[str]) -> int:
     """Run `pamm boundary ARGUMENTS`. Raises BoundaryError, DataError, LabelError, OSError."""
     plain = arguments_parser().parse_args(arguments)
-    workers = processes() if plain.workers is None else plain.workers
-    if workers < 1:
-        raise BoundaryError(f"--workers: found {workers}, expected a whole number from 1 up")
     if plain.out and plain.out.is_dir():
         raise BoundaryError(f"--out: {plain.out} is a folder, expected the path of a JSON file")
     if plain.out:
@@ -35,7 +33,7 @@ def main(arguments: list[str]) -> int:
         ids=plain.ids,
         outline=plain.outline,
         suppressed=plain.suppressed,
-        workers=workers,
+        workers=plain.workers or processes(),
         progress=sys.stderr.isatty(),
     )
     print(format_scores(scores, every=plain.all))
@@ -68,7 +66,9 @@ def arguments_parser() -> argparse.ArgumentParser:
         help="truths are outlines of regions of equal values: label maps, and NYUD-v2's boundary pictures under bdet",
     )
     own.add_argument("--suppressed", action="store_true", help="the maps went through non-maximum suppression already")
-    own.add_argument("--workers", type=int, help="processes (default: one per core); does not change the result")
+    own.add_argument(
+        "--workers", type=at_least(1), help="processes (default: one per core); does not change the result"
+    )
     own.add_argument("--all", action="store_true", help=f"list every image, not only the {SHOWN} worst")
     own.add_argument("--out", type=Path, help="write scores and all counts to this JSON file")
     return own

@@ -15,6 +15,8 @@ from pamm.tasks.pictures import read_png
 
 MAPS = (".png", ".npy")
 TRUTHS = (".mat", ".png", ".npy")
+MATLAB_HDF5 = 2
+"""What MATLAB 7.3 writes as the version of a file, which scipy does not read."""
 
 
 def pair_files(predictions: Path, truths: Path, ids: Path | None = None) -> dict[str, tuple[Path, Path]]:
@@ -122,7 +124,12 @@ def read_array(path: Path) -> np.ndarray:
 def _read_bsds(path: Path) -> list[np.ndarray]:
     """The maps 'Boundaries' of a BSDS groundTruth, (H, W) numbers each."""
     from scipy.io import loadmat
+    from scipy.io.matlab import matfile_version
 
+    if _reading(path, "MATLAB", lambda: matfile_version(path))[0] == MATLAB_HDF5:
+        raise BoundaryError(
+            f"{path} is a MATLAB file of version 7.3 (HDF5); in MATLAB: save(file, '-v7', 'groundTruth')"
+        )
     content = _reading(path, "MATLAB", lambda: loadmat(path, variable_names=["groundTruth"]))
     try:
         cells = content["groundTruth"].ravel()
@@ -145,10 +152,6 @@ def _reading(path: Path, kind: str, read: Callable[[], Any]) -> Any:
         return read()
     except PermissionError:
         raise BoundaryError(f"{path} may not be read: change its permissions") from None
-    except NotImplementedError:
-        raise BoundaryError(
-            f"{path} is a MATLAB file of version 7.3 (HDF5); in MATLAB: save(file, '-v7', 'groundTruth')"
-        ) from None
     except Exception as error:
         raise BoundaryError(
             f"{path} is no whole {kind} file of plain arrays ({error}); copy or write it again"

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from pamm.files import replace_text
+from pamm.arguments import at_least
+from pamm.files import distinct_stems, replace_text
 from pamm.look import LookError
 from pamm.look.figure import TILE
 
@@ -35,8 +36,6 @@ def main(arguments: list[str]) -> int:
     plain = arguments_parser().parse_args(arguments)
     if not SMALLEST_TILE <= plain.tile <= LARGEST_TILE:
         raise LookError(f"--tile: found {plain.tile}, expected {SMALLEST_TILE} to {LARGEST_TILE} pixels")
-    if getattr(plain, "count", 1) < 1:
-        raise LookError(f"--count: found {plain.count}, expected a number from 1 up")
     plain.out.mkdir(parents=True, exist_ok=True)
     written = VIEWS[plain.view](plain)
     text = "written: " + ", ".join(map(str, written))
@@ -73,7 +72,9 @@ def arguments_parser() -> argparse.ArgumentParser:
     scans.add_argument(
         "--curve", nargs="+", default=["hilbert", "snake", "morton"], help="hilbert, snake, morton, cross (MTMamba's)"
     )
-    scans.add_argument("--orders", type=int, default=4, help="orders of each curve (default: 4, as in the papers)")
+    scans.add_argument(
+        "--orders", type=at_least(1), default=4, help="orders of each curve (default: 4, as in the papers)"
+    )
     return top
 
 
@@ -96,11 +97,13 @@ def _model_options(view: argparse.ArgumentParser, several: str | None, *, count:
     view.add_argument("--root", help="folder of the data set, in place of the configured one")
     view.add_argument("--split", default="val")
     view.add_argument("--ids", nargs="+", default=[], help="names of images of the data set")
-    view.add_argument("--count", type=int, default=count, help=f"images, spread over the split (default: {count})")
+    view.add_argument(
+        "--count", type=at_least(1), default=count, help=f"images, spread over the split (default: {count})"
+    )
     view.add_argument("--tasks", nargs="+", help="only these tasks, in this order")
     if several:
         view.add_argument("--names", nargs="+", default=[], help="names of the models in the picture")
-    view.add_argument("--longest-side", type=int, help="shrink images to this longer side before the network")
+    view.add_argument("--longest-side", type=at_least(1), help="shrink images to this longer side before the network")
     view.add_argument("--device", default="auto")
 
 
@@ -131,9 +134,11 @@ def look_at_predictions(plain: argparse.Namespace) -> list[Path]:
 
     models, subjects, tasks = _open(plain)
 
+    folders, stems = distinct_stems(models), distinct_stems(subjects.names)
+
     def save_arrays(subject: Subject, maps: Mapping[str, Maps]) -> None:
         for name, own in maps.items():
-            own.save(plain.out / _file_name(name), stem=_file_name(subject.name), formats=["npy"])
+            own.save(plain.out / folders[name], stem=stems[subject.name], formats=["npy"])
 
     written, keep = [], save_arrays if plain.arrays else None
     for page, first in enumerate(range(0, len(subjects), FIGURE_IMAGES), start=1):
@@ -158,17 +163,17 @@ def look_at_features(plain: argparse.Namespace) -> list[Path]:
         name: look_at_features(predictor, _progress(images, name), sharing=plain.pca, rows=rows)
         for name, predictor in models.items()
     }
-    written = []
+    written, stems = [], distinct_stems(subjects.names)
     for number, subject in enumerate(shown):
         picture = feature_figure(looks, shown, number, tasks, sharing=plain.pca, tile=plain.tile)
-        written.append(_save(picture, plain, f"features_{_file_name(subject.name)}"))
+        written.append(_save(picture, plain, f"features_{stems[subject.name]}"))
         values = {
             f"{name}/{row}/{column}": look.components[row, column].project(m.values).astype(np.float32)
             for name, look in looks.items()
             for row, columns in look.maps[number].items()
             for column, m in columns.items()
         }
-        written.append(plain.out / f"features_{_file_name(subject.name)}.npz")
+        written.append(plain.out / f"features_{stems[subject.name]}.npz")
         np.savez(written[-1], **values)
     shares = {
         name: {f"{row}/{column}": own.shares.tolist() for (row, column), own in look.components.items()}
@@ -262,8 +267,3 @@ def _write(plain: argparse.Namespace, name: str, facts: dict[str, Any]) -> Path:
     path = plain.out / f"{name}.json"
     replace_text(path, json.dumps(facts, indent=1) + "\n")
     return path
-
-
-def _file_name(text: str) -> str:
-    """A name that is a path as one part of a path."""
-    return text.replace(os.sep, "_").replace("/", "_").strip(".") or "image"
