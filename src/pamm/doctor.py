@@ -52,6 +52,7 @@ def _torch() -> bool:
 def _devices() -> None:
     import torch
 
+    from pamm.ops.attention import KERNEL
     from pamm.ops.product import BY_CONVOLUTION
     from pamm.precision import bfloat16_units
 
@@ -60,6 +61,8 @@ def _devices() -> None:
     print(f"  CPU            {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, {lower}")
     if BY_CONVOLUTION:
         print("                 float32 products run as 1×1 convolutions: oneDNN is faster than MKL on this processor")
+        reason = KERNEL.unavailable()
+        print(f"                 attention without gradients: {f'torch ({reason})' if reason else 'C kernel'}")
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             print(f"  GPU {index}          {torch.cuda.get_device_name(index)}")

@@ -15,6 +15,7 @@ from pamm.models.backbone import create_backbone
 from pamm.models.pamm import PAME, ParameterExperts, Router, TaskDecoder
 from pamm.models.registry import build_model
 from pamm.nn.serialize import scan_orders
+from pamm.ops import attention
 from pamm.recipes import VARIANTS, get_recipe
 from pamm.strict import ConfigError
 from pamm.tasks import create_task
@@ -185,7 +186,11 @@ def test_an_image_does_not_depend_on_its_neighbours_in_eval():
         torch.testing.assert_close(joined[name][1:2], alone[name], rtol=1e-4, atol=1e-5)
 
 
-def test_stages_are_the_blocks_outputs_of_the_timm_model():
+@pytest.mark.parametrize("kernel", [False, True], ids=["torch", "kernel"])
+def test_stages_are_the_blocks_outputs_of_the_timm_model(kernel, monkeypatch):
+    """With torch's attention and with this package's own, where there is a C compiler."""
+    monkeypatch.setattr(attention, "BY_CONVOLUTION", kernel)
+    monkeypatch.setattr(attention, "SMALLEST", 1)
     torch.manual_seed(0)
     ours = create_backbone(replace(BACKBONE, taps=(1, 3), depth=3), (32, 48)).eval()
     vit = timm.create_model(

@@ -6,6 +6,7 @@ from typing import Any
 
 import timm
 import torch.nn.functional as F
+from timm.layers.attention import Attention
 from timm.models import is_model_in_modules
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from timm.models.vision_transformer import VisionTransformer
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from pamm.experiment import BackboneConfig
 from pamm.nn.joined import join_drop_paths
+from pamm.ops.attention import attention
 from pamm.strict import ConfigError
 
 SWIN_STRIDE = 2
@@ -59,6 +61,9 @@ class ViT(nn.Module):
         if taps[-1] < depth:  # blocks and a norm that no stage reads would be parameters without a gradient
             vit.blocks = vit.blocks[: taps[-1]]
             vit.norm = nn.Identity()
+        for module in vit.modules():
+            if type(module) is Attention and module.gate is None and type(module.norm) is nn.Identity:
+                module.__class__ = SelfAttention
         self.vit = vit
 
     def forward(self, image: Tensor) -> list[Tensor]:
@@ -74,6 +79,19 @@ class ViT(nn.Module):
     def set_recompute(self, on: bool) -> None:
         """Whether a block's activations are made again in the backward pass instead of kept."""
         self.vit.set_grad_checkpointing(on)
+
+
+class SelfAttention(Attention):
+    """timm's, with nothing between attention and output layer; for inference by `pamm.ops.attention`."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """(B, L, C) → (B, L, C)."""
+        if self.training or attn_mask is not None or is_causal:
+            return super().forward(x, attn_mask, is_causal)
+        parts = self.qkv(x).unflatten(2, (3, self.num_heads, self.head_dim))
+        q, k, v = parts.permute(2, 0, 3, 1, 4)
+        y = attention(self.q_norm(q), self.k_norm(k), v)
+        return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
 
 
 class Swin(nn.Module):

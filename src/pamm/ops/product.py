@@ -35,7 +35,7 @@ def _maker() -> str:
 
 
 BY_CONVOLUTION = by_convolution()
-_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # from torch 2.7 on
+exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # from torch 2.7 on
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -96,7 +96,7 @@ def _convolves(x: Tensor, weight: Tensor, multiplications: int) -> bool:
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
-        and not _exporting()
+        and not exporting()
         and multiplications >= SMALLEST
     )
 

@@ -1,38 +1,20 @@
-"""The selective scan as a C kernel for CPUs, compiled on first use with the system's C compiler and kept in a cache folder.
-
-The kernel needs no header of torch and no OpenMP: it is called through ctypes with data pointers and runs on
-`torch.get_num_threads()` threads: those of the OpenMP runtime that torch has loaded, or POSIX threads where it has none.
-"""
+"""The selective scan as a C kernel for CPUs (see `pamm.ops.compiled`)."""
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
-import threading
-from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from pamm.ops.compiled import Kernel, openmp
 from pamm.ops.selective_scan.inputs import Inputs
 
-SOURCE = Path(__file__).with_name("scan.c")
-INCLUDED = ("scan_vector.h", "scan_problem.h", "scan_forward.h", "scan_backward.h")
-FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-pthread", "-Wno-psabi")
-NATIVE = ("-march=native", "-mcpu=native")
-"""Flags for this very processor; the first that the compiler takes is used."""
 JOBS = 32
 """Backward jobs to aim at; fixed, so that results do not depend on the number of threads."""
 PARTS_LIMIT = 2**26
 """Bytes that the jobs' own gradients of B and C may take beyond one job per image."""
-LARGE_PAGE = 2**21
 
 _INTEGERS = "groups images orders_count sets length channels states slices half softplus"
 _VIEWS = "x delta B C dy"
@@ -53,13 +35,21 @@ class _Problem(ctypes.Structure):
     )
 
 
-class _BuildError(RuntimeError):
-    """Why the kernel could not be built."""
+def _declare(library: ctypes.CDLL) -> None:
+    library.scan_workspace.argtypes, library.scan_workspace.restype = [ctypes.c_int64], ctypes.c_int64
+    library.scan_parts.argtypes, library.scan_parts.restype = [ctypes.POINTER(_Problem)], ctypes.c_int64
+    library.scan_run.argtypes, library.scan_run.restype = (
+        [ctypes.POINTER(_Problem), ctypes.c_int, ctypes.c_void_p],
+        None,
+    )
+
+
+KERNEL = Kernel(Path(__file__).with_name("scan.c"), _declare)
 
 
 def unavailable() -> str | None:
     """Why this engine cannot run on this machine, or None. The first call compiles the kernel."""
-    return _load()[1]
+    return KERNEL.unavailable()
 
 
 def refuses(device: str, dtype: torch.dtype) -> str | None:
@@ -72,7 +62,9 @@ def refuses(device: str, dtype: torch.dtype) -> str | None:
 
 
 def describe() -> str:
-    return f"C kernel for the CPU, {_load()[0].scan_lanes()} channels per vector, {torch.get_num_threads()} threads"
+    return (
+        f"C kernel for the CPU, {KERNEL.library().scan_lanes()} channels per vector, {torch.get_num_threads()} threads"
+    )
 
 
 def kept(inputs: Inputs, keep: bool) -> Tensor:
@@ -112,7 +104,7 @@ class _Call:
     """
 
     def __init__(self, inputs: Inputs):
-        self.library = _load()[0]
+        self.library = KERNEL.library()
         x, delta, A, B, C, D, bias, orders, softplus = inputs
         half = x.dtype == torch.bfloat16
         self.dtype = torch.bfloat16 if half else torch.float32
@@ -149,117 +141,9 @@ class _Call:
         bytes_each = 4 * self.library.scan_parts(ctypes.byref(problem))
         wanted = -(-JOBS // (problem.groups * problem.images))
         problem.slices = max(1, min(-(-problem.channels // lanes), wanted, PARTS_LIMIT // bytes_each))
-        problem.parts = _workspace("parts", self.library.scan_parts(ctypes.byref(problem)))
+        problem.parts = KERNEL.workspace("parts", self.library.scan_parts(ctypes.byref(problem)))
 
     def run(self) -> None:
         threads = torch.get_num_threads()
-        self.problem.work = _workspace("work", threads * self.library.scan_workspace(self.problem.length))
-        self.library.scan_run(ctypes.byref(self.problem), threads, _openmp())
-
-
-@lru_cache(maxsize=1)
-def _openmp() -> int | None:
-    """Address of the entry point of the process's OpenMP runtime that runs a function on its threads, or None."""
-    try:
-        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
-    except AttributeError:
-        return None
-
-
-_buffers = threading.local()
-
-
-def _workspace(name: str, size: int) -> int:
-    """Address of `size` floats of scratch memory of the calling thread: fresh pages cost more than the arithmetic.
-
-    It is reused from call to call and lies on large pages where the system has them.
-    """
-    held = getattr(_buffers, name, None)
-    if held is None or held.numel() < size + LARGE_PAGE // 4:
-        held = torch.empty(size + LARGE_PAGE // 4, dtype=torch.float32, device="cpu")
-        setattr(_buffers, name, held)
-        _load()[0].scan_use_large_pages(_page_start(held), 4 * size)
-    return _page_start(held)
-
-
-def _page_start(held: Tensor) -> int:
-    return -(-held.data_ptr() // LARGE_PAGE) * LARGE_PAGE
-
-
-# -- building ------------------------------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=1)
-def _load() -> tuple[ctypes.CDLL | None, str | None]:
-    """The kernel, compiled if need be, and why there is none."""
-    try:
-        library = ctypes.CDLL(str(_built()))
-    except (_BuildError, OSError) as error:
-        return None, str(error)
-    library.scan_workspace.argtypes, library.scan_workspace.restype = [ctypes.c_int64], ctypes.c_int64
-    library.scan_parts.argtypes, library.scan_parts.restype = [ctypes.POINTER(_Problem)], ctypes.c_int64
-    library.scan_use_large_pages.argtypes, library.scan_use_large_pages.restype = (
-        [ctypes.c_void_p, ctypes.c_int64],
-        None,
-    )
-    library.scan_run.argtypes, library.scan_run.restype = (
-        [ctypes.POINTER(_Problem), ctypes.c_int, ctypes.c_void_p],
-        None,
-    )
-    return library, None
-
-
-def _built() -> Path:
-    """Path of the shared library, from the cache or freshly compiled. Raises _BuildError."""
-    if os.name != "posix":
-        raise _BuildError(f"the C kernel needs POSIX threads, this is {platform.system()}")
-    compiler = shlex.split(os.environ.get("CC", "cc"))
-    if not compiler or shutil.which(compiler[0]) is None:
-        raise _BuildError(f"no C compiler '{' '.join(compiler)}' found; install gcc or clang, or set CC")
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    sources = [SOURCE.with_name(name).read_text() for name in (SOURCE.name, *INCLUDED)]
-    key = hashlib.sha256("\0".join([*sources, *compiler, *FLAGS, version, _processor()]).encode()).hexdigest()
-    target = _cache() / f"scan-{key[:20]}.so"
-    if not target.exists():
-        _compile(compiler, target)
-    return target
-
-
-def _compile(compiler: list[str], target: Path) -> None:
-    """Compile in a folder of this call's own, then rename: another process sees a whole library or none."""
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        made = Path(folder) / target.name
-        for native in (*NATIVE, None):
-            command = [*compiler, *FLAGS, *([native] if native else []), "-o", str(made), str(SOURCE)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode == 0:
-                made.replace(target)
-                return
-    lines = done.stderr.strip().splitlines() or ["no message"]
-    raise _BuildError(f"'{shlex.join(command)}' failed: {next((line for line in lines if 'error' in line), lines[0])}")
-
-
-def _processor() -> str:
-    """What tells processors with different instructions apart: a home folder may be shared by several machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    flags = (line for line in lines if line.lower().startswith(("flags", "features", "model name", "cpu part")))
-    return "\n".join([platform.machine(), platform.processor(), *sorted(set(flags))])
-
-
-@lru_cache(maxsize=1)
-def _private_folder() -> tempfile.TemporaryDirectory:
-    """A folder for this process alone, removed at its end."""
-    return tempfile.TemporaryDirectory(prefix="pamm-")
-
-
-def _cache() -> Path:
-    """The user's cache folder, or a temporary one where that cannot be written."""
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pamm"
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # RuntimeError: the user has no home folder
-        return Path(_private_folder().name)
-    return folder if os.access(folder, os.W_OK) else Path(_private_folder().name)
+        self.problem.work = KERNEL.workspace("work", threads * self.library.scan_workspace(self.problem.length))
+        self.library.scan_run(ctypes.byref(self.problem), threads, openmp())

@@ -170,7 +170,8 @@ static int64_t slice_parts(const Problem *p) { return p->sets * state_blocks(p) 
 
 static int64_t backward_jobs(const Problem *p) { return p->groups * p->images * p->slices; }
 
-static void backward_job(const Problem *p, int64_t job, float *work) {
+static void backward_job(const void *problem, int64_t job, float *work) {
+    const Problem *p = problem;
     int64_t L = p->length, image = job / p->slices, slice = job % p->slices, blocks = channel_blocks(p);
     vec *v = (vec *)work, *E = v + 6 * L, *starts = E + STATES * L;
     BackwardTile tile = {v, v + L, v + 2 * L, v + 3 * L, v + 4 * L, v + 5 * L, E, starts, (float *)(starts + chunks(L) * STATES), NULL};
@@ -191,7 +192,8 @@ static void backward_job(const Problem *p, int64_t job, float *work) {
 static int64_t gather_jobs(const Problem *p) { return p->groups * p->images * p->sets * ((p->length + GATHERED - 1) / GATHERED); }
 
 /* The slices' gradients of B and C, summed in the order of the slices. */
-static void gather_job(const Problem *p, int64_t job, float *work) {
+static void gather_job(const void *problem, int64_t job, float *work) {
+    const Problem *p = problem;
     (void)work;
     int64_t L = p->length, N = p->states, pieces = (L + GATHERED - 1) / GATHERED;
     int64_t at = job / pieces, image = at / p->sets, set = at % p->sets, start = job % pieces * GATHERED;

@@ -77,7 +77,8 @@ static int64_t channel_blocks(const Problem *p) { return (p->channels + LANES - 
 
 static int64_t forward_jobs(const Problem *p) { return p->groups * p->images * channel_blocks(p); }
 
-static void forward_job(const Problem *p, int64_t job, float *work) {
+static void forward_job(const void *problem, int64_t job, float *work) {
+    const Problem *p = problem;
     enum { S = FORWARD_STATES };
     int64_t L = p->length, D = p->channels, N = p->states;
     int64_t image = job / channel_blocks(p), first = job % channel_blocks(p) * LANES, width = smaller(D - first, LANES);

@@ -1,7 +1,7 @@
 /* What the kernel is asked to compute, and how channels are read and written. */
 #pragma once
 
-#include "scan_vector.h"
+#include "../vector.h"
 
 /* Where a (groups, images, sets, length, columns) array lies: strides in elements, columns side by side. */
 typedef struct {
@@ -32,35 +32,6 @@ static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 /* Offset of a view's first row for one parameter set of one image, counted over the groups. */
 static int64_t view_start(const Problem *p, const View *view, int64_t image, int64_t set) {
     return image / p->images * view->group + image % p->images * view->image + set * view->set;
-}
-
-/* `width` neighbouring channels as a vector, the other lanes zero. */
-INLINE vec load_channels(const void *data, int64_t at, int64_t width, int64_t half) {
-    hvec narrow = {0};
-    vec wide = {0};
-    if (half) {
-        memcpy(&narrow, (const uint16_t *)data + at, width < LANES ? width * sizeof(uint16_t) : sizeof narrow);
-        return (vec)(__builtin_convertvector(narrow, uvec) << 16);
-    }
-    if (width >= LANES) {
-        memcpy(&wide, (const float *)data + at, sizeof wide);
-        return wide;
-    }
-    if (width > 0) memcpy(&wide, (const float *)data + at, width * sizeof(float));
-    return wide;
-}
-
-INLINE void store_channels(void *data, int64_t at, int64_t width, int64_t half, vec value) {
-    if (half) { /* rounded to the nearest, to even between two */
-        uvec bits = (uvec)value, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-        ivec number = value == value;
-        hvec narrow = __builtin_convertvector((rounded & (uvec)number) | (0x7fc0 & ~(uvec)number), hvec);
-        memcpy((uint16_t *)data + at, &narrow, width < LANES ? width * sizeof(uint16_t) : sizeof narrow);
-    } else if (width >= LANES) {
-        memcpy((float *)data + at, &value, sizeof value);
-    } else {
-        memcpy((float *)data + at, &value, width * sizeof(float));
-    }
 }
 
 /* One block of A, a[n][lane]; states from `count` on and channels from `width` on are zero. */

@@ -1,4 +1,4 @@
-/* Vectors of LANES neighbouring channels, and the functions of them that the selective scan needs. */
+/* Vectors of LANES neighbouring channels: how they are read and written, and functions of them. */
 #pragma once
 
 #include <stdint.h>
@@ -23,6 +23,35 @@ typedef uint16_t hvec __attribute__((vector_size(2 * LANES)));
 INLINE vec splat(float value) { return value - (vec){0}; }
 
 INLINE vec select_vec(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) | (~mask & (ivec)no)); }
+
+/* `width` neighbouring channels as a vector, the other lanes zero. */
+INLINE vec load_channels(const void *data, int64_t at, int64_t width, int64_t half) {
+    hvec narrow = {0};
+    vec wide = {0};
+    if (half) {
+        memcpy(&narrow, (const uint16_t *)data + at, width < LANES ? width * sizeof(uint16_t) : sizeof narrow);
+        return (vec)(__builtin_convertvector(narrow, uvec) << 16);
+    }
+    if (width >= LANES) {
+        memcpy(&wide, (const float *)data + at, sizeof wide);
+        return wide;
+    }
+    if (width > 0) memcpy(&wide, (const float *)data + at, width * sizeof(float));
+    return wide;
+}
+
+INLINE void store_channels(void *data, int64_t at, int64_t width, int64_t half, vec value) {
+    if (half) { /* rounded to the nearest, to even between two */
+        uvec bits = (uvec)value, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+        ivec number = value == value;
+        hvec narrow = __builtin_convertvector((rounded & (uvec)number) | (0x7fc0 & ~(uvec)number), hvec);
+        memcpy((uint16_t *)data + at, &narrow, width < LANES ? width * sizeof(uint16_t) : sizeof narrow);
+    } else if (width >= LANES) {
+        memcpy((float *)data + at, &value, sizeof value);
+    } else {
+        memcpy((float *)data + at, &value, width * sizeof(float));
+    }
+}
 
 /* 2^f for f in [−½, ½], relative error 2e-7; 1 at 0. */
 INLINE vec exp2_polynomial(vec f) {

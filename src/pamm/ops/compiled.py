@@ -1,0 +1,153 @@
+"""C kernels for CPUs, compiled on first use with the system's C compiler and kept in a cache folder.
+
+A kernel needs no header of torch and no OpenMP: it is called through ctypes with data pointers and runs on
+`torch.get_num_threads()` threads: those of the OpenMP runtime that torch has loaded, or POSIX threads where it has none.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-pthread", "-Wno-psabi")
+NATIVE = ("-march=native", "-mcpu=native")
+"""Flags for this very processor; the first that the compiler takes is used."""
+LARGE_PAGE = 2**21
+
+
+class Kernel:
+    """The functions of a C file, which includes jobs.h. `declare` states their arguments and results.
+
+    It is compiled when it is first asked for, once in a process.
+    """
+
+    def __init__(self, source: Path, declare: Callable[[ctypes.CDLL], None]):
+        self.source, self.declare = source, declare
+        self._buffers = threading.local()
+
+    def unavailable(self) -> str | None:
+        """Why the kernel cannot run on this machine, or None."""
+        return self._loaded[1]
+
+    def library(self) -> ctypes.CDLL | None:
+        """The functions; None where the kernel is unavailable."""
+        return self._loaded[0]
+
+    def workspace(self, name: str, size: int) -> int:
+        """Address of `size` floats of scratch memory of the calling thread: fresh pages cost more than the arithmetic.
+
+        It is reused from call to call, starts at a multiple of 64 bytes and lies on large pages where the system has them.
+        """
+        held = getattr(self._buffers, name, None)
+        if held is None or held.numel() < size + LARGE_PAGE // 4:
+            held = torch.empty(size + LARGE_PAGE // 4, dtype=torch.float32, device="cpu")
+            setattr(self._buffers, name, held)
+            self.library().use_large_pages(_page_start(held), 4 * size)
+        return _page_start(held)
+
+    @cached_property
+    def _loaded(self) -> tuple[ctypes.CDLL | None, str | None]:
+        try:
+            library = ctypes.CDLL(str(_built(self.source)))
+        except (_BuildError, OSError) as error:
+            return None, str(error)
+        library.use_large_pages.argtypes, library.use_large_pages.restype = [ctypes.c_void_p, ctypes.c_int64], None
+        self.declare(library)
+        return library, None
+
+
+@lru_cache(maxsize=1)
+def openmp() -> int | None:
+    """Address of the entry point of the process's OpenMP runtime that runs a function on its threads, or None."""
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
+    except AttributeError:
+        return None
+
+
+def _page_start(held: Tensor) -> int:
+    return -(-held.data_ptr() // LARGE_PAGE) * LARGE_PAGE
+
+
+# -- building ------------------------------------------------------------------------------------------------------------
+
+
+class _BuildError(RuntimeError):
+    """Why a kernel could not be built."""
+
+
+def _built(source: Path) -> Path:
+    """Path of the shared library, from the cache or freshly compiled. Raises _BuildError."""
+    if os.name != "posix":
+        raise _BuildError(f"the C kernel needs POSIX threads, this is {platform.system()}")
+    compiler = shlex.split(os.environ.get("CC", "cc"))
+    if not compiler or shutil.which(compiler[0]) is None:
+        raise _BuildError(f"no C compiler '{' '.join(compiler)}' found; install gcc or clang, or set CC")
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    sources = _texts(source)
+    key = hashlib.sha256("\0".join([*sources, *compiler, *FLAGS, version, _processor()]).encode()).hexdigest()
+    target = _cache() / f"{source.stem}-{key[:20]}.so"
+    if not target.exists():
+        _compile(compiler, source, target)
+    return target
+
+
+def _texts(source: Path) -> list[str]:
+    """A C file's text and those of all it includes from here."""
+    text = source.read_text()
+    included = re.findall(r'#include "(.+)"', text)
+    return [text, *(part for name in included for part in _texts(source.parent / name))]
+
+
+def _compile(compiler: list[str], source: Path, target: Path) -> None:
+    """Compile in a folder of this call's own, then rename: another process sees a whole library or none."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        made = Path(folder) / target.name
+        for native in (*NATIVE, None):
+            command = [*compiler, *FLAGS, *([native] if native else []), "-o", str(made), str(source)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode == 0:
+                made.replace(target)
+                return
+    lines = done.stderr.strip().splitlines() or ["no message"]
+    raise _BuildError(f"'{shlex.join(command)}' failed: {next((line for line in lines if 'error' in line), lines[0])}")
+
+
+def _processor() -> str:
+    """What tells processors with different instructions apart: a home folder may be shared by several machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    flags = (line for line in lines if line.lower().startswith(("flags", "features", "model name", "cpu part")))
+    return "\n".join([platform.machine(), platform.processor(), *sorted(set(flags))])
+
+
+@lru_cache(maxsize=1)
+def _private_folder() -> tempfile.TemporaryDirectory:
+    """A folder for this process alone, removed at its end."""
+    return tempfile.TemporaryDirectory(prefix="pamm-")
+
+
+def _cache() -> Path:
+    """The user's cache folder, or a temporary one where that cannot be written."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pamm"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # RuntimeError: the user has no home folder
+        return Path(_private_folder().name)
+    return folder if os.access(folder, os.W_OK) else Path(_private_folder().name)

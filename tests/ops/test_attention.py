@@ -1,0 +1,140 @@
+"""Softmax attention by the C kernel against torch's in float64, and when it is used."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pamm.ops import attention as module
+from pamm.ops.attention import KERNEL, attention
+
+needs_compiler = pytest.mark.skipif(KERNEL.unavailable() is not None, reason="no C compiler here")
+
+
+def problem(images=1, heads=3, queries=70, keys=70, width=64, *, dtype=torch.float32, scale=1.0) -> list[Tensor]:
+    """q, k and v, (images, heads, tokens, width) each, the heads side by side in memory as a linear layer leaves them."""
+    torch.manual_seed(0)
+    sizes = (queries, keys, keys)
+    return [(scale * torch.randn(images, n, heads, width)).to(dtype).transpose(1, 2) for n in sizes]
+
+
+def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+
+
+CASES = {
+    "one token": {"queries": 1, "keys": 1},
+    "whole panels": {"queries": 64, "keys": 64},
+    "class token": {"images": 2, "heads": 2, "queries": 257, "keys": 257},
+    "other keys": {"queries": 33, "keys": 100},
+    "odd width": {"images": 2, "width": 41},
+    "narrow": {"width": 3},
+    "wide": {"width": 130},
+    "sharp": {"scale": 8.0},
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernel_is_softmax_attention(case, dtype):
+    """As near to float64 as torch's own, to the last digits; scores of hundreds ("sharp") cost both of them some."""
+    given = problem(**CASES[case], dtype=dtype)
+    expected = exact(*given)
+    found = torch.ops.pamm.attention(*given)
+    assert found.dtype == dtype and found.shape == expected.shape
+    torchs = (F.scaled_dot_product_attention(*given) - expected).abs().max()
+    digits = 4 * torch.finfo(dtype).eps * expected.abs().max()
+    assert (found - expected).abs().max() <= 2 * torchs + digits
+
+
+@needs_compiler
+def test_any_strides():
+    q, k, v = problem()
+    wide = [torch.stack([x, x + 1], dim=-1)[..., 0] for x in (q, k, v)]  # columns are not side by side
+    torch.testing.assert_close(torch.ops.pamm.attention(*wide), torch.ops.pamm.attention(q, k, v), rtol=0, atol=0)
+
+
+@needs_compiler
+def test_same_bits_for_any_number_of_threads():
+    given, threads, found = problem(2, 3, 300, 300), torch.get_num_threads(), []
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        found.append(torch.ops.pamm.attention(*given))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+@needs_compiler
+@pytest.mark.parametrize("place", [0, 1])
+def test_what_is_not_a_number_stays_so(place):
+    given = problem()
+    given[place][0, 1, 5, 7] = torch.nan
+    found, expected = torch.ops.pamm.attention(*given), exact(*given)
+    assert torch.equal(found.isnan(), expected.isnan()) and found.isnan().any() and not found.isnan().all()
+
+
+@needs_compiler
+def test_registration_as_an_operator():
+    torch.library.opcheck(torch.ops.pamm.attention.default, tuple(problem()))
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the compiler's flags are those of x86")
+@pytest.mark.parametrize("narrower", ["-mno-avx512f", "-mno-avx"])
+def test_kernel_of_older_processors(narrower, tmp_path):
+    """Vectors of 8 and of 4 numbers, freshly compiled into an empty cache."""
+    code = "from test_attention import *\nfor case in CASES: test_kernel_is_softmax_attention(case, torch.float32)"
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    setting = {**os.environ, "PYTHONPATH": path, "CC": f"cc {narrower}", "XDG_CACHE_HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], env=setting, capture_output=True, text=True, check=True)
+    assert [path.suffix for path in (tmp_path / "pamm").iterdir()] == [".so"]
+
+
+@pytest.fixture
+def operator_calls(monkeypatch) -> list[bool]:
+    """As on a processor where the kernel is the faster one, whatever this one is; notes every use of the kernel."""
+    monkeypatch.setattr(module, "BY_CONVOLUTION", True)
+    monkeypatch.setattr(module, "SMALLEST", 1)
+    calls = []
+
+    def note(*tensors: Tensor) -> Tensor:
+        calls.append(True)
+        return module.kernel_attention(*tensors)
+
+    monkeypatch.setattr(torch.ops.pamm, "attention", note)
+    return calls
+
+
+@needs_compiler
+def test_gradients_are_torchs(operator_calls):
+    given = [x.requires_grad_() for x in problem()]
+    torch.testing.assert_close(attention(*given), F.scaled_dot_product_attention(*given), rtol=0, atol=0)
+    attention(*given).sum().backward()
+    assert not operator_calls and all(x.grad is not None for x in given)
+    with torch.no_grad():
+        torch.testing.assert_close(attention(*given), F.scaled_dot_product_attention(*given))
+    assert operator_calls
+
+
+@needs_compiler
+@pytest.mark.parametrize("case", ["float64", "mixed", "meta"])
+def test_other_inputs_are_left_to_torch(case, operator_calls):
+    q, k, v = problem()
+    given = {"float64": (q.double(), k.double(), v.double()), "mixed": (q, k, v), "meta": (q, k, v)}[case]
+    if case == "meta":
+        given = tuple(x.to("meta") for x in given)
+    if case == "mixed":
+        with pytest.raises(RuntimeError, match="same dtype"):
+            attention(q, k.bfloat16(), v)
+    else:
+        assert attention(*given).dtype == given[0].dtype
+    assert not operator_calls
