@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
+from kernels import NARROWER, assert_same_bits_for_any_number_of_threads, freshly_compiled, needs_x86
 from torch import Tensor
 
 from pamm.ops import attention as module
@@ -65,12 +60,8 @@ def test_any_strides():
 
 @needs_compiler
 def test_same_bits_for_any_number_of_threads():
-    given, threads, found = problem(2, 3, 300, 300), torch.get_num_threads(), []
-    for count in (1, 2, 5):
-        torch.set_num_threads(count)
-        found.append(torch.ops.pamm.attention(*given))
-    torch.set_num_threads(threads)
-    assert all(torch.equal(found[0], other) for other in found[1:])
+    given = problem(2, 3, 300, 300)
+    assert_same_bits_for_any_number_of_threads(lambda: [torch.ops.pamm.attention(*given)])
 
 
 @needs_compiler
@@ -88,15 +79,12 @@ def test_registration_as_an_operator():
 
 
 @needs_compiler
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the compiler's flags are those of x86")
-@pytest.mark.parametrize("narrower", ["-mno-avx512f", "-mno-avx"])
+@needs_x86
+@pytest.mark.parametrize("narrower", NARROWER)
 def test_kernel_of_older_processors(narrower, tmp_path):
-    """Vectors of 8 and of 4 numbers, freshly compiled into an empty cache."""
-    code = "from test_attention import *\nfor case in CASES: test_kernel_is_softmax_attention(case, torch.float32)"
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    setting = {**os.environ, "PYTHONPATH": path, "CC": f"cc {narrower}", "XDG_CACHE_HOME": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", code], env=setting, capture_output=True, text=True, check=True)
-    assert [path.suffix for path in (tmp_path / "pamm").iterdir()] == [".so"]
+    freshly_compiled(
+        "test_attention", "for case in CASES: test_kernel_is_softmax_attention(case, torch.float32)", narrower, tmp_path
+    )
 
 
 @pytest.fixture

@@ -1,15 +1,18 @@
 """The selective scan: engines against the reference, outputs and every gradient; the reference against algebra."""
 
-import os
-import platform
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from kernels import (
+    NARROWER,
+    assert_same_bits_for_any_number_of_threads,
+    freshly_compiled,
+    in_fresh_process,
+    needs_x86,
+)
+from torch import Tensor
 
 from pamm.nn.serialize import row_column_orders, scan_orders
 from pamm.ops.selective_scan import ENGINES, choose, explain, selective_scan
@@ -277,17 +280,13 @@ def test_same_bits_every_time(engine, per_order):
 @pytest.mark.skipif("native" not in RUNNING, reason="no C compiler here")
 def test_same_bits_for_any_number_of_threads(per_order):
     inputs, orders = problem(2, 3, 4, (6, 8), 70, 16, per_order=per_order)
-    threads = torch.get_num_threads()
-    results = []
-    for count in (1, 2, 5):
-        torch.set_num_threads(count)
-        with torch.no_grad():
-            values = list(inputs.values())
-            y, kept = torch.ops.pamm.selective_scan(*values, orders, True, "native", True)
-            results.append((y, *torch.ops.pamm.selective_scan_backward(y, *values, orders, kept, True, "native")))
-    torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(a.isfinite().all() and torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    values = [value.detach() for value in inputs.values()]
+
+    def both() -> list[Tensor]:
+        y, kept = torch.ops.pamm.selective_scan(*values, orders, True, "native", True)
+        return [y, *torch.ops.pamm.selective_scan_backward(y, *values, orders, kept, True, "native")]
+
+    assert_same_bits_for_any_number_of_threads(both)
 
 
 def test_raster_orders_of_mtmamba():
@@ -327,29 +326,18 @@ def test_shapes_without_values():
     assert (y.shape, y.device.type) == (inputs["x"].shape, "meta")
 
 
-def in_fresh_process(code, **environment):
-    """Run code after the imports of this file in another interpreter; returns its standard output."""
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    setting = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "2", **environment}
-    command = [sys.executable, "-c", f"from test_selective_scan import *\n{code}"]
-    return subprocess.run(command, env=setting, capture_output=True, text=True, check=True).stdout
-
-
-@pytest.mark.skipif(
-    platform.machine() not in ("x86_64", "AMD64") or "native" not in RUNNING, reason="needs a C compiler for x86"
-)
-@pytest.mark.parametrize("narrower", ["-mno-avx512f", "-mno-avx"])
+@needs_x86
+@pytest.mark.skipif("native" not in RUNNING, reason="no C compiler here")
+@pytest.mark.parametrize("narrower", NARROWER)
 def test_kernel_of_older_processors(narrower, tmp_path):
-    """Vectors of 8 channels (AVX2) and of 4 (SSE, NEON), freshly compiled into an empty cache."""
     code = (
         "for per_order in (False, True):\n"
         "    inputs, orders = problem(**CASES['odd'], per_order=per_order)\n"
         "    assert_close(run(inputs, orders, 'native'), run(in_double(inputs), orders, 'reference'), FLOAT32_TOLERANCE)\n"
         "print(explain()[0].reason)\n"
     )
-    lanes = in_fresh_process(code, CC=f"cc {narrower}", XDG_CACHE_HOME=str(tmp_path))
-    assert {"-mno-avx512f": "8 channels per vector", "-mno-avx": "4 channels per vector"}[narrower] in lanes
-    assert len(list((tmp_path / "pamm").iterdir())) == 1
+    lanes = freshly_compiled("test_selective_scan", code, narrower, tmp_path)
+    assert dict(zip(NARROWER, ("8 channels per vector", "4 channels per vector"), strict=True))[narrower] in lanes
 
 
 @pytest.mark.parametrize(
@@ -362,7 +350,7 @@ def test_kernel_of_older_processors(narrower, tmp_path):
 )
 def test_without_a_compiler_the_step_engine_runs(compiler, reason, tmp_path):
     code = "print(choose('cpu', torch.float32), explain()[0])"
-    printed = in_fresh_process(code, CC=compiler, XDG_CACHE_HOME=str(tmp_path))
+    printed = in_fresh_process("test_selective_scan", code, CC=compiler, XDG_CACHE_HOME=str(tmp_path))
     assert printed.startswith("step ")
     assert re.search(reason, printed)
 

@@ -23,6 +23,7 @@ from pamm.nn.recompute import call, recomputed
 from pamm.nn.serialize import scan_orders
 from pamm.nn.ssm import init_A_log, init_D
 from pamm.ops import selective_scan
+from pamm.ops.mixed_convolution import mixed_convolution
 from pamm.ops.product import channels_last, linear
 from pamm.strict import ConfigError
 
@@ -141,31 +142,27 @@ class ReleasedExperts(nn.Module):
 
         No gradient: one would pass the general path, which sends none back.
         """
-        maps = []
-        for p, m, image in zip(weights, mix, x.contiguous(), strict=True):
+        parts, maps = [self.reduce.flatten(0, 1), self.task_reduce[task].weight], []
+        for p, m, image in zip(weights, mix, x.permute(0, 2, 3, 1), strict=True):
             with torch.autocast(x.device.type, enabled=False):
-                kernel, factor, shift = self.fold(task, p.float(), m.float())
-            image = F.conv2d(image[None], kernel.to(x.dtype), padding=self.padding)
-            maps.append(torch.addcmul(shift, image.float(), factor))
-        return torch.cat(maps)
+                mixture, factor, shift = self.fold(task, p.float(), m.float())
+                convolved = mixed_convolution(image, self.general.weight, parts, mixture)
+            maps.append(torch.addcmul(shift, convolved, factor))
+        return torch.stack(maps).permute(0, 3, 1, 2)
 
     def fold(self, task: str, p: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """p (E,), m (1,) → kernel (N, e, k, k), factor (N, 1, 1) and shift (N, 1, 1), all float32.
+        """p (E,), m (1,) → weights (N, E·rank + rank) of the reducing convolutions, factor (N,) and shift (N,), all float32.
 
-        The map of that task and image is factor · (kernel * x) + shift.
+        The map of that task and image is factor · (general + weighted reducing kernels) * x + shift.
         """
         inner, inner_shift = self.norm_experts[task].factor_and_shift()
         factor, shift = self.norm[task].factor_and_shift()
         own, own_restore = self.task_reduce[task], self.task_restore[task]
-        shared = (inner[:, None] * (self.restore * p[:, None, None]).transpose(0, 1).flatten(1)).float()  # (N, E·rank)
+        shared = (inner[:, None] * (self.restore * p[:, None, None]).transpose(0, 1).flatten(1)).float()
         private = m * own_restore.weight.flatten(1).float()
-        kernel = torch.addmm(
-            self.general.weight.flatten(1).float(), shared, self.reduce.flatten(0, 1).flatten(1).float()
-        )
-        kernel.addmm_(private, own.weight.flatten(1).float())
         bias = shared @ self.reduce_bias.flatten().float() + inner * (p @ self.restore_bias.float()) + inner_shift
         bias = bias + private @ own.bias.float() + m * own_restore.bias.float() + self.general.bias.float()
-        return kernel.view_as(self.general.weight), factor[:, None, None], (factor * bias + shift)[:, None, None]
+        return torch.cat([shared, private], dim=1), factor, factor * bias + shift
 
 
 class PlainProjection(nn.Module):

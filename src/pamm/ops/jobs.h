@@ -6,6 +6,8 @@
 #include <stdint.h>
 #include <sys/mman.h>
 
+#include "vector.h"
+
 #define MOST_THREADS 256
 
 /* `work_each` floats of `work` belong to every thread that takes jobs. */
@@ -57,3 +59,5 @@ void use_large_pages(void *memory, int64_t bytes) {
     (void)memory, (void)bytes;
 #endif
 }
+
+int vector_lanes(void) { return LANES; }

@@ -62,9 +62,7 @@ def refuses(device: str, dtype: torch.dtype) -> str | None:
 
 
 def describe() -> str:
-    return (
-        f"C kernel for the CPU, {KERNEL.library().scan_lanes()} channels per vector, {torch.get_num_threads()} threads"
-    )
+    return f"C kernel for the CPU, {KERNEL.library().vector_lanes()} channels per vector, {torch.get_num_threads()} threads"
 
 
 def kept(inputs: Inputs, keep: bool) -> Tensor:
@@ -137,7 +135,7 @@ class _Call:
 
     def reserve_parts(self) -> None:
         """Split the channels of one image into slices: as many jobs as are worth their memory."""
-        problem, lanes = self.problem, self.library.scan_lanes()
+        problem, lanes = self.problem, self.library.vector_lanes()
         bytes_each = 4 * self.library.scan_parts(ctypes.byref(problem))
         wanted = -(-JOBS // (problem.groups * problem.images))
         problem.slices = max(1, min(-(-problem.channels // lanes), wanted, PARTS_LIMIT // bytes_each))

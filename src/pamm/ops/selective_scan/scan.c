@@ -20,8 +20,6 @@ int64_t scan_workspace(int64_t length) {
 /* Floats of `parts`. */
 int64_t scan_parts(const Problem *problem) { return backward_jobs(problem) * slice_parts(problem); }
 
-int scan_lanes(void) { return LANES; }
-
 /* Run the forward (y given) or backward pass on at most MOST_THREADS threads. */
 void scan_run(const Problem *problem, int threads, Parallel *parallel) {
     int64_t each = scan_workspace(problem->length);

@@ -1,0 +1,226 @@
+/* A convolution of one image whose 9×9 kernel is a base plus a weighted sum of parts, by Fourier transforms of squares.
+ *
+ * Output squares of HALF × HALF positions see SIDE × SIDE positions of the input. For CHANNELS input channels at a time the
+ * squares' spectra are made, then for LANES outputs the kernels are summed and their spectra made, and both are multiplied and
+ * added to the outputs' spectra. So no kernel is ever written to memory. A slice of the channels is one job with sums of its own;
+ * the split depends on the shapes alone: the result has the same bits for any number of threads.
+ */
+#include "fourier.h"
+#include "jobs.h"
+
+#define TAPS 9
+#define KERNEL (TAPS * TAPS)
+#define BORDER (TAPS / 2)
+#define CHANNELS LANES /* of the input that are transformed at a time */
+#define UNIT (1.0f / (4 * SIDE * SIDE)) /* of a product of two spectra, which are twice what they should be */
+
+#if LANES == 16
+#define MOST_SQUARES 10 /* whose sums are in registers at once */
+#else
+#define MOST_SQUARES 5
+#endif
+
+typedef struct {
+    int64_t height, width, channels, outputs, parts, slices, half;
+    int64_t row, column;      /* strides of x, (height, width, channels) with channels side by side, bfloat16 where `half` */
+    const void *x;
+    const float *weights;     /* (outputs in whole vectors / LANES, parts, LANES) */
+    const float *base;        /* (outputs, channels, 9, 9) */
+    const float *const *part; /* (channels, 9, 9) each */
+    Complex *sums;            /* (slices, groups of LANES outputs, FREQUENCIES, squares), aligned to 64 bytes */
+    float *y;                 /* (height, width, outputs) */
+    float *work;              /* threads × mixed_workspace() floats, aligned to 64 bytes */
+} Mixed;
+
+static int64_t whole(int64_t size, int64_t step) { return (size + step - 1) / step; }
+
+static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static int64_t squares(const Mixed *p) { return whole(p->height, HALF) * whole(p->width, HALF); }
+
+/* Positions along a side that the squares see. */
+static int64_t padded(int64_t size) { return whole(size, HALF) * HALF + SIDE - HALF; }
+
+static int64_t groups(const Mixed *p) { return whole(p->outputs, LANES); }
+
+static int64_t sums_size(const Mixed *p) { return FREQUENCIES * squares(p); }
+
+/* Floats of `sums`. */
+int64_t mixed_sums(const Mixed *p) { return p->slices * groups(p) * sums_size(p) * 2 * LANES; }
+
+/* Floats that one thread needs, a multiple of 16. */
+int64_t mixed_workspace(const Mixed *p) {
+    int64_t spectra = FREQUENCIES * 2 * LANES * (squares(p) + CHANNELS), image = padded(p->height) * padded(p->width) * LANES;
+    return spectra + image + whole(p->parts * CHANNELS * KERNEL, 16) * 16;
+}
+
+/* CHANNELS channels of the image with zeros around, (positions down, positions across) vectors. */
+static void copy_image(const Mixed *p, int64_t channel, int64_t present, vec *out) {
+    for (int64_t r = -BORDER; r < padded(p->height) - BORDER; r++)
+        for (int64_t c = -BORDER; c < padded(p->width) - BORDER; c++) {
+            int inside = r >= 0 && r < p->height && c >= 0 && c < p->width;
+            int64_t at = r * p->row + c * p->column + channel;
+            *out++ = inside ? load_channels(p->x, at, present, p->half) : (vec){0};
+        }
+}
+
+/* Spectra (squares, FREQUENCIES) of what copy_image wrote. */
+static void image_spectra(const Mixed *p, const vec *image, Complex *out) {
+    int64_t across = whole(p->width, HALF), stride = padded(p->width);
+    for (int64_t square = 0; square < squares(p); square++) {
+        const vec *corner = image + (square / across * stride + square % across) * HALF;
+        spectrum(corner, stride, SIDE, out + square * FREQUENCIES);
+    }
+}
+
+/* The parts' kernels of `present` channels, (parts, CHANNELS · KERNEL), each part in one piece. */
+static void copy_parts(const Mixed *p, int64_t channel, int64_t present, float *out) {
+    for (int64_t j = 0; j < p->parts; j++)
+        memcpy(out + j * CHANNELS * KERNEL, p->part[j] + channel * KERNEL, present * KERNEL * sizeof(float));
+}
+
+#define UPPER_LANE(i, s) ((i) / (s) % 2 ? (i) - (s) + LANES : (i))
+#define LOWER_LANE(i, s) ((i) / (s) % 2 ? (i) + LANES : (i) + (s))
+#define TRANSPOSE_STEP(rows, s)                                                            \
+    UNROLLED for (int i = 0; i < LANES; i++) if (i / (s) % 2 == 0) {                       \
+        vec a = rows[i], b = rows[i + (s)];                                                \
+        rows[i] = SHUFFLE(a, b, LANE_LIST(UPPER_LANE, s));                                 \
+        rows[i + (s)] = SHUFFLE(a, b, LANE_LIST(LOWER_LANE, s));                           \
+    }
+
+INLINE void transpose(vec rows[LANES]) {
+#if LANES == 16
+    TRANSPOSE_STEP(rows, 8)
+#endif
+#if LANES >= 8
+    TRANSPOSE_STEP(rows, 4)
+#endif
+    TRANSPOSE_STEP(rows, 2)
+    TRANSPOSE_STEP(rows, 1)
+}
+
+/* The base kernels of LANES outputs and one channel, (KERNEL) vectors over the outputs. */
+static void load_base(const Mixed *p, int64_t group, int64_t channel, vec *kernel) {
+    for (int64_t step = 0; step < KERNEL; step += LANES) {
+        int64_t tap = smaller(step, KERNEL - LANES);
+        vec rows[LANES];
+        for (int64_t i = 0; i < LANES; i++) {
+            int64_t output = group * LANES + i;
+            rows[i] = (vec){0};
+            if (output >= p->outputs) continue;
+            const float *from = p->base + (output * p->channels + channel) * KERNEL + tap;
+            memcpy(&rows[i], from, sizeof(vec));
+            __builtin_prefetch(from + 2 * KERNEL);
+        }
+        transpose(rows);
+        memcpy(kernel + tap, rows, sizeof rows);
+    }
+}
+
+/* Add the weighted parts of one channel to its kernels. `parts` is the channel's place in what copy_parts wrote. */
+static void add_parts(const Mixed *p, int64_t group, const float *parts, vec *kernel) {
+    const float *weights = p->weights + group * p->parts * LANES;
+    for (int64_t tap = 0; tap < KERNEL; tap += TAPS) {
+        vec sums[TAPS];
+        UNROLLED for (int i = 0; i < TAPS; i++) sums[i] = kernel[tap + i];
+        for (int64_t j = 0; j < p->parts; j++) {
+            const float *part = parts + j * CHANNELS * KERNEL + tap;
+            vec weight;
+            memcpy(&weight, weights + j * LANES, sizeof weight);
+            UNROLLED for (int i = 0; i < TAPS; i++) sums[i] += part[i] * weight;
+        }
+        UNROLLED for (int i = 0; i < TAPS; i++) kernel[tap + i] = sums[i];
+    }
+}
+
+/* Spectra (CHANNELS, FREQUENCIES) of the kernels of LANES outputs. */
+static void kernel_spectra(const Mixed *p, int64_t group, int64_t channel, int64_t present, const float *parts, Complex *out) {
+    vec square[(TAPS + 1) * SIDE];
+    memset(square, 0, sizeof square);
+    for (int64_t c = 0; c < present; c++) {
+        vec kernel[KERNEL];
+        load_base(p, group, channel + c, kernel);
+        add_parts(p, group, parts + c * KERNEL, kernel);
+        for (int y = 0; y < TAPS; y++) memcpy(square + y * SIDE, kernel + y * TAPS, TAPS * sizeof(vec));
+        spectrum(square, SIDE, TAPS + 1, out + c * FREQUENCIES);
+    }
+}
+
+/* sums += image · conjugate kernel over the channels, for one frequency and `count` squares; count is a constant where called. */
+INLINE void add_products(int count, int64_t present, const Complex *image, const Complex *kernel, Complex *sums) {
+    Complex sum[MOST_SQUARES];
+    UNROLLED for (int t = 0; t < count; t++) sum[t] = sums[t];
+    for (int64_t c = 0; c < present; c++) {
+        Complex k = kernel[c * FREQUENCIES];
+        UNROLLED for (int t = 0; t < count; t++) {
+            const float *pixels = (const float *)&image[t * FREQUENCIES];
+            float re = pixels[c], im = pixels[LANES + c];
+            sum[t].re += re * k.re;
+            sum[t].im += im * k.re;
+            sum[t].re += im * k.im;
+            sum[t].im -= re * k.im;
+        }
+    }
+    UNROLLED for (int t = 0; t < count; t++) sums[t] = sum[t];
+}
+
+#define FOR_COUNT(n) \
+    case n: add_products(n, present, image + first * FREQUENCIES + f, kernel + f, sums + f * count + first); break;
+
+static void multiply_spectra(const Mixed *p, int64_t present, const Complex *image, const Complex *kernel, Complex *sums) {
+    int64_t count = squares(p), each = whole(count, whole(count, MOST_SQUARES));
+    for (int64_t f = 0; f < FREQUENCIES; f++)
+        for (int64_t first = 0; first < count; first += each)
+            switch (smaller(each, count - first)) {
+                FOR_COUNT(1) FOR_COUNT(2) FOR_COUNT(3) FOR_COUNT(4) FOR_COUNT(5)
+#if MOST_SQUARES == 10
+                FOR_COUNT(6) FOR_COUNT(7) FOR_COUNT(8) FOR_COUNT(9) FOR_COUNT(10)
+#endif
+            }
+}
+
+static void slice_job(const void *problem, int64_t slice, float *work) {
+    const Mixed *p = problem;
+    Complex *image = (Complex *)work, *kernel = image + squares(p) * FREQUENCIES;
+    vec *pixels = (vec *)(kernel + CHANNELS * FREQUENCIES);
+    float *parts = (float *)(pixels + padded(p->height) * padded(p->width));
+    Complex *sums = p->sums + slice * groups(p) * sums_size(p);
+    int64_t blocks = whole(p->channels, CHANNELS);
+    memset(sums, 0, groups(p) * sums_size(p) * sizeof *sums);
+    for (int64_t block = slice * blocks / p->slices; block < (slice + 1) * blocks / p->slices; block++) {
+        int64_t channel = block * CHANNELS, present = smaller(CHANNELS, p->channels - channel);
+        copy_image(p, channel, present, pixels);
+        image_spectra(p, pixels, image);
+        copy_parts(p, channel, present, parts);
+        for (int64_t group = 0; group < groups(p); group++) {
+            kernel_spectra(p, group, channel, present, parts, kernel);
+            multiply_spectra(p, present, image, kernel, sums + group * sums_size(p));
+        }
+    }
+}
+
+/* Add up the slices of LANES outputs of one square and leave the spectrum for the positions. */
+static void square_job(const void *problem, int64_t job, float *work) {
+    const Mixed *p = problem;
+    int64_t count = squares(p), square = job % count, group = job / count, across = whole(p->width, HALF);
+    Complex total[FREQUENCIES];
+    vec found[HALF * HALF];
+    (void)work;
+    memset(total, 0, sizeof total);
+    for (int64_t slice = 0; slice < p->slices; slice++)
+        for (int64_t f = 0; f < FREQUENCIES; f++)
+            total[f] = plus(total[f], p->sums[(slice * groups(p) + group) * sums_size(p) + f * count + square]);
+    square_of(total, found);
+    for (int64_t i = 0; i < HALF * HALF; i++) {
+        int64_t r = square / across * HALF + i / HALF, c = square % across * HALF + i % HALF, output = group * LANES;
+        if (r < p->height && c < p->width)
+            store_channels(p->y, (r * p->width + c) * p->outputs + output, p->outputs - output, 0, found[i] * UNIT);
+    }
+}
+
+/* y[r, c, o] = sum over i, j, channel of x[r + i − 4, c + j − 4, channel] · (base + weighted parts)[o, channel, i, j]. */
+void mixed_run(const Mixed *problem, int threads, Parallel *parallel) {
+    int64_t each = mixed_workspace(problem);
+    run_jobs((Queue){slice_job, problem, problem->slices, problem->work, each, 0, 0}, threads, parallel);
+    run_jobs((Queue){square_job, problem, squares(problem) * groups(problem), problem->work, each, 0, 0}, threads, parallel);
+}

@@ -1,0 +1,46 @@
+"""What the tests of C kernels share."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+NARROWER = ["-mno-avx512f", "-mno-avx"]
+"""Flags for vectors of 8 numbers (AVX2) and of 4 (SSE, NEON)."""
+
+needs_x86 = pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64"), reason="the compiler's flags are those of x86"
+)
+
+
+def in_fresh_process(module: str, code: str, **environment: str) -> str:
+    """Run code after `from MODULE import *`, a test file's name, in another interpreter; returns its standard output."""
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    setting = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "2", **environment}
+    command = [sys.executable, "-c", f"from {module} import *\n{code}"]
+    return subprocess.run(command, env=setting, capture_output=True, text=True, check=True).stdout
+
+
+def freshly_compiled(module: str, code: str, flag: str, cache: Path) -> str:
+    """As `in_fresh_process`, with one kernel compiled with a flag more into an empty cache."""
+    printed = in_fresh_process(module, code, CC=f"cc {flag}", XDG_CACHE_HOME=str(cache))
+    assert [path.suffix for path in (cache / "pamm").iterdir()] == [".so"]
+    return printed
+
+
+def assert_same_bits_for_any_number_of_threads(run: Callable[[], Sequence[Tensor]]) -> None:
+    threads, found = torch.get_num_threads(), []
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        found.append(run())
+    torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(a.isfinite().all() and torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
