@@ -26,7 +26,9 @@ def in_fresh_process(module: str, code: str, **environment: str) -> str:
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     setting = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "2", **environment}
     command = [sys.executable, "-c", f"from {module} import *\n{code}"]
-    return subprocess.run(command, env=setting, capture_output=True, text=True, check=True).stdout
+    done = subprocess.run(command, env=setting, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def freshly_compiled(module: str, code: str, flag: str, cache: Path) -> str:
@@ -44,3 +46,15 @@ def assert_same_bits_for_any_number_of_threads(run: Callable[[], Sequence[Tensor
     torch.set_num_threads(threads)
     for other in found[1:]:
         assert all(a.isfinite().all() and torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def assert_compiles_to_one_graph(module: str, call: str, *, before: str = "") -> None:
+    """`call`, an expression, in a process where no kernel was loaded before."""
+    code = (
+        f"{before}\ngiven = problem()\n"
+        f"function = lambda given: {call}\n"
+        "with torch.no_grad():\n"
+        "    compiled = torch.compile(function, backend='aot_eager', fullgraph=True)(given)\n"
+        "    assert torch.equal(compiled, function(given))"
+    )
+    in_fresh_process(module, code)

@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from kernels import NARROWER, assert_same_bits_for_any_number_of_threads, freshly_compiled, needs_x86
+from kernels import (
+    NARROWER,
+    assert_compiles_to_one_graph,
+    assert_same_bits_for_any_number_of_threads,
+    freshly_compiled,
+    needs_x86,
+)
 from torch import Tensor
 
 from pamm.ops import attention as module
@@ -76,6 +82,12 @@ def test_what_is_not_a_number_stays_so(place):
 @needs_compiler
 def test_registration_as_an_operator():
     torch.library.opcheck(torch.ops.pamm.attention.default, tuple(problem()))
+
+
+@needs_compiler
+def test_compiles_to_one_graph():
+    chosen = "module.BY_CONVOLUTION, module.SMALLEST = True, 1"
+    assert_compiles_to_one_graph("test_attention", "attention(*given) + 1", before=chosen)
 
 
 @needs_compiler

@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from kernels import NARROWER, assert_same_bits_for_any_number_of_threads, freshly_compiled, needs_x86
+from kernels import (
+    NARROWER,
+    assert_compiles_to_one_graph,
+    assert_same_bits_for_any_number_of_threads,
+    freshly_compiled,
+    needs_x86,
+)
 from torch import Tensor
 
 from pamm.ops import mixed_convolution as module
@@ -94,6 +100,11 @@ def test_torchs_form_is_the_same(taps, monkeypatch):
     x, base, parts, weights = given
     low = x.bfloat16(), base.bfloat16(), [part.bfloat16() for part in parts], weights
     assert error(mixed_convolution(*low), exact(*given)) < 2e-2
+
+
+@needs_compiler
+def test_compiles_to_one_graph():
+    assert_compiles_to_one_graph("test_mixed_convolution", "mixed_convolution(*given) + 1")
 
 
 @needs_compiler

@@ -60,8 +60,13 @@ def _suits(x: Tensor, base: Tensor) -> bool:
         and x.dtype in (torch.float32, torch.bfloat16)
         and base.shape[-2:] == (TAPS, TAPS)
         and not exporting()
-        and KERNEL.unavailable() is None
+        and _available()
     )
+
+
+@torch.compiler.assume_constant_result
+def _available() -> bool:
+    return KERNEL.unavailable() is None
 
 
 def _in_torch(x: Tensor, base: Tensor, parts: list[Tensor], weights: Tensor) -> Tensor:
