@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pamm.ops.compiled import Kernel, openmp
-from pamm.ops.product import BY_CONVOLUTION, exporting
+from pamm.ops.compiled import Kernel, exporting, openmp
+from pamm.ops.product import BY_CONVOLUTION
 
 SMALLEST = 1 << 22
 """Multiplications from which on the kernel pays."""

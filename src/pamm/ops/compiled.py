@@ -28,6 +28,9 @@ NATIVE = ("-march=native", "-mcpu=native")
 """Flags for this very processor; the first that the compiler takes is used."""
 LARGE_PAGE = 2**21
 
+exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # from torch 2.7 on
+"""Whether a graph is made that may run on any machine: without kernels of this one."""
+
 
 class Kernel:
     """The functions of a C file, which includes jobs.h. `declare` states their arguments and results.

@@ -79,26 +79,6 @@ static void copy_parts(const Mixed *p, int64_t channel, int64_t present, float *
         memcpy(out + j * CHANNELS * KERNEL, p->part[j] + channel * KERNEL, present * KERNEL * sizeof(float));
 }
 
-#define UPPER_LANE(i, s) ((i) / (s) % 2 ? (i) - (s) + LANES : (i))
-#define LOWER_LANE(i, s) ((i) / (s) % 2 ? (i) + LANES : (i) + (s))
-#define TRANSPOSE_STEP(rows, s)                                                            \
-    UNROLLED for (int i = 0; i < LANES; i++) if (i / (s) % 2 == 0) {                       \
-        vec a = rows[i], b = rows[i + (s)];                                                \
-        rows[i] = SHUFFLE(a, b, LANE_LIST(UPPER_LANE, s));                                 \
-        rows[i + (s)] = SHUFFLE(a, b, LANE_LIST(LOWER_LANE, s));                           \
-    }
-
-INLINE void transpose(vec rows[LANES]) {
-#if LANES == 16
-    TRANSPOSE_STEP(rows, 8)
-#endif
-#if LANES >= 8
-    TRANSPOSE_STEP(rows, 4)
-#endif
-    TRANSPOSE_STEP(rows, 2)
-    TRANSPOSE_STEP(rows, 1)
-}
-
 /* The base kernels of LANES outputs and one channel, (KERNEL) vectors over the outputs. */
 static void load_base(const Mixed *p, int64_t group, int64_t channel, vec *kernel) {
     for (int64_t step = 0; step < KERNEL; step += LANES) {

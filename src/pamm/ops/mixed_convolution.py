@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pamm.ops.compiled import Kernel, openmp
-from pamm.ops.product import exporting
+from pamm.ops.compiled import Kernel, exporting, openmp
 
 TAPS = 9
 SLICES = 16

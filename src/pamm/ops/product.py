@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pamm.ops.compiled import exporting
+from pamm.ops.winograd import Convolution3x3, convolves_3x3
+
 SMALLEST = 1 << 24
 """Multiplications from which on a convolution pays; below, starting one takes longer than the product."""
 
@@ -35,7 +38,6 @@ def _maker() -> str:
 
 
 BY_CONVOLUTION = by_convolution()
-exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # from torch 2.7 on
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -68,7 +70,7 @@ def channels_last(maps: Tensor) -> Tensor:
 
 
 def adopt(module: nn.Module) -> None:
-    """Make every `torch.nn.Linear` in a module a `Linear`, with the same parameters under the same names.
+    """Make every `torch.nn.Linear` in a module a `Linear` and 3×3 convolutions `Convolution3x3`, parameters and names the same.
 
     The weights of 3×3 convolutions are laid out as channels-last maps need them, instead of at every call. So they are again
     whenever a state is loaded, since a layout decides how the last digit is rounded.
@@ -87,6 +89,8 @@ def _adopt(module: nn.Module) -> None:
             part.__class__ = Linear
         elif isinstance(part, nn.Conv2d) and part.kernel_size == (3, 3):
             part.to(memory_format=torch.channels_last)
+            if type(part) is nn.Conv2d and convolves_3x3(part):
+                part.__class__ = Convolution3x3
 
 
 def _convolves(x: Tensor, weight: Tensor, multiplications: int) -> bool:

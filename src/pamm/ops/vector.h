@@ -129,5 +129,26 @@ DEFINE_FOLD(fold_eighths, LANES / 8)
 #endif
 DEFINE_FOLD(fold_neighbours, 1)
 
-/* Loops over the states of a block are written out, so that the states live in registers. */
+/* Loops over what lives in registers are written out. */
 #define UNROLLED _Pragma("GCC unroll 16")
+
+#define UPPER_LANE(i, s) ((i) / (s) % 2 ? (i) - (s) + LANES : (i))
+#define LOWER_LANE(i, s) ((i) / (s) % 2 ? (i) + LANES : (i) + (s))
+#define TRANSPOSE_STEP(rows, s)                                                            \
+    UNROLLED for (int i = 0; i < LANES; i++) if (i / (s) % 2 == 0) {                       \
+        vec a = rows[i], b = rows[i + (s)];                                                \
+        rows[i] = SHUFFLE(a, b, LANE_LIST(UPPER_LANE, s));                                 \
+        rows[i + (s)] = SHUFFLE(a, b, LANE_LIST(LOWER_LANE, s));                           \
+    }
+
+/* LANES vectors as the rows of a square → its columns. */
+INLINE void transpose(vec rows[LANES]) {
+#if LANES == 16
+    TRANSPOSE_STEP(rows, 8)
+#endif
+#if LANES >= 8
+    TRANSPOSE_STEP(rows, 4)
+#endif
+    TRANSPOSE_STEP(rows, 2)
+    TRANSPOSE_STEP(rows, 1)
+}
