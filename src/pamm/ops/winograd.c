@@ -1,9 +1,11 @@
-/* 3×3 convolution of maps by Winograd's minimal filtering F(4×4, 3×3), forward: a quarter of a direct convolution's products.
+/* 3×3 convolutions of maps and their gradients by Winograd's minimal filtering F(4×4, 3×3): a quarter of the products.
  *
  * The map is cut into tiles of 4×4 outputs, which see 6×6 inputs. Tiles and kernels are transformed to FREQUENCIES numbers each,
- * multiplied, summed over the channels and transformed back (Lavin and Gray, 2016). Tiles are taken in runs of at most RUN, so that
- * what a job adds to stays in the cache. A sum's order depends on the shapes alone: the result has the same bits for any
- * number of threads.
+ * multiplied, summed over the channels and transformed back (Lavin and Gray, 2016). The gradient of the input is such a
+ * convolution itself, with the kernels turned around; that of the weights is the same sum the other way around: over the tiles.
+ *
+ * Tiles are taken in runs of at most RUN, so that what a job adds to stays in the cache. A sum's order depends on the shapes
+ * alone: the result has the same bits for any number of threads.
  */
 #include "jobs.h"
 #include "vector.h"
@@ -19,17 +21,19 @@
 #define IMAGE_STEP (RUN * CHANNELS + GAP)
 #define KERNEL_STEP (CHANNELS * OUTPUTS + GAP)
 #if LANES == 16
-#define MOST_TILES 12 /* whose sums are in registers at once */
+#define MOST_ROWS 12 /* of sums that are in registers at once */
 #else
-#define MOST_TILES 5
+#define MOST_ROWS 5
 #endif
 
 typedef struct {
     int64_t images, height, width, channels, outputs;
     int64_t image, row, column;                /* strides of x, channels side by side */
-    int64_t output_step, tap_row, tap_column;  /* strides of the weights, (outputs, 3, 3, channels), channels side by side */
+    int64_t step, tap_row, tap_column;         /* strides of the weights, (outputs, 3, 3, channels), channels side by side, */
+    int64_t turned;                            /* or where this is set (channels, 3, 3, outputs), outputs side by side */
     const float *x, *weight, *bias;            /* bias (outputs) or NULL */
     float *y;                                  /* (images, height, width, outputs) */
+    float *gradient;                           /* of the weights, (outputs, 3, 3, channels), that of y is given; or NULL */
     float *transformed;                        /* winograd_transformed() floats, aligned to 64 bytes */
     float *work;                               /* threads × winograd_workspace() floats, aligned to 64 bytes */
 } Convolution;
@@ -80,6 +84,15 @@ INLINE void transform_kernel(const vec *in, int from, vec *out, int to) {
     out[5 * to] = c;
 }
 
+/* The gradient of three taps from those of six. */
+INLINE void transform_kernel_back(const vec *in, int from, vec *out, int to) {
+    vec a = (in[from] + in[2 * from]) * (-1 / 1.5f), b = (in[from] - in[2 * from]) * (-ROOT_HALF / 1.5f);
+    vec c = (in[3 * from] + in[4 * from]) * (1 / 6.0f), d = (in[3 * from] - in[4 * from]) * (ROOT_2 / 6);
+    out[0] = in[0] + a + c;
+    out[to] = b + d;
+    out[2 * to] = 0.5f * a + 2.0f * c + in[5 * from];
+}
+
 /* Six transformed sums → four outputs. */
 INLINE void transform_output(const vec *in, int from, vec *out, int to) {
     vec a = in[from] + in[2 * from], b = ROOT_HALF * (in[from] - in[2 * from]);
@@ -88,6 +101,18 @@ INLINE void transform_output(const vec *in, int from, vec *out, int to) {
     out[to] = b + d;
     out[2 * to] = 0.5f * a + 2.0f * c;
     out[3 * to] = 0.5f * b + 2.0f * d + in[5 * from];
+}
+
+/* The gradient of six sums from that of four outputs. */
+INLINE void transform_output_back(const vec *in, int from, vec *out, int to) {
+    vec a = in[0], b = in[from], c = in[2 * from], d = in[3 * from];
+    vec even = a + 0.5f * c, odd = ROOT_HALF * (b + 0.5f * d), wide = a + 2.0f * c, wide_odd = ROOT_2 * (b + 2.0f * d);
+    out[0] = a;
+    out[to] = even + odd;
+    out[2 * to] = even - odd;
+    out[3 * to] = wide + wide_odd;
+    out[4 * to] = wide - wide_odd;
+    out[5 * to] = d;
 }
 
 /* Transform the run's tiles for CHANNELS channels: (FREQUENCIES, tiles, CHANNELS), zero outside the map. */
@@ -115,17 +140,22 @@ static void input_job(const void *problem, int64_t job, float *work) {
     }
 }
 
+/* One tap of LANES channels' kernels, vectors over LANES outputs; zero where there are none. */
+static void load_tap(const Convolution *p, int tap, int64_t output, int64_t channel, vec *kernels) {
+    const float *weight = p->weight + tap / 3 * p->tap_row + tap % 3 * p->tap_column;
+    int64_t row = p->turned ? channel : output, rows = p->turned ? p->channels : p->outputs;
+    int64_t column = p->turned ? output : channel, columns = p->turned ? p->outputs : p->channels;
+    for (int64_t i = 0; i < LANES; i++) {
+        int inside = row + i < rows && column < columns;
+        kernels[i] = inside ? load_channels(weight, (row + i) * p->step + column, columns - column, 0) : (vec){0};
+    }
+    if (!p->turned) transpose(kernels);
+}
+
 /* Transform the kernels of LANES outputs and LANES channels: to (FREQUENCIES, CHANNELS, OUTPUTS), zero where there are none. */
 static void transform_kernels(const Convolution *p, int64_t output, int64_t channel, float *out) {
     vec taps[9][LANES];
-    for (int tap = 0; tap < 9; tap++) {
-        for (int64_t i = 0; i < LANES; i++) {
-            int64_t at = (output + i) * p->output_step + tap / 3 * p->tap_row + tap % 3 * p->tap_column + channel;
-            int inside = output + i < p->outputs && channel < p->channels;
-            taps[tap][i] = inside ? load_channels(p->weight, at, p->channels - channel, 0) : (vec){0};
-        }
-        transpose(taps[tap]);
-    }
+    for (int tap = 0; tap < 9; tap++) load_tap(p, tap, output, channel, taps[tap]);
     for (int64_t c = 0; c < LANES; c++) {
         vec kernel[9], half[3 * SEEN], done[FREQUENCIES];
         UNROLLED for (int tap = 0; tap < 9; tap++) kernel[tap] = taps[tap][c];
@@ -135,34 +165,34 @@ static void transform_kernels(const Convolution *p, int64_t output, int64_t chan
     }
 }
 
-/* sums += tiles · kernels over CHANNELS, for one frequency and `count` tiles; count is a constant where this is called. */
-INLINE void add_products(int count, const float *tiles, const float *kernels, vec *sums) {
-    vec sum[MOST_TILES][VECTORS];
-    UNROLLED for (int t = 0; t < count; t++)
-        for (int v = 0; v < VECTORS; v++) sum[t][v] = sums[t * VECTORS + v];
-    for (int64_t c = 0; c < CHANNELS; c++) {
-        vec kernel[VECTORS];
-        for (int v = 0; v < VECTORS; v++) memcpy(&kernel[v], kernels + c * OUTPUTS + v * LANES, sizeof(vec));
-        UNROLLED for (int t = 0; t < count; t++)
-            for (int v = 0; v < VECTORS; v++) sum[t][v] += tiles[t * CHANNELS + c] * kernel[v];
+/* sums (count, VECTORS) += Σ_k rows[i · row + k · step] · columns[k] over `length`; count and strides are constants where called. */
+INLINE void add_products(
+    int count, const float *rows, int row, int step, const float *columns, int64_t length, vec *sums) {
+    vec sum[MOST_ROWS][VECTORS];
+    UNROLLED for (int i = 0; i < count; i++)
+        for (int v = 0; v < VECTORS; v++) sum[i][v] = sums[i * VECTORS + v];
+    for (int64_t k = 0; k < length; k++) {
+        vec column[VECTORS];
+        for (int v = 0; v < VECTORS; v++) memcpy(&column[v], columns + k * OUTPUTS + v * LANES, sizeof(vec));
+        UNROLLED for (int i = 0; i < count; i++)
+            for (int v = 0; v < VECTORS; v++) sum[i][v] += rows[i * row + k * step] * column[v];
     }
-    UNROLLED for (int t = 0; t < count; t++)
-        for (int v = 0; v < VECTORS; v++) sums[t * VECTORS + v] = sum[t][v];
+    UNROLLED for (int i = 0; i < count; i++)
+        for (int v = 0; v < VECTORS; v++) sums[i * VECTORS + v] = sum[i][v];
 }
 
-#define FOR_COUNT(n) \
-    case n: add_products(n, tiles + first * CHANNELS, kernels, sums + first * VECTORS); break;
+#define FOR_COUNT(n) case n: add_products(n, rows, row, step, columns, length, sums); break;
 
-static void multiply(int64_t count, const float *tiles, const float *kernels, vec *sums) {
-    int64_t each = parts(count, parts(count, MOST_TILES));
-    for (int f = 0; f < FREQUENCIES; f++, tiles += IMAGE_STEP, kernels += KERNEL_STEP, sums += count * VECTORS)
-        for (int64_t first = 0; first < count; first += each)
-            switch (smaller(each, count - first)) {
-                FOR_COUNT(1) FOR_COUNT(2) FOR_COUNT(3) FOR_COUNT(4) FOR_COUNT(5)
-#if MOST_TILES == 12
-                FOR_COUNT(6) FOR_COUNT(7) FOR_COUNT(8) FOR_COUNT(9) FOR_COUNT(10) FOR_COUNT(11) FOR_COUNT(12)
+/* The same for any count. */
+INLINE void multiply(int64_t count, const float *rows, int row, int step, const float *columns, int64_t length, vec *sums) {
+    int64_t each = parts(count, parts(count, MOST_ROWS));
+    for (int64_t left = count; left > 0; left -= each, rows += each * row, sums += each * VECTORS)
+        switch (smaller(each, left)) {
+            FOR_COUNT(1) FOR_COUNT(2) FOR_COUNT(3) FOR_COUNT(4) FOR_COUNT(5)
+#if MOST_ROWS == 12
+            FOR_COUNT(6) FOR_COUNT(7) FOR_COUNT(8) FOR_COUNT(9) FOR_COUNT(10) FOR_COUNT(11) FOR_COUNT(12)
 #endif
-            }
+        }
 }
 
 /* Sums (FREQUENCIES, tiles, VECTORS) → the run's positions of y. */
@@ -201,19 +231,83 @@ static void output_job(const void *problem, int64_t job, float *work) {
         for (int64_t o = 0; o < OUTPUTS; o += LANES)
             for (int64_t c = 0; c < CHANNELS; c += LANES)
                 transform_kernels(p, job * OUTPUTS + o, block * CHANNELS + c, kernels + c * OUTPUTS + o);
-        multiply(run->tiles, p->transformed + block * FREQUENCIES * IMAGE_STEP, kernels, sums);
+        const float *tiles = p->transformed + block * FREQUENCIES * IMAGE_STEP;
+        for (int f = 0; f < FREQUENCIES; f++)
+            multiply(
+                run->tiles, tiles + f * IMAGE_STEP, CHANNELS, 1, kernels + f * KERNEL_STEP, CHANNELS,
+                sums + f * run->tiles * VECTORS);
     }
     write_outputs(run, job * OUTPUTS, sums);
 }
 
-/* y = x * weight + bias, zeros around the map, on at most MOST_THREADS threads. */
+/* Transform the gradients of OUTPUTS outputs of the run's tiles: (FREQUENCIES, tiles, OUTPUTS). */
+static void transform_gradients(const Run *run, int64_t output, vec *out) {
+    const Convolution *p = run->whole;
+    int64_t across = parts(p->width, TILE);
+    for (int64_t tile = 0; tile < run->tiles; tile++) {
+        int64_t top = (run->first + tile) / across * TILE, left = (run->first + tile) % across * TILE;
+        for (int64_t v = 0; v < VECTORS; v++) {
+            vec given[TILE * TILE], half[TILE * SEEN], done[FREQUENCIES];
+            int64_t o = output + v * LANES;
+            for (int64_t i = 0; i < TILE * TILE; i++) {
+                int64_t r = top + i / TILE, c = left + i % TILE, at = ((run->image * p->height + r) * p->width + c) * p->outputs + o;
+                int inside = r < p->height && c < p->width && o < p->outputs;
+                given[i] = inside ? load_channels(p->y, at, p->outputs - o, 0) : (vec){0};
+            }
+            UNROLLED for (int y = 0; y < TILE; y++) transform_output_back(given + y * TILE, 1, half + y * SEEN, 1);
+            UNROLLED for (int x = 0; x < SEEN; x++) transform_output_back(half + x, SEEN, done + x, SEEN);
+            for (int f = 0; f < FREQUENCIES; f++) out[(f * run->tiles + tile) * VECTORS + v] = done[f];
+        }
+    }
+}
+
+/* Add what the sums (FREQUENCIES, CHANNELS, VECTORS) say to the gradient of LANES outputs' weights for LANES channels. */
+static void add_gradients(const Convolution *p, int64_t output, int64_t channel, const vec *sums) {
+    vec taps[9][LANES];
+    for (int64_t c = 0; c < LANES; c++) {
+        vec half[3 * SEEN], done[9];
+        UNROLLED for (int x = 0; x < SEEN; x++)
+            transform_kernel_back(sums + (x * CHANNELS + c) * VECTORS, SEEN * CHANNELS * VECTORS, half + x, SEEN);
+        UNROLLED for (int y = 0; y < 3; y++) transform_kernel_back(half + y * SEEN, 1, done + y * 3, 1);
+        for (int tap = 0; tap < 9; tap++) taps[tap][c] = done[tap];
+    }
+    for (int tap = 0; tap < 9; tap++) {
+        transpose(taps[tap]);
+        for (int64_t i = 0; i < smaller(LANES, p->outputs - output); i++) {
+            int64_t at = ((output + i) * 9 + tap) * p->channels + channel, present = p->channels - channel;
+            store_channels(p->gradient, at, present, 0, load_channels(p->gradient, at, present, 0) + taps[tap][i]);
+        }
+    }
+}
+
+/* What a run adds to the gradient of OUTPUTS outputs' weights. */
+static void gradient_job(const void *problem, int64_t job, float *work) {
+    const Run *run = problem;
+    const Convolution *p = run->whole;
+    vec *sums = (vec *)work, *given = (vec *)(work + FREQUENCIES * KERNEL_STEP);
+    transform_gradients(run, job * OUTPUTS, given);
+    for (int64_t block = 0; block < parts(p->channels, CHANNELS); block++) {
+        const float *tiles = p->transformed + block * FREQUENCIES * IMAGE_STEP;
+        memset(sums, 0, FREQUENCIES * CHANNELS * OUTPUTS * sizeof(float));
+        for (int f = 0; f < FREQUENCIES; f++) {
+            const float *columns = (const float *)(given + f * run->tiles * VECTORS);
+            multiply(CHANNELS, tiles + f * IMAGE_STEP, 1, CHANNELS, columns, run->tiles, sums + f * CHANNELS * VECTORS);
+        }
+        for (int64_t v = 0; v < VECTORS && job * OUTPUTS + v * LANES < p->outputs; v++)
+            for (int64_t c = 0; c < CHANNELS && block * CHANNELS + c < p->channels; c += LANES)
+                add_gradients(p, job * OUTPUTS + v * LANES, block * CHANNELS + c, sums + c * VECTORS + v);
+    }
+}
+
+/* y = x * weight + bias, zeros around the map, or what x and the gradient y add to that of the weights. At most MOST_THREADS. */
 void winograd_run(const Convolution *p, int threads, Parallel *parallel) {
+    void (*job)(const void *, int64_t, float *) = p->gradient == NULL ? output_job : gradient_job;
     int64_t tiles = parts(p->height, TILE) * parts(p->width, TILE), each = winograd_workspace();
     int64_t length = parts(tiles, parts(tiles, RUN));
     for (int64_t image = 0; image < p->images; image++)
         for (int64_t first = 0; first < tiles; first += length) {
             Run run = {p, image, first, smaller(length, tiles - first)};
             run_jobs((Queue){input_job, &run, parts(p->channels, CHANNELS), p->work, each, 0, 0}, threads, parallel);
-            run_jobs((Queue){output_job, &run, parts(p->outputs, OUTPUTS), p->work, each, 0, 0}, threads, parallel);
+            run_jobs((Queue){job, &run, parts(p->outputs, OUTPUTS), p->work, each, 0, 0}, threads, parallel);
         }
 }

@@ -1,9 +1,10 @@
-"""3×3 convolutions of maps by Winograd's minimal filtering, for inference in float32: a quarter of the multiplications."""
+"""3×3 convolutions of maps in float32 by Winograd's minimal filtering, with gradients: a quarter of the multiplications."""
 
 from __future__ import annotations
 
 import ctypes
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +24,8 @@ class _Convolution(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("images", "height", "width", "channels", "outputs")),
-        *((name, ctypes.c_int64) for name in ("image", "row", "column", "output_step", "tap_row", "tap_column")),
-        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "y", "transformed", "work")),
+        *((name, ctypes.c_int64) for name in ("image", "row", "column", "step", "tap_row", "tap_column", "turned")),
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "y", "gradient", "transformed", "work")),
     )
 
 
@@ -62,8 +63,7 @@ def convolution_3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 
 def _suits(x: Tensor, weight: Tensor) -> bool:
     return (
-        not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
-        and x.device.type == "cpu"
+        x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
         and x.dim() == 4
@@ -80,18 +80,13 @@ def _available() -> bool:
 @torch.library.custom_op("pamm::convolution_3x3", mutates_args=(), device_types="cpu")
 def kernel_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(B, C, h, w), (O, C, 3, 3), (O,) → (B, O, h, w), channels-last, zeros around the map."""
-    x = x if x.stride(1) == 1 else x.contiguous(memory_format=torch.channels_last)
-    weight = weight if weight.stride(1) == 1 else weight.contiguous(memory_format=torch.channels_last)
+    x, weight = _channels_last(x), _channels_last(weight)
     y = _empty(x, weight, bias)
-    images, channels, height, width = x.shape
-    strides = (x.stride(0), x.stride(2), x.stride(3), weight.stride(0), weight.stride(2), weight.stride(3))
-    problem = _Convolution(images, height, width, channels, len(weight), *strides)
-    problem.x, problem.weight, problem.y = x.data_ptr(), weight.data_ptr(), y.data_ptr()
-    problem.bias = None if bias is None else bias.contiguous().data_ptr()
-    library, threads = KERNEL.library(), torch.get_num_threads()
-    problem.transformed = KERNEL.workspace("transformed", library.winograd_transformed(channels))
-    problem.work = KERNEL.workspace("work", threads * library.winograd_workspace())
-    library.winograd_run(ctypes.byref(problem), threads, openmp())
+    problem = _problem(x, y)
+    problem.step, _, problem.tap_row, problem.tap_column = weight.stride()
+    problem.weight = weight.data_ptr()
+    problem.bias = None if bias is None else (bias := bias.contiguous()).data_ptr()
+    _run(problem)
     return y
 
 
@@ -99,3 +94,75 @@ def kernel_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
 def _empty(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     images, _, height, width = x.shape
     return x.new_empty(images, height, width, len(weight)).permute(0, 3, 1, 2)
+
+
+@torch.library.custom_op("pamm::convolution_3x3_input", mutates_args=(), device_types="cpu")
+def input_gradient(dy: Tensor, weight: Tensor) -> Tensor:
+    """Gradient of x from that of y, (B, O, h, w): the convolution with the kernels turned by 180° and their channels swapped."""
+    dy, weight = _channels_last(dy), _channels_last(weight)
+    dx = _empty_input(dy, weight)
+    problem = _problem(dy, dx)
+    problem.step, _, row, column = weight.stride()
+    problem.tap_row, problem.tap_column, problem.turned = -row, -column, True
+    problem.weight = weight.data_ptr() + weight.element_size() * 2 * (row + column)
+    _run(problem)
+    return dx
+
+
+@input_gradient.register_fake
+def _empty_input(dy: Tensor, weight: Tensor) -> Tensor:
+    images, _, height, width = dy.shape
+    return dy.new_empty(images, height, width, weight.shape[1]).permute(0, 3, 1, 2)
+
+
+@torch.library.custom_op("pamm::convolution_3x3_weight", mutates_args=(), device_types="cpu")
+def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    """Gradient of the weights, (O, C, 3, 3), from that of y and the input."""
+    dy, x = dy.contiguous(memory_format=torch.channels_last), _channels_last(x)
+    gradient = torch.zeros(dy.shape[1], 3, 3, x.shape[1])
+    problem = _problem(x, dy)
+    problem.gradient = gradient.data_ptr()
+    _run(problem)
+    return gradient.permute(0, 3, 1, 2)
+
+
+@weight_gradient.register_fake
+def _empty_weight(dy: Tensor, x: Tensor) -> Tensor:
+    return dy.new_empty(dy.shape[1], 3, 3, x.shape[1]).permute(0, 3, 1, 2)
+
+
+def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, weight, _ = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    of_x, of_weight, of_bias = ctx.needs_input_grad
+    return (
+        torch.ops.pamm.convolution_3x3_input(dy, weight) if of_x else None,
+        torch.ops.pamm.convolution_3x3_weight(dy, x) if of_weight else None,
+        dy.sum((0, 2, 3)) if of_bias else None,
+    )
+
+
+kernel_convolution.register_autograd(_backward, setup_context=_keep)
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    """With the channels side by side; the other strides as they are."""
+    return tensor if tensor.stride(1) == 1 else tensor.contiguous(memory_format=torch.channels_last)
+
+
+def _problem(x: Tensor, y: Tensor) -> _Convolution:
+    images, channels, height, width = x.shape
+    problem = _Convolution(images, height, width, channels, y.shape[1], x.stride(0), x.stride(2), x.stride(3))
+    problem.x, problem.y = x.data_ptr(), y.data_ptr()
+    return problem
+
+
+def _run(problem: _Convolution) -> None:
+    library, threads = KERNEL.library(), torch.get_num_threads()
+    problem.transformed = KERNEL.workspace("transformed", library.winograd_transformed(problem.channels))
+    problem.work = KERNEL.workspace("work", threads * library.winograd_workspace())
+    library.winograd_run(ctypes.byref(problem), threads, openmp())
