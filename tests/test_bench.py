@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -16,7 +17,8 @@ import torch
 from pamm.bench import BenchError, child, run
 from pamm.bench.command import main, scan_shape
 from pamm.bench.machine import scan_floor, vector_rates
-from pamm.bench.measure import Candidate, Workload, in_turn, operations
+from pamm.bench.measure import Candidate, Workload, in_turn
+from pamm.bench.operations import operations
 from pamm.bench.plain_pamm import PlainPAMM, plain_state
 from pamm.bench.plain_released import PlainReleased
 from pamm.bench.plain_scan import SCANS, Parts, along_orders, mambapy, recurrence
@@ -297,6 +299,23 @@ def test_operations_of_a_grouped_convolution_are_those_of_its_groups(groups):
     with operations() as counter:
         convolution(torch.randn(2, 8, 5, 7, requires_grad=True)).sum().backward()
     assert counter.get_total_flops() == 3 * 2 * (2 * 12 * 5 * 7) * (8 // groups * 9)
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler here")
+def test_operations_of_the_c_kernels_are_those_they_carry_out():
+    x, weight, bias = torch.randn(2, 8, 5, 7), torch.randn(12, 8, 3, 3), torch.randn(12)
+    tiles, pairs = 2 * 2 * 2, 8 * 12
+    with operations() as counter:
+        torch.ops.pamm.convolution_3x3(x.requires_grad_(), weight.requires_grad_(), bias).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 36 * tiles * pairs
+    q, k = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 7, 8)
+    with operations() as counter:
+        torch.ops.pamm.attention(q, k, k)
+    assert counter.get_total_flops() == 2 * 2 * (2 * 3 * 5 * 7 * 8)
+    with operations() as counter:
+        kernels = torch.randn(6, 4, 9, 9), [torch.randn(2, 4, 9, 9)], torch.randn(6, 2)
+        torch.ops.pamm.mixed_convolution(torch.randn(9, 20, 4), *kernels)
+    assert counter.get_total_flops() == 2 * 4 * 130 * (2 * 3) * (4 * 6)
 
 
 def test_the_floor_counts_operations_and_shared_exponentials():

@@ -82,6 +82,7 @@ def build(system="mtmamba", names=("semseg", "depth"), backbone=SWIN, **changes)
 # -- the published implementations -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("kernels")
 def test_outputs_and_maps_are_the_published_ones(golden):
     case, arrays, state, _ = golden
     model = load(state, image_size=tuple(case["image"]))
@@ -96,6 +97,7 @@ def test_outputs_and_maps_are_the_published_ones(golden):
         assert deviation(logits[task], arrays[f"output/{task}"]) < 1e-5, task
 
 
+@pytest.mark.usefixtures("kernels")
 def test_gradients_are_the_published_ones_under_their_names(golden):
     case, arrays, state, formula = golden
     model = load(state, image_size=tuple(case["image"]))

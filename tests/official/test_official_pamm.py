@@ -93,6 +93,7 @@ def test_golden_maps_and_orders(golden):
             assert (value - expected).abs().max() <= 1e-4 * expected.abs().max(), name
 
 
+@pytest.mark.usefixtures("kernels")
 def test_golden_outputs_and_maps_without_gradients(golden):
     """As users predict: with experts and heads folded."""
     with torch.inference_mode(), pamm.official.intermediates(golden.model) as maps:

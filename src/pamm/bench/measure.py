@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pamm.bench.machine import give_back, process_memory
+from pamm.bench.operations import operations
 
 VISIT = 0.25
 """Seconds of calls of one candidate before the next one's turn; at least one call."""
@@ -122,20 +122,6 @@ def _warm_up(candidate: Candidate, timing: Timing, longest: float, device: str) 
     timing.cold = taken > longest
     timing.seconds.append(taken)
     return output
-
-
-def operations() -> Any:
-    """A counter of the operations of matrix products and convolutions, a context with `get_total_flops()`."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward})
-
-
-def _convolution_backward(gradient: Sequence[int], x: Sequence[int], weight: Sequence[int], *options: Any, **_) -> int:
-    """Shapes and options of torch's operator → operations. Torch counts grouped convolutions as if they had one group."""
-    transposed, wanted = options[4], options[7][:2]
-    positions = (x if transposed else gradient)[2:]
-    return sum(wanted) * 2 * x[0] * math.prod(positions) * math.prod(weight)
 
 
 def _visit(candidate: Candidate, timing: Timing, expected: float, device: str) -> None:

@@ -1,0 +1,59 @@
+"""Counting the operations of matrix products and convolutions: two per product, as they are really carried out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from pamm.ops import attention, mixed_convolution, winograd
+
+Shape = Sequence[int]
+
+
+def operations() -> Any:
+    """A counter, a context with `get_total_flops()`."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    own = {
+        attention.kernel_attention: _attention,
+        mixed_convolution.kernel_convolution: _mixed_convolution,
+        winograd.kernel_convolution: _winograd,
+        winograd.input_gradient: _winograd,
+        winograd.weight_gradient: _winograd_weight,
+    }
+    mapping = {operator._opoverload.overloadpacket: formula for operator, formula in own.items()}
+    mapping[torch.ops.aten.convolution_backward] = _convolution_backward
+    return FlopCounterMode(display=False, custom_mapping=mapping)
+
+
+def _convolution_backward(gradient: Shape, x: Shape, weight: Shape, *options: Any, **_) -> int:
+    """Shapes and options of torch's operator → operations. Torch counts grouped convolutions as if they had one group."""
+    transposed, wanted = options[4], options[7][:2]
+    positions = (x if transposed else gradient)[2:]
+    return sum(wanted) * 2 * x[0] * math.prod(positions) * math.prod(weight)
+
+
+def _attention(q: Shape, k: Shape, v: Shape, **_) -> int:
+    return 4 * math.prod(q) * k[2]
+
+
+def _winograd(x: Shape, weight: Shape, *bias: Any, **_) -> int:
+    """36 products per channel in, channel out and tile of 4×4 positions, where a direct convolution has 144."""
+    return _tile_products(x) * weight[0] * weight[1]
+
+
+def _winograd_weight(gradient: Shape, x: Shape, **_) -> int:
+    return _tile_products(x) * gradient[1] * x[1]
+
+
+def _tile_products(x: Shape) -> int:
+    return 2 * 36 * x[0] * math.ceil(x[2] / 4) * math.ceil(x[3] / 4)
+
+
+def _mixed_convolution(x: Shape, base: Shape, *others: Any, **_) -> int:
+    """130 complex products per channel in, channel out and square of 8×8 positions; what mixes the kernels is not counted."""
+    height, width, channels = x
+    return 2 * 4 * 130 * math.ceil(height / 8) * math.ceil(width / 8) * channels * base[0]
