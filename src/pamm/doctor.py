@@ -22,6 +22,7 @@ def examine() -> int:
     healthy = _torch()
     if healthy:
         _devices()
+        _kernels()
         _engines()
     for extra, modules in EXTRAS.items():
         absent = [name for name in modules if not _imports(name)]
@@ -52,7 +53,6 @@ def _torch() -> bool:
 def _devices() -> None:
     import torch
 
-    from pamm.ops.attention import KERNEL
     from pamm.ops.product import BY_CONVOLUTION
     from pamm.precision import bfloat16_units
 
@@ -61,8 +61,6 @@ def _devices() -> None:
     print(f"  CPU            {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, {lower}")
     if BY_CONVOLUTION:
         print("                 float32 products run as 1×1 convolutions: oneDNN is faster than MKL on this processor")
-        reason = KERNEL.unavailable()
-        print(f"                 attention without gradients: {f'torch ({reason})' if reason else 'C kernel'}")
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             print(f"  GPU {index}          {torch.cuda.get_device_name(index)}")
@@ -70,6 +68,18 @@ def _devices() -> None:
         print("  GPU            Apple (mps)")
     else:
         print("  GPU            none that torch can use: training and prediction run on the CPU")
+
+
+def _kernels() -> None:
+    from pamm.ops import attention, mixed_convolution, winograd
+
+    print("  C kernels for layers of networks on the CPU:")
+    for name, reason in (
+        ("3×3 convolutions, float32", winograd.objection()),
+        ("released experts' 9×9 convolutions, without gradients", mixed_convolution.KERNEL.unavailable()),
+        ("attention, without gradients", attention.objection()),
+    ):
+        print(f"    {name}: {f'torch runs it ({reason})' if reason else 'available'}")
 
 
 def _engines() -> None:

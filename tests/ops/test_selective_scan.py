@@ -355,6 +355,15 @@ def test_without_a_compiler_the_step_engine_runs(compiler, reason, tmp_path):
     assert re.search(reason, printed)
 
 
+def test_kernels_can_be_switched_off():
+    code = (
+        "from pamm.ops import attention, mixed_convolution, winograd\n"
+        "print(*(m.KERNEL.unavailable() for m in (attention, mixed_convolution, winograd)), choose('cpu', torch.float32), sep='; ')"
+    )
+    printed = in_fresh_process("test_selective_scan", code, PAMM_KERNELS="off").strip()
+    assert printed == "; ".join(["switched off by PAMM_KERNELS=off"] * 3 + ["step"])
+
+
 def test_native_engine_says_what_it_refuses():
     inputs, orders = problem(**CASES["odd"], dtype=torch.float64)
     with pytest.raises(ValueError, match=r"scan engine 'native' cannot run this: .*(float64|compiler)"):

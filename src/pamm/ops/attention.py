@@ -49,7 +49,7 @@ KERNEL = Kernel(Path(__file__).with_suffix(".c"), _declare)
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q·kᵀ / √width)·v: (B, heads, queries, width), twice (B, heads, keys, width) → (B, heads, queries, width)."""
-    if BY_CONVOLUTION and _suits(q, k, v) and _available():
+    if _suits(q, k, v) and _available():
         return torch.ops.pamm.attention(q, k, v)
     return F.scaled_dot_product_attention(q, k, v)
 
@@ -67,9 +67,16 @@ def _suits(q: Tensor, k: Tensor, v: Tensor) -> bool:
     )
 
 
+def objection() -> str | None:
+    """Why torch's attention runs on this machine, or None."""
+    if not BY_CONVOLUTION:
+        return "its products are fast on this processor"
+    return KERNEL.unavailable()
+
+
 @torch.compiler.assume_constant_result
 def _available() -> bool:
-    return KERNEL.unavailable() is None
+    return objection() is None
 
 
 @torch.library.custom_op("pamm::attention", mutates_args=(), device_types="cpu")

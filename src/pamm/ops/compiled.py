@@ -28,6 +28,9 @@ NATIVE = ("-march=native", "-mcpu=native")
 """Flags for this very processor; the first that the compiler takes is used."""
 LARGE_PAGE = 2**21
 
+VARIABLE = "PAMM_KERNELS"
+"""Environment variable: "off" makes every C kernel unavailable, so that torch's own forms run."""
+
 exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # from torch 2.7 on
 """Whether a graph is made that may run on any machine: without kernels of this one."""
 
@@ -64,6 +67,8 @@ class Kernel:
 
     @cached_property
     def _loaded(self) -> tuple[ctypes.CDLL | None, str | None]:
+        if os.environ.get(VARIABLE) == "off":
+            return None, f"switched off by {VARIABLE}=off"
         try:
             library = ctypes.CDLL(str(_built(self.source)))
         except (_BuildError, OSError) as error:

@@ -72,9 +72,17 @@ def _suits(x: Tensor, weight: Tensor) -> bool:
     )
 
 
+def objection() -> str | None:
+    """Why torch's convolution runs on this machine, or None."""
+    reason = KERNEL.unavailable()
+    if reason is None and KERNEL.library().vector_lanes() < LANES:
+        return f"vectors of {KERNEL.library().vector_lanes()} numbers, which are too narrow for it to pay"
+    return reason
+
+
 @torch.compiler.assume_constant_result
 def _available() -> bool:
-    return KERNEL.unavailable() is None and KERNEL.library().vector_lanes() >= LANES
+    return objection() is None
 
 
 @torch.library.custom_op("pamm::convolution_3x3", mutates_args=(), device_types="cpu")
