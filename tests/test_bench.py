@@ -16,6 +16,7 @@ import torch
 
 from pamm.bench import BenchError, child, run
 from pamm.bench.command import main, scan_shape
+from pamm.bench.layers import CASES, workload
 from pamm.bench.machine import scan_floor, vector_rates
 from pamm.bench.measure import Candidate, Workload, in_turn
 from pamm.bench.operations import operations
@@ -202,15 +203,29 @@ def test_a_network_is_measured_beside_its_plain_form(tmp_path):
     assert lines[0]["shape"]["size"] == [48, 64] and "depth" in lines[0]["shape"]["tasks"]
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_layers_compute_what_torchs_forms_do(case, monkeypatch):
+    """At a small size, forward and, for convolutions, backward too."""
+    small = {"heads": 2, "tokens": 30, "channels": 130, "outputs": 128, "height": 9, "width": 8}
+    monkeypatch.setitem(CASES, case, {key: small[key] for key in CASES[case]})
+    settings = {"layer": case, "device": "cpu", "dtype": "float32"}
+    for backward in (False, True) if case.startswith("convolution") else (False,):
+        found = in_turn(workload(settings | {"backward": backward}), rounds=1, budget=0.1, device="cpu")
+        assert found["torch"].error is None and found["torch"].difference < 1e-5
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["layers", "attention-x"], "found 'attention-x', expected layers among attention-b"),
+        (["layers", "attention-b", "--dtype", "bf16"], "on the CPU in float32"),
+        (["layers", "attention-b", "--what", "backward"], "no backward pass; measure --what forward"),
         (["scan", "64,4"], "shape '64,4': expected one of nyud-b"),
         (["scan", "8,4,3,5,9"], "1 to 8 orders"),
         (["scan", "nyud-b", "--engine", "fast"], "--engine: found 'fast', expected one of native"),
         (["scan", "nyud-b", "--rounds", "0"], "--rounds: found 0, expected a number from 1 up"),
         (["model", "pascal-pam-b"], "unknown recipe 'pascal-pam-b'"),
-        (["all", "speed", "--out", "results.jsonl"], "found 'speed', expected kinds among scan, model"),
+        (["all", "speed", "--out", "results.jsonl"], "found 'speed', expected kinds among scan, layers, model"),
         (["scaling", "nyud-mtmamba"], "does not have; give pascal-pamm-b"),
         (["report", "nothing.jsonl", "--out", "page"], r"nothing.jsonl: No such file .*--out FILE"),
     ],

@@ -15,6 +15,7 @@ from typing import Any
 
 WORKS = {
     "scan": "pamm.bench.scan",
+    "layers": "pamm.bench.layers",
     "model": "pamm.bench.model",
     "train": "pamm.bench.train",
     "scaling": "pamm.bench.scaling",

@@ -65,9 +65,19 @@ def arguments_parser() -> argparse.ArgumentParser:
         prog="pamm bench", description=(__doc__ or "") + " Speed and memory.", allow_abbrev=False
     )
     kinds = top.add_subparsers(
-        dest="bench", required=True, metavar="scan | model | train | data | scaling | all | report"
+        dest="bench", required=True, metavar="scan | layers | model | train | data | scaling | all | report"
     )
     _scan_options(_kind(kinds, "scan", "the selective scan: engines, the published recurrence, mamba.py"))
+    layers = _kind(kinds, "layers", "layers with C kernels of this package on a CPU, and torch's forms of them")
+    layers.add_argument(
+        "layers", nargs="*", metavar="LAYER", help="attention-b, convolution-l, experts-b, ... (default: all)"
+    )
+    layers.add_argument(
+        "--what",
+        choices=["forward", "backward"],
+        default="forward",
+        help="backward: of convolutions, forward and backward",
+    )
     _model_options(_kind(kinds, "model", "a prediction: this package's network and its plain form"))
     _network_options(_kind(kinds, "train", "a training step: forward, losses, backward, optimizer"))
     data = _kind(kinds, "data", "the training loader's throughput", timed=False)
@@ -203,6 +213,21 @@ def scan_shape(text: str) -> dict[str, int]:
     return dict(zip(keys, map(int, parts), strict=True))
 
 
+def _layers(plain: argparse.Namespace) -> Cases:
+    from pamm.bench.layers import CASES
+    from pamm.bench.run import measure
+
+    for name in plain.layers:
+        if name not in CASES:
+            raise BenchError(f"found '{name}', expected layers among {', '.join(CASES)}, or none for all")
+    backward = plain.what == "backward"
+    every = [name for name in CASES if not backward or name.startswith("convolution")]
+    for name in plain.layers or every:
+        settings = {"layer": name, "backward": backward, "candidates": ["pamm", "torch"]}
+        what = "forward + backward" if backward else "forward"
+        yield measure("layers", name, what, _job(plain, "layers", settings), memory=not plain.no_memory)
+
+
 def _model(plain: argparse.Namespace) -> Cases:
     from pamm.bench.run import measure
 
@@ -280,7 +305,7 @@ def _data(plain: argparse.Namespace) -> Cases:
         ]
 
 
-MEASURE = {"scan": _scan, "model": _model, "train": _train, "data": _data, "scaling": _scaling}
+MEASURE = {"scan": _scan, "layers": _layers, "model": _model, "train": _train, "data": _data, "scaling": _scaling}
 
 
 def finish(lines: list[dict[str, Any]], out: Path | None) -> list[dict[str, Any]]:

@@ -11,6 +11,8 @@ PLAN: tuple[tuple[str, ...], ...] = (
     ("scan", "pascal-l", "--what", "forward", "--rounds", "3", "--budget", "8"),
     ("scan", "pascal-l", "--what", "backward", "--plain", "mambapy", "--rounds", "2", "--budget", "8", "--no-memory"),
     ("scan", "nyud-b", "pascal-l", "--per-order", "--plain", "none", "--no-memory"),
+    ("layers", "--budget", "5", "--no-memory"),
+    ("layers", "--what", "backward", "--budget", "5", "--no-memory"),
     ("model", "nyud-pamm-released-b", *RELEASED, "--rounds", "3"),
     ("model", "pascal-pamm-released-l", *RELEASED, "--rounds", "2", "--no-memory"),
     ("model", "pascal-pamm-b", "--dtype", "bf16", "--plain", "none"),

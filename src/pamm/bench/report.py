@@ -14,6 +14,7 @@ Line = Mapping[str, Any]
 
 TITLES = {
     "scan": "The selective scan",
+    "layers": "Layers with C kernels",
     "model": "Prediction",
     "train": "A training step",
     "scaling": "How the cost grows",
@@ -26,6 +27,10 @@ NOTES = {
         "Both scan one permuted copy per order; their backward pass runs order by order, so that the states of one "
         "order at a time are kept. The floor is three vector operations and one exponential (shared by orders with "
         "common parameters) per state-step, at the rates measured in the same run."
+    ),
+    "layers": (
+        "One layer of one image. `torch`: its attention and its convolutions; for `experts` it sums the kernels of one image and "
+        "convolves with the sum. GFLOP of `pamm`: what the kernel multiplies; of `torch`: of a direct convolution."
     ),
     "model": (
         "`plain` is the same function on the same weights, tasks and experts in loops and the head's 3×3 convolution on "

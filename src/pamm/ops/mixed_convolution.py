@@ -50,7 +50,7 @@ def mixed_convolution(x: Tensor, base: Tensor, parts: list[Tensor], weights: Ten
     """
     if _suits(x, base):
         return torch.ops.pamm.mixed_convolution(x, base, parts, weights)
-    return _in_torch(x, base, parts, weights)
+    return in_torch(x, base, parts, weights)
 
 
 def _suits(x: Tensor, base: Tensor) -> bool:
@@ -68,7 +68,7 @@ def _available() -> bool:
     return KERNEL.unavailable() is None
 
 
-def _in_torch(x: Tensor, base: Tensor, parts: list[Tensor], weights: Tensor) -> Tensor:
+def in_torch(x: Tensor, base: Tensor, parts: list[Tensor], weights: Tensor) -> Tensor:
     kernel = base.flatten(1).float()
     for part, own in zip(parts, weights.float().split([len(part) for part in parts], dim=1), strict=True):
         kernel = torch.addmm(kernel, own, part.flatten(1).float())
