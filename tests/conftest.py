@@ -26,4 +26,6 @@ def kernels(request, monkeypatch) -> None:
     if request.param:
         monkeypatch.setattr(attention, "BY_CONVOLUTION", True)
         monkeypatch.setattr(attention, "SMALLEST", 1)
+        monkeypatch.setattr(attention, "FEWEST_QUERIES", 1)
         monkeypatch.setattr(winograd, "FEWEST_CHANNELS", 1)
+        monkeypatch.setattr(winograd, "FEWEST_TILES", 1)

@@ -74,7 +74,7 @@ def test_same_bits_for_any_number_of_threads():
 @pytest.mark.parametrize("place", [0, 1])
 def test_what_is_not_a_number_stays_so(place):
     given = problem()
-    given[place][0, 1, 5, 7] = torch.nan
+    given[place].view(torch.int32)[0, 1, 5, 7] = 0x7FC00001  # a NaN that arithmetic on its bits might lose
     found, expected = torch.ops.pamm.attention(*given), exact(*given)
     assert torch.equal(found.isnan(), expected.isnan()) and found.isnan().any() and not found.isnan().all()
 
@@ -125,16 +125,44 @@ def test_gradients_are_torchs(operator_calls):
     assert operator_calls
 
 
+OTHERS = {
+    "float64": lambda q, k, v: (q.double(), k.double(), v.double()),
+    "another device": lambda q, k, v: (q.to("meta"), k.to("meta"), v.to("meta")),
+    "keys for all images": lambda q, k, v: (q, k[:1], v[:1]),
+    "three dimensions": lambda q, k, v: (q[0], k[0], v[0]),
+    "few queries": lambda q, k, v: (q[:, :, :5], k, v),
+    "two dtypes": lambda q, k, v: (q, k.bfloat16(), v),
+    "two widths": lambda q, k, v: (q[..., :32], k, v),
+}
+
+
 @needs_compiler
-@pytest.mark.parametrize("case", ["float64", "mixed", "meta"])
+@pytest.mark.parametrize("case", OTHERS)
 def test_other_inputs_are_left_to_torch(case, operator_calls):
-    q, k, v = problem()
-    given = {"float64": (q.double(), k.double(), v.double()), "mixed": (q, k, v), "meta": (q, k, v)}[case]
-    if case == "meta":
-        given = tuple(x.to("meta") for x in given)
-    if case == "mixed":
-        with pytest.raises(RuntimeError, match="same dtype"):
-            attention(q, k.bfloat16(), v)
+    given = OTHERS[case](*problem(images=2))
+    try:
+        expected = F.scaled_dot_product_attention(*given)
+    except (RuntimeError, ValueError) as error:
+        with pytest.raises(type(error)) as told:
+            attention(*given)
+        assert str(told.value) == str(error)
     else:
-        assert attention(*given).dtype == given[0].dtype
+        found = attention(*given)
+        assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+        assert found.is_meta or torch.equal(found, expected)
+    assert not operator_calls
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")  # tracing is what older exporters do
+@needs_compiler
+def test_graphs_for_other_machines_and_forward_derivatives_are_torchs(operator_calls):
+    class Layer(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return attention(q, k, v)
+
+    exported = torch.export.export(Layer(), tuple(problem()))
+    traced = torch.jit.trace(Layer(), problem(), check_trace=False)
+    assert "ops.pamm" not in str(exported.graph) and "pamm::" not in str(traced.inlined_graph)
+    with pytest.raises(NotImplementedError, match="forward AD"):
+        torch.func.jvp(lambda q: attention(q, *problem()[1:]), (problem()[0],), (problem()[0],))
     assert not operator_calls

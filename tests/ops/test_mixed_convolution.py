@@ -91,10 +91,18 @@ def test_registration_as_an_operator():
     torch.library.opcheck(torch.ops.pamm.mixed_convolution.default, problem())
 
 
+def test_mistakes_are_told():
+    x, base, parts, weights = problem()
+    wrong = (x[..., 1:], weights), (x, weights[:, 1:]), (x, weights[1:]), (x[:0], weights)
+    for x, weights in wrong:
+        with pytest.raises(RuntimeError):
+            mixed_convolution(x, base, parts, weights)
+
+
 @pytest.mark.parametrize("taps", [1, 5, 9])
 def test_torchs_form_is_the_same(taps, monkeypatch):
     """What runs for other kernels, on other devices and without a compiler."""
-    monkeypatch.setattr(module, "_suits", lambda x, base: False)
+    monkeypatch.setattr(module, "_suits", lambda *given: False)
     given = problem(taps=taps)
     assert error(mixed_convolution(*given), exact(*given)) < 2e-6
     x, base, parts, weights = given

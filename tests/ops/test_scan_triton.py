@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from kernels import in_fresh_process
 from test_selective_scan import (
     BFLOAT16_TOLERANCE,
     CASES,
     FLOAT32_TOLERANCE,
     assert_close,
     in_double,
-    in_fresh_process,
     problem,
     run,
 )
@@ -33,6 +33,7 @@ INTERPRETED = {
 def test_interpreted_kernels_equal_reference(per_order, programs):
     """With few programs the orders and tiles are added up inside a program, with many each writes a copy."""
     in_fresh_process(
+        "test_selective_scan",
         f"""
 from pamm.ops.selective_scan import triton
 triton.PROGRAMS = {programs}
@@ -51,6 +52,7 @@ for case in {list(INTERPRETED.values())}:
 @pytest.mark.slow
 def test_interpreted_kernels_in_bfloat16_with_extreme_steps_and_twice_the_same():
     in_fresh_process(
+        "test_selective_scan",
         f"""
 case = {INTERPRETED["odd"]}
 inputs, orders = problem(**case, dtype=torch.bfloat16)
@@ -100,6 +102,7 @@ TYPES = {"x": "*bf16", "dy": "*bf16", "orders": "*i32"}
 def test_kernels_compile_for_a_gpu_that_is_not_here(kernel, even):
     """What the interpreter cannot tell: that the compiler takes the kernels, and that their tiles fit the registers."""
     printed = in_fresh_process(
+        "test_selective_scan",
         f"""
 import triton
 from triton.backends.compiler import GPUTarget
@@ -116,7 +119,7 @@ source = ASTSource(function, {{name: kind(name) for name in names}},
 options = dict(num_warps=1, enable_fp_fusion=True)
 compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 print(len(compiled.asm["cubin"]))
-"""
+""",
     )
     assert int(printed) > 1000
 

@@ -1,7 +1,5 @@
 """The selective scan: engines against the reference, outputs and every gradient; the reference against algebra."""
 
-import re
-
 import numpy as np
 import pytest
 import torch
@@ -9,7 +7,6 @@ from kernels import (
     NARROWER,
     assert_same_bits_for_any_number_of_threads,
     freshly_compiled,
-    in_fresh_process,
     needs_x86,
 )
 from torch import Tensor
@@ -338,30 +335,6 @@ def test_kernel_of_older_processors(narrower, tmp_path):
     )
     lanes = freshly_compiled("test_selective_scan", code, narrower, tmp_path)
     assert dict(zip(NARROWER, ("8 channels per vector", "4 channels per vector"), strict=True))[narrower] in lanes
-
-
-@pytest.mark.parametrize(
-    ("compiler", "reason"),
-    [
-        ("no-such-compiler", "no C compiler 'no-such-compiler' found; install gcc or clang"),
-        ("false", "'false .*' failed"),
-    ],
-    ids=["absent", "broken"],
-)
-def test_without_a_compiler_the_step_engine_runs(compiler, reason, tmp_path):
-    code = "print(choose('cpu', torch.float32), explain()[0])"
-    printed = in_fresh_process("test_selective_scan", code, CC=compiler, XDG_CACHE_HOME=str(tmp_path))
-    assert printed.startswith("step ")
-    assert re.search(reason, printed)
-
-
-def test_kernels_can_be_switched_off():
-    code = (
-        "from pamm.ops import attention, mixed_convolution, winograd\n"
-        "print(*(m.KERNEL.unavailable() for m in (attention, mixed_convolution, winograd)), choose('cpu', torch.float32), sep='; ')"
-    )
-    printed = in_fresh_process("test_selective_scan", code, PAMM_KERNELS="off").strip()
-    assert printed == "; ".join(["switched off by PAMM_KERNELS=off"] * 3 + ["step"])
 
 
 def test_native_engine_says_what_it_refuses():

@@ -115,7 +115,7 @@ def test_registration_as_an_operator():
 
 @needs_compiler
 def test_compiles_to_one_graph():
-    chosen = "module.FEWEST_CHANNELS = 1"
+    chosen = "module.FEWEST_CHANNELS = module.FEWEST_TILES = 1"
     assert_compiles_to_one_graph("test_winograd", "convolution_3x3(*given) + 1", before=chosen)
 
 
@@ -149,7 +149,7 @@ def calls(monkeypatch) -> list[bool]:
 def test_layers_of_a_network_are_adopted(calls):
     torch.manual_seed(0)
     layers = nn.Sequential(nn.Conv2d(128, 128, 3, padding=1), nn.Conv2d(128, 130, 3, padding=1, bias=False)).eval()
-    x = torch.randn(2, 128, 6, 7)
+    x = torch.randn(2, 128, 14, 15)
     expected = layers(x)
     adopt(layers)
     with torch.no_grad():
@@ -169,7 +169,7 @@ OTHERS = {
 @pytest.mark.parametrize("case", OTHERS)
 def test_other_layers_are_left_to_torch(case, calls):
     layers = nn.Sequential(nn.Conv2d(128, 128, 3, **OTHERS[case])).eval()
-    x = torch.randn(1, 128, 6, 7)
+    x = torch.randn(1, 128, 14, 15)
     expected = layers(x)
     adopt(layers)
     with torch.no_grad():
@@ -178,12 +178,89 @@ def test_other_layers_are_left_to_torch(case, calls):
 
 
 def test_torchs_own_convolution_runs_where_it_must(calls):
-    x, weight, bias = problem(channels=128, outputs=128)
+    x, weight, bias = problem(channels=128, outputs=128, height=14, width=15)
     with torch.no_grad():
         convolution_3x3(x.double(), weight.double(), bias.double())
         convolution_3x3(x[:, :127], weight[:, :127], bias)
         with torch.autocast("cpu", torch.bfloat16):
             assert convolution_3x3(x, weight, bias).dtype == torch.bfloat16
+        convolution_3x3(x[..., :12, :12], weight, bias)  # too small to pay
         assert not calls
         assert error(convolution_3x3(x, weight, bias), exact(x, weight, bias)) < TOLERANCE
     assert calls
+
+
+def test_mistakes_get_torchs_message(calls):
+    x, weight, bias = problem(channels=128, outputs=128, height=14, width=15)
+    for given in (
+        (torch.cat([x, x], dim=1), weight, bias),
+        (x, weight, bias.double()),
+        (x, weight, bias[:3]),
+        (x[..., :0], weight, bias),
+    ):
+        with pytest.raises(RuntimeError) as torchs:
+            F.conv2d(*given, padding=1)
+        with pytest.raises(RuntimeError) as ours:
+            convolution_3x3(*given)
+        assert str(ours.value) == str(torchs.value)
+    assert not calls
+
+
+@needs_compiler
+def test_the_operators_refuse_what_they_would_read_wrongly():
+    x, weight, bias = problem()
+    for call in (
+        lambda: torch.ops.pamm.convolution_3x3(x[:, 1:], weight, bias),
+        lambda: torch.ops.pamm.convolution_3x3(x, weight, bias.double()),
+        lambda: torch.ops.pamm.convolution_3x3_input(x, weight),
+        lambda: torch.ops.pamm.convolution_3x3_weight(x.double(), x),
+    ):
+        with pytest.raises(ValueError, match=r"expected maps of \d+ channels, all float32"):
+            call()
+
+
+@needs_compiler
+def test_gradients_do_not_depend_on_the_default_dtype():
+    x, weight, bias = (tensor.requires_grad_() for tensor in problem())
+    y = torch.ops.pamm.convolution_3x3(x, weight, bias)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = torch.autograd.grad(y.square().sum(), weight)[0]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert error(found, torch.autograd.grad(exact(x, weight, bias).square().sum(), weight)[0]) < TOLERANCE
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")  # torch's own use
+def test_derivatives_of_other_kinds_are_torchs(calls):
+    """Second derivatives, forward mode, torch.func."""
+    x, weight, bias = problem(channels=128, outputs=128, height=14, width=15)
+    x.requires_grad_()
+
+    def slope(convolve, x: Tensor) -> Tensor:
+        (first,) = torch.autograd.grad(convolve(x).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), x)[0]
+
+    def ours(x: Tensor) -> Tensor:
+        return convolution_3x3(x, weight, bias)
+
+    def torchs(x: Tensor) -> Tensor:
+        return F.conv2d(x, weight, bias, padding=1)
+
+    assert error(slope(ours, x), slope(torchs, x)) < TOLERANCE
+    assert calls
+    x = x.detach()
+    for derive in (
+        lambda f: torch.func.jvp(f, (x,), (x,))[1],
+        lambda f: torch.func.grad(lambda x: f(x).square().sum())(x),
+    ):
+        torch.testing.assert_close(derive(ours), derive(torchs))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")  # tracing is what older exporters do
+def test_graphs_for_other_machines_hold_torchs_convolution(calls):
+    layer = Convolution3x3(128, 128, 3, padding=1)
+    x = torch.randn(1, 128, 16, 16)
+    exported = torch.export.export(layer, (x,))
+    traced = torch.jit.trace(layer, x, check_trace=False)
+    assert "ops.pamm" not in str(exported.graph) and "pamm::" not in str(traced.inlined_graph) and not calls

@@ -6,10 +6,9 @@ from typing import Any
 
 import timm
 import torch.nn.functional as F
-from timm.layers.attention import Attention
 from timm.models import is_model_in_modules
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 
 from pamm.experiment import BackboneConfig
@@ -62,7 +61,7 @@ class ViT(nn.Module):
             vit.blocks = vit.blocks[: taps[-1]]
             vit.norm = nn.Identity()
         for module in vit.modules():
-            if type(module) is Attention and module.gate is None and type(module.norm) is nn.Identity:
+            if type(module) is Attention and SelfAttention.suits(module):
                 module.__class__ = SelfAttention
         self.vit = vit
 
@@ -84,10 +83,17 @@ class ViT(nn.Module):
 class SelfAttention(Attention):
     """timm's, with nothing between attention and output layer; for inference by `pamm.ops.attention`."""
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """(B, L, C) → (B, L, C)."""
-        if self.training or attn_mask is not None or is_causal:
-            return super().forward(x, attn_mask, is_causal)
+    @staticmethod
+    def suits(module: Attention) -> bool:
+        """Whether nothing stands between attention and output layer; not every release of timm has all of these parts."""
+        between = (getattr(module, name, None) for name in ("norm", "gate"))
+        return all(part is None or type(part) is nn.Identity for part in between) and hasattr(module, "head_dim")
+
+    def forward(self, x: Tensor, *masks: Any, **options: Any) -> Tensor:
+        """(B, L, C) → (B, L, C). timm's own form with a mask, in training and where its attention maps are to be seen."""
+        plain = all(mask is None or mask is False for mask in (*masks, *options.values()))
+        if self.training or not plain or not self.fused_attn:
+            return super().forward(x, *masks, **options)
         parts = self.qkv(x).unflatten(2, (3, self.num_heads, self.head_dim))
         q, k, v = parts.permute(2, 0, 3, 1, 4)
         y = attention(self.q_norm(q), self.k_norm(k), v)

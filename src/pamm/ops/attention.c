@@ -34,9 +34,8 @@ typedef struct {
     int64_t stride;
 } Tile;
 
-static int64_t whole(int64_t size, int64_t step) { return (size + step - 1) / step * step; }
-
-static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+/* The size rounded up to whole steps. */
+static int64_t whole(int64_t size, int64_t step) { return steps_of(size, step) * step; }
 
 static Tile tile_of(const Attention *p, float *work) {
     Tile tile = {.stride = whole(p->keys, PANEL) + GAP};
@@ -49,8 +48,8 @@ static Tile tile_of(const Attention *p, float *work) {
 
 /* Floats that one thread needs, a multiple of 16. */
 int64_t attention_workspace(const Attention *p) {
-    Tile tile = tile_of(p, NULL);
-    return whole(tile.scores - (float *)NULL + BLOCK * tile.stride, 16);
+    int64_t copies = (whole(p->keys, PANEL) + BLOCK) * whole(p->width, LANES) + p->keys * whole(p->width, PANEL);
+    return whole(copies + BLOCK * (whole(p->keys, PANEL) + GAP), 16);
 }
 
 static int64_t start(const Heads *heads, int64_t image, int64_t head) { return image * heads->image + head * heads->head; }

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pamm.ops.compiled import Kernel, exporting, openmp
+from pamm.ops.compiled import Kernel, left_to_torch, openmp
 from pamm.ops.product import BY_CONVOLUTION
 
-SMALLEST = 1 << 22
-"""Multiplications from which on the kernel pays."""
+SMALLEST, FEWEST_QUERIES = 1 << 22, 32
+"""Multiplications and queries from which on the kernel pays: keys and values are copied first."""
 
 JOBS = 2
 """Jobs per thread to aim at: heads of few images are split into ranges of queries, each with its copy of keys and values."""
@@ -57,13 +57,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _suits(q: Tensor, k: Tensor, v: Tensor) -> bool:
     learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     return (
-        not learns
-        and q.device.type == "cpu"
+        not left_to_torch()
+        and not learns
+        and q.device.type == k.device.type == v.device.type == "cpu"
         and q.dtype == k.dtype == v.dtype
         and q.dtype in (torch.float32, torch.bfloat16)
-        and k.shape == v.shape
+        and q.dim() == 4
+        and k.shape == v.shape == (*q.shape[:2], k.shape[-2], q.shape[-1])
+        and q.shape[2] >= FEWEST_QUERIES
         and q.numel() * k.shape[2] >= SMALLEST
-        and not exporting()
     )
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-pthread", "-Wno-psabi")
 NATIVE = ("-march=native", "-mcpu=native")
@@ -31,8 +32,22 @@ LARGE_PAGE = 2**21
 VARIABLE = "PAMM_KERNELS"
 """Environment variable: "off" makes every C kernel unavailable, so that torch's own forms run."""
 
-exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # from torch 2.7 on
-"""Whether a graph is made that may run on any machine: without kernels of this one."""
+
+def exporting() -> bool:
+    """Whether torch.export or torch.onnx traces the present call. (torch.compiler.is_exporting came with torch 2.7.)"""
+    return getattr(torch.compiler, "is_exporting", lambda: False)() or torch.onnx.is_in_onnx_export()
+
+
+def left_to_torch() -> bool:
+    """Whether this call must consist of torch's own operators.
+
+    So it is in a graph that may run on another machine, with derivatives in forward mode and under the transforms of torch.func.
+    """
+    if exporting() or torch.jit.is_tracing():
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 class Kernel:

@@ -32,16 +32,12 @@ typedef struct {
     float *work;              /* threads × mixed_workspace() floats, aligned to 64 bytes */
 } Mixed;
 
-static int64_t whole(int64_t size, int64_t step) { return (size + step - 1) / step; }
-
-static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-static int64_t squares(const Mixed *p) { return whole(p->height, HALF) * whole(p->width, HALF); }
+static int64_t squares(const Mixed *p) { return steps_of(p->height, HALF) * steps_of(p->width, HALF); }
 
 /* Positions along a side that the squares see. */
-static int64_t padded(int64_t size) { return whole(size, HALF) * HALF + SIDE - HALF; }
+static int64_t padded(int64_t size) { return steps_of(size, HALF) * HALF + SIDE - HALF; }
 
-static int64_t groups(const Mixed *p) { return whole(p->outputs, LANES); }
+static int64_t groups(const Mixed *p) { return steps_of(p->outputs, LANES); }
 
 static int64_t sums_size(const Mixed *p) { return FREQUENCIES * squares(p); }
 
@@ -51,7 +47,7 @@ int64_t mixed_sums(const Mixed *p) { return p->slices * groups(p) * sums_size(p)
 /* Floats that one thread needs, a multiple of 16. */
 int64_t mixed_workspace(const Mixed *p) {
     int64_t spectra = FREQUENCIES * 2 * LANES * (squares(p) + CHANNELS), image = padded(p->height) * padded(p->width) * LANES;
-    return spectra + image + whole(p->parts * CHANNELS * KERNEL, 16) * 16;
+    return spectra + image + steps_of(p->parts * CHANNELS * KERNEL, 16) * 16;
 }
 
 /* CHANNELS channels of the image with zeros around, (positions down, positions across) vectors. */
@@ -66,7 +62,7 @@ static void copy_image(const Mixed *p, int64_t channel, int64_t present, vec *ou
 
 /* Spectra (squares, FREQUENCIES) of what copy_image wrote. */
 static void image_spectra(const Mixed *p, const vec *image, Complex *out) {
-    int64_t across = whole(p->width, HALF), stride = padded(p->width);
+    int64_t across = steps_of(p->width, HALF), stride = padded(p->width);
     for (int64_t square = 0; square < squares(p); square++) {
         const vec *corner = image + (square / across * stride + square % across) * HALF;
         spectrum(corner, stride, SIDE, out + square * FREQUENCIES);
@@ -148,7 +144,7 @@ INLINE void add_products(int count, int64_t present, const Complex *image, const
     case n: add_products(n, present, image + first * FREQUENCIES + f, kernel + f, sums + f * count + first); break;
 
 static void multiply_spectra(const Mixed *p, int64_t present, const Complex *image, const Complex *kernel, Complex *sums) {
-    int64_t count = squares(p), each = whole(count, whole(count, MOST_SQUARES));
+    int64_t count = squares(p), each = steps_of(count, steps_of(count, MOST_SQUARES));
     for (int64_t f = 0; f < FREQUENCIES; f++)
         for (int64_t first = 0; first < count; first += each)
             switch (smaller(each, count - first)) {
@@ -165,7 +161,7 @@ static void slice_job(const void *problem, int64_t slice, float *work) {
     vec *pixels = (vec *)(kernel + CHANNELS * FREQUENCIES);
     float *parts = (float *)(pixels + padded(p->height) * padded(p->width));
     Complex *sums = p->sums + slice * groups(p) * sums_size(p);
-    int64_t blocks = whole(p->channels, CHANNELS);
+    int64_t blocks = steps_of(p->channels, CHANNELS);
     memset(sums, 0, groups(p) * sums_size(p) * sizeof *sums);
     for (int64_t block = slice * blocks / p->slices; block < (slice + 1) * blocks / p->slices; block++) {
         int64_t channel = block * CHANNELS, present = smaller(CHANNELS, p->channels - channel);
@@ -182,7 +178,7 @@ static void slice_job(const void *problem, int64_t slice, float *work) {
 /* Add up the slices of LANES outputs of one square and leave the spectrum for the positions. */
 static void square_job(const void *problem, int64_t job, float *work) {
     const Mixed *p = problem;
-    int64_t count = squares(p), square = job % count, group = job / count, across = whole(p->width, HALF);
+    int64_t count = squares(p), square = job % count, group = job / count, across = steps_of(p->width, HALF);
     Complex total[FREQUENCIES];
     vec found[HALF * HALF];
     (void)work;
@@ -201,6 +197,7 @@ static void square_job(const void *problem, int64_t job, float *work) {
 /* y[r, c, o] = sum over i, j, channel of x[r + i − 4, c + j − 4, channel] · (base + weighted parts)[o, channel, i, j]. */
 void mixed_run(const Mixed *problem, int threads, Parallel *parallel) {
     int64_t each = mixed_workspace(problem);
+    if (squares(problem) == 0) return;
     run_jobs((Queue){slice_job, problem, problem->slices, problem->work, each, 0, 0}, threads, parallel);
     run_jobs((Queue){square_job, problem, squares(problem) * groups(problem), problem->work, each, 0, 0}, threads, parallel);
 }

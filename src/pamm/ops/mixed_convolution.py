@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pamm.ops.compiled import Kernel, exporting, openmp
+from pamm.ops.compiled import Kernel, left_to_torch, openmp
 
 TAPS = 9
 SLICES = 16
@@ -48,17 +48,19 @@ def mixed_convolution(x: Tensor, base: Tensor, parts: list[Tensor], weights: Ten
     x: (h, w, C). base: (N, C, k, k), k odd. parts: tensors (J_i, C, k, k), which stand one after another. weights: (N, ΣJ).
     Returns (h, w, N) in float32. Zeros surround the image.
     """
-    if _suits(x, base):
+    if _suits(x, base, parts, weights):
         return torch.ops.pamm.mixed_convolution(x, base, parts, weights)
     return in_torch(x, base, parts, weights)
 
 
-def _suits(x: Tensor, base: Tensor) -> bool:
+def _suits(x: Tensor, base: Tensor, parts: list[Tensor], weights: Tensor) -> bool:
     return (
-        x.device.type == "cpu"
+        not left_to_torch()
+        and x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16)
-        and base.shape[-2:] == (TAPS, TAPS)
-        and not exporting()
+        and all(kernel.shape[1:] == (x.shape[2], TAPS, TAPS) for kernel in (base, *parts))
+        and weights.shape == (len(base), sum(map(len, parts)))
+        and x.numel() > 0
         and _available()
     )
 

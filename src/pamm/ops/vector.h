@@ -20,6 +20,11 @@ typedef uint16_t hvec __attribute__((vector_size(2 * LANES)));
 
 #define INLINE static inline __attribute__((always_inline))
 
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* Steps that cover a size. */
+static inline int64_t steps_of(int64_t size, int64_t step) { return (size + step - 1) / step; }
+
 INLINE vec splat(float value) { return value - (vec){0}; }
 
 INLINE vec select_vec(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) | (~mask & (ivec)no)); }
@@ -75,7 +80,7 @@ INLINE vec exp2_vec(vec x) {
     vec shifted = limited + ROUNDING;
     vec p = exp2_polynomial(limited - (shifted - ROUNDING));
     vec result = (vec)((ivec)p + ((ivec)shifted << 23));
-    return (vec)((ivec)result & ~(x < -126.0f));
+    return select_vec(x != x, x, (vec)((ivec)result & ~(x < -126.0f)));
 #endif
 }
 

@@ -10,10 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pamm.ops.compiled import Kernel, exporting, openmp
+from pamm.ops.compiled import Kernel, left_to_torch, openmp
 
 FEWEST_CHANNELS = 128
 """In and out, from which on the kernel pays."""
+
+FEWEST_TILES = 16
+"""Tiles of 4×4 positions in an image, from which on it pays to transform the kernels."""
 
 LANES = 8
 """Numbers in a vector from which on the kernel pays: AVX2 and AVX-512."""
@@ -45,7 +48,7 @@ class Convolution3x3(nn.Conv2d):
     """A 3×3 convolution that keeps the map's size, by `convolution_3x3`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return convolution_3x3(x, self.weight, self.bias)
+        return convolution_3x3(x, self.weight, self.bias) if convolves_3x3(self) else super().forward(x)
 
 
 def convolves_3x3(layer: nn.Conv2d) -> bool:
@@ -56,19 +59,22 @@ def convolves_3x3(layer: nn.Conv2d) -> bool:
 
 def convolution_3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """(B, C, h, w), (O, C, 3, 3), (O,) → (B, O, h, w), zeros around the map; as `torch.nn.functional.conv2d`."""
-    if _suits(x, weight) and _available():
+    if _suits(x, weight, bias) and _available():
         return torch.ops.pamm.convolution_3x3(x, weight, bias)
     return F.conv2d(x, weight, bias, padding=1)
 
 
-def _suits(x: Tensor, weight: Tensor) -> bool:
+def _suits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    tensors = [x, weight] if bias is None else [x, weight, bias]
     return (
-        x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
+        not left_to_torch()
+        and all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
         and not torch.is_autocast_enabled("cpu")
         and x.dim() == 4
+        and x.shape[1] == weight.shape[1]
+        and (bias is None or bias.shape == weight.shape[:1])
         and min(weight.shape[:2]) >= FEWEST_CHANNELS
-        and not exporting()
+        and -(-x.shape[2] // 4) * -(-x.shape[3] // 4) >= FEWEST_TILES
     )
 
 
@@ -88,6 +94,7 @@ def _available() -> bool:
 @torch.library.custom_op("pamm::convolution_3x3", mutates_args=(), device_types="cpu")
 def kernel_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(B, C, h, w), (O, C, 3, 3), (O,) → (B, O, h, w), channels-last, zeros around the map."""
+    _check(x, weight.shape[1], [x, weight] if bias is None else [x, weight, bias])
     x, weight = _channels_last(x), _channels_last(weight)
     y = _empty(x, weight, bias)
     problem = _problem(x, y)
@@ -107,6 +114,7 @@ def _empty(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 @torch.library.custom_op("pamm::convolution_3x3_input", mutates_args=(), device_types="cpu")
 def input_gradient(dy: Tensor, weight: Tensor) -> Tensor:
     """Gradient of x from that of y, (B, O, h, w): the convolution with the kernels turned by 180° and their channels swapped."""
+    _check(dy, len(weight), [dy, weight])
     dy, weight = _channels_last(dy), _channels_last(weight)
     dx = _empty_input(dy, weight)
     problem = _problem(dy, dx)
@@ -126,8 +134,9 @@ def _empty_input(dy: Tensor, weight: Tensor) -> Tensor:
 @torch.library.custom_op("pamm::convolution_3x3_weight", mutates_args=(), device_types="cpu")
 def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
     """Gradient of the weights, (O, C, 3, 3), from that of y and the input."""
+    _check(x, x.shape[1], [dy, x])
     dy, x = dy.contiguous(memory_format=torch.channels_last), _channels_last(x)
-    gradient = torch.zeros(dy.shape[1], 3, 3, x.shape[1])
+    gradient = dy.new_zeros(dy.shape[1], 3, 3, x.shape[1])
     problem = _problem(x, dy)
     problem.gradient = gradient.data_ptr()
     _run(problem)
@@ -145,8 +154,13 @@ def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """By torch where these gradients are to have gradients of their own."""
     x, weight = ctx.saved_tensors
     of_x, of_weight, of_bias = ctx.needs_input_grad
+    if torch.is_grad_enabled():
+        pairs = [1, 1], [1, 1], [1, 1], False, [0, 0], 1
+        wanted = [of_x, of_weight, of_bias]
+        return torch.ops.aten.convolution_backward(dy, x, weight, [len(weight)], *pairs, wanted)
     return (
         torch.ops.pamm.convolution_3x3_input(dy, weight) if of_x else None,
         torch.ops.pamm.convolution_3x3_weight(dy, x) if of_weight else None,
@@ -155,6 +169,13 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 kernel_convolution.register_autograd(_backward, setup_context=_keep)
+
+
+def _check(x: Tensor, channels: int, tensors: list[Tensor]) -> None:
+    """Raises ValueError for what the kernel would read wrongly."""
+    if x.shape[1] != channels or any(tensor.dtype != torch.float32 for tensor in tensors):
+        found = ", ".join(f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in tensors)
+        raise ValueError(f"found {found}; expected maps of {channels} channels, all float32")
 
 
 def _channels_last(tensor: Tensor) -> Tensor:

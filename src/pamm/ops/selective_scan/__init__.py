@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pamm.ops.compiled import exporting
 from pamm.ops.selective_scan import chunked, mamba_ssm, native, reference, step, triton
 from pamm.ops.selective_scan.inputs import Inputs
 
@@ -84,7 +85,7 @@ def selective_scan(
         inputs = given.prepared()
         form = reference if name == "reference" else ENGINES[name]
         if hasattr(form, "selective_scan"):
-            if not (torch.compiler.is_compiling() or chunked.exporting()):
+            if not (torch.compiler.is_compiling() or exporting()):
                 inputs.check_orders()
             return form.selective_scan(inputs).to(x.dtype)
         keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs.tensors())
@@ -103,7 +104,7 @@ def choose(device: str, dtype: torch.dtype, engine: str = "auto") -> str:
     """
     name = os.environ.get(VARIABLE, "auto") if engine == "auto" else engine
     if name == "auto":
-        if chunked.exporting():
+        if exporting():
             return "chunked"
         return next(name for name in ENGINES if _objection(name, device, dtype) is None)
     known = (*ENGINES, "reference")

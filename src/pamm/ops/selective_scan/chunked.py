@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pamm.ops.compiled import exporting
 from pamm.ops.selective_scan.inputs import Inputs
 
 CHUNK = 8
@@ -29,11 +30,6 @@ def refuses(device: str, dtype: torch.dtype) -> str | None:
 
 def describe() -> str:
     return "plain torch without the custom operator; chosen by itself while a model is exported"
-
-
-def exporting() -> bool:
-    """Whether torch.export or torch.onnx traces the present call. (torch.compiler.is_exporting came with torch 2.7.)"""
-    return getattr(torch.compiler, "is_exporting", lambda: False)() or torch.onnx.is_in_onnx_export()
 
 
 def selective_scan(inputs: Inputs) -> Tensor:

@@ -27,8 +27,6 @@ typedef struct {
     float *parts; /* backward: scan_parts() floats */
 } Problem;
 
-static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 /* Offset of a view's first row for one parameter set of one image, counted over the groups. */
 static int64_t view_start(const Problem *p, const View *view, int64_t image, int64_t set) {
     return image / p->images * view->group + image % p->images * view->image + set * view->set;
