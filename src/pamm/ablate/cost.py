@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pamm.experiment import Experiment
 from pamm.models.registry import build_model
+from pamm.ops.compiled import torch_alone
 from pamm.ops.selective_scan import VARIABLE
 from pamm.tasks import Task
 
@@ -36,7 +37,7 @@ def count_cost(experiment: Experiment, tasks: dict[str, Task]) -> Cost:
     with torch.device("meta"):
         network = build_model(model, tasks, experiment.data.size).eval()
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.pamm.selective_scan: _scan_flops})
-    with _own_engine(), FakeTensorMode(), counter, torch.no_grad():
+    with _own_engine(), torch_alone(), FakeTensorMode(), counter, torch.no_grad():
         stored = [*network.named_parameters(), *network.named_buffers()]
         tensors = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in stored}
         functional_call(network, tensors, (torch.empty(1, 3, *experiment.data.size),))

@@ -16,7 +16,9 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -38,16 +40,32 @@ def exporting() -> bool:
     return getattr(torch.compiler, "is_exporting", lambda: False)() or torch.onnx.is_in_onnx_export()
 
 
+_torch_alone = ContextVar("torch_alone", default=False)
+
+
+@contextmanager
+def torch_alone() -> Iterator[None]:
+    """Inside, no C kernel stands for torch's layers: what they compute is the same on every machine, and can be counted."""
+    token = _torch_alone.set(True)
+    try:
+        yield
+    finally:
+        _torch_alone.reset(token)
+
+
 def left_to_torch() -> bool:
     """Whether this call must consist of torch's own operators.
 
-    So it is in a graph that may run on another machine, with derivatives in forward mode and under the transforms of torch.func.
+    So it is in a graph that may run on another machine, with derivatives in forward mode, under the transforms of torch.func
+    and inside `torch_alone`.
     """
     if exporting() or torch.jit.is_tracing():
         return True
     if torch.compiler.is_compiling():
         return False
-    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    if _torch_alone.get() or forward_ad._current_level >= 0:
+        return True
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 class Kernel:
