@@ -1,6 +1,6 @@
 """A convolution whose 9×9 kernel is made for one image: a base and a weighted sum of parts, as expert weights give.
 
-Summed kernels are as large as all the weights, and a direct convolution multiplies each of their 81 taps at every position. The
+Summed kernels are as large as the base, and a direct convolution multiplies each of their 81 taps at every position. The
 C kernel sums the kernels block by block in the cache and takes them and the image through Fourier transforms of squares, which
 leave 8 multiplications per position.
 """
