@@ -94,9 +94,11 @@ def test_compiles_to_one_graph():
 @needs_x86
 @pytest.mark.parametrize("narrower", NARROWER)
 def test_kernel_of_older_processors(narrower, tmp_path):
-    freshly_compiled(
-        "test_attention", "for case in CASES: test_kernel_is_softmax_attention(case, torch.float32)", narrower, tmp_path
+    code = (
+        "for case in CASES: test_kernel_is_softmax_attention(case, torch.float32)\n"
+        "for place in (0, 1): test_what_is_not_a_number_stays_so(place)"
     )
+    freshly_compiled("test_attention", code, narrower, tmp_path)
 
 
 @pytest.fixture

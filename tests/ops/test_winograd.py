@@ -217,6 +217,8 @@ def test_the_operators_refuse_what_they_would_read_wrongly():
     ):
         with pytest.raises(ValueError, match=r"expected maps of \d+ channels, all float32"):
             call()
+    with pytest.raises(ValueError, match="expected the same images and positions"):
+        torch.ops.pamm.convolution_3x3_weight(x[..., 1:], x)
 
 
 @needs_compiler

@@ -41,12 +41,15 @@ def workload(settings: Mapping[str, Any], only: str | None = None) -> Workload:
     kind, shape = name.split("-")[0], CASES[name]
     if backward and kind != "convolution":
         raise BenchError(f"{name}: the kernel has no backward pass; measure --what forward")
-    runs = {"attention": _attention, "convolution": _convolution, "experts": _experts}[kind](backward, **shape)
+    if kind == "convolution":
+        runs = _convolution(backward, **shape)
+    else:
+        runs = {"attention": _attention, "experts": _experts}[kind](**shape)
     chosen = [only] if only else list(runs)
     return Workload({candidate: Candidate(runs[candidate]) for candidate in chosen}, shape | {"layer": name})
 
 
-def _attention(backward: bool, *, heads: int, tokens: int, width: int) -> dict[str, Run]:
+def _attention(*, heads: int, tokens: int, width: int) -> dict[str, Run]:
     q, k, v = torch.randn(1, tokens, 3, heads, width).permute(2, 0, 3, 1, 4)
     return {
         "pamm": lambda: attention.attention(q, k, v),
@@ -74,7 +77,7 @@ def _convolution(backward: bool, *, channels: int, outputs: int, height: int, wi
     return {name: lambda form=form: form(*inputs) for name, form in forms.items()}
 
 
-def _experts(backward: bool, *, channels: int, outputs: int, height: int, width: int) -> dict[str, Run]:
+def _experts(*, channels: int, outputs: int, height: int, width: int) -> dict[str, Run]:
     scale = (TAPS**2 * channels) ** -0.5
     base, shared, own = (scale * torch.randn(count, channels, TAPS, TAPS) for count in (outputs, EXPERTS * RANK, RANK))
     weights = torch.randn(outputs, (EXPERTS + 1) * RANK)

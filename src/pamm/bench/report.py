@@ -36,7 +36,7 @@ NOTES = {
         "`plain` is the same function on the same weights, tasks and experts in loops and the head's 3×3 convolution on "
         "the ×4 map; `engine` scans with this package's engine, `recurrence` with the published recurrence. FLOP: of "
         "matrix products and convolutions, those that are carried out. Weights are random, and a router that keeps the k largest "
-        "jumps where two are equal to the last digit: a difference of 1e-02 is one such expert of one task."
+        "jumps where two are equal to the last digit: one task may then differ by far more than rounding."
     ),
     "train": ("Forward, losses, backward, optimizer; random images and labels."),
     "scaling": (

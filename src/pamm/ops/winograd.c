@@ -57,15 +57,20 @@ int64_t winograd_workspace(void) { return FREQUENCIES * (KERNEL_STEP + RUN * OUT
 #define ROOT_HALF 0.70710678f
 #define ROOT_2 1.41421356f
 
+/* Values at ±√½ and ±√2 from their even and odd parts, after the value at 0. */
+INLINE void write_pairs(vec even, vec odd, vec wide, vec wide_odd, vec *out, int to) {
+    out[to] = even + odd;
+    out[2 * to] = even - odd;
+    out[3 * to] = wide + wide_odd;
+    out[4 * to] = wide - wide_odd;
+}
+
 /* Six numbers of the input → six in transformed form; `from` and `to` are distances in vectors. */
 INLINE void transform_input(const vec *in, int from, vec *out, int to) {
     vec a = in[0], b = in[from], c = in[2 * from], d = in[3 * from], e = in[4 * from], f = in[5 * from];
     vec even = e - 2.0f * c, odd = ROOT_HALF * (d - 2.0f * b), wide = e - 0.5f * c, wide_odd = ROOT_2 * (d - 0.5f * b);
     out[0] = (a + e) - 2.5f * c;
-    out[to] = even + odd;
-    out[2 * to] = even - odd;
-    out[3 * to] = wide + wide_odd;
-    out[4 * to] = wide - wide_odd;
+    write_pairs(even, odd, wide, wide_odd, out, to);
     out[5 * to] = (b + f) - 2.5f * d;
 }
 
@@ -74,10 +79,7 @@ INLINE void transform_kernel(const vec *in, int from, vec *out, int to) {
     vec a = in[0], b = in[from], c = in[2 * from];
     vec even = (a + 0.5f * c) * (-1 / 1.5f), odd = b * (-ROOT_HALF / 1.5f), wide = (a + 2.0f * c) * (1 / 6.0f), wide_odd = b * (ROOT_2 / 6);
     out[0] = a;
-    out[to] = even + odd;
-    out[2 * to] = even - odd;
-    out[3 * to] = wide + wide_odd;
-    out[4 * to] = wide - wide_odd;
+    write_pairs(even, odd, wide, wide_odd, out, to);
     out[5 * to] = c;
 }
 
@@ -105,10 +107,7 @@ INLINE void transform_output_back(const vec *in, int from, vec *out, int to) {
     vec a = in[0], b = in[from], c = in[2 * from], d = in[3 * from];
     vec even = a + 0.5f * c, odd = ROOT_HALF * (b + 0.5f * d), wide = a + 2.0f * c, wide_odd = ROOT_2 * (b + 2.0f * d);
     out[0] = a;
-    out[to] = even + odd;
-    out[2 * to] = even - odd;
-    out[3 * to] = wide + wide_odd;
-    out[4 * to] = wide - wide_odd;
+    write_pairs(even, odd, wide, wide_odd, out, to);
     out[5 * to] = d;
 }
 

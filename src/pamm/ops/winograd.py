@@ -135,6 +135,10 @@ def _empty_input(dy: Tensor, weight: Tensor) -> Tensor:
 def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
     """Gradient of the weights, (O, C, 3, 3), from that of y and the input."""
     _check(x, x.shape[1], [dy, x])
+    if dy.shape[0] != x.shape[0] or dy.shape[2:] != x.shape[2:]:
+        raise ValueError(
+            f"found gradients {tuple(dy.shape)} for maps {tuple(x.shape)}; expected the same images and positions"
+        )
     dy, x = dy.contiguous(memory_format=torch.channels_last), _channels_last(x)
     gradient = dy.new_zeros(dy.shape[1], 3, 3, x.shape[1])
     problem = _problem(x, dy)
