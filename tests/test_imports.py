@@ -34,6 +34,7 @@ MAY_USE = {
         "nn",
         "official",
         "ops",
+        "optimizer",
         "precision",
         "recipes",
         "tasks",
@@ -77,7 +78,20 @@ MAY_USE = {
     "memory": set(),
     "precision": {"models", "strict"},
     "strict_yaml": set(),
-    "train": {"build", "checkpoint", "data", "evaluate", "experiment", "log", "memory", "models", "tasks", "strict"},
+    "optimizer": {"experiment"},
+    "train": {
+        "build",
+        "checkpoint",
+        "data",
+        "evaluate",
+        "experiment",
+        "log",
+        "memory",
+        "models",
+        "optimizer",
+        "tasks",
+        "strict",
+    },
 }
 """Room → the rooms it may import."""
 

@@ -17,11 +17,12 @@ from safetensors.torch import load_file
 
 from pamm.build import create_tasks
 from pamm.cli import main
-from pamm.experiment import TaskConfig, TrainConfig, dump
+from pamm.experiment import TaskConfig, dump
 from pamm.models.saved import CheckpointError
+from pamm.optimizer import create_optimizer
 from pamm.strict import ConfigError
 from pamm.tasks import NonFiniteError
-from pamm.train import TrainingError, create_loop, create_optimizer, learning_rate, step_seed, train
+from pamm.train import TrainingError, create_loop, step_seed, train
 from tiny import experiment
 
 TESTS = Path(__file__).parent
@@ -175,18 +176,6 @@ def test_a_folder_with_another_experiment_is_refused(rooms, tmp_path):
     with pytest.raises(ConfigError, match=r"holds another experiment \(train\.lr: 0\.001 there, 0\.002 here\).*--out"):
         train(experiment(rooms, steps=1, lr=2e-3), tmp_path, progress=False)
     train(experiment(rooms, steps=1, log_every=5), tmp_path, progress=False)  # does not enter the result
-
-
-def test_the_schedule_is_poly_as_torchs():
-    config = TrainConfig(steps=50, lr=0.1, power=0.9)
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
-    schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=50, power=0.9)
-    for step in range(50):
-        assert learning_rate(config, step) == pytest.approx(schedule.get_last_lr()[0], rel=1e-9)
-        optimizer.step()
-        schedule.step()
-    warm = [learning_rate(TrainConfig(steps=10**9, lr=1.0, warmup=3), step) for step in range(5)]
-    assert warm == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0], rel=1e-6)
 
 
 def test_weight_decay_spares_state_space_parameters_and_priors(rooms, tmp_path):

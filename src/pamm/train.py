@@ -35,6 +35,7 @@ from pamm.memory import keep_memory
 from pamm.models.model import WEIGHTS_FILE, MultiTaskModel
 from pamm.models.registry import build_model
 from pamm.models.saved import first_line, load_weights
+from pamm.optimizer import create_optimizer, learning_rate
 from pamm.strict import ConfigError, to_dict
 from pamm.tasks import Task
 
@@ -161,25 +162,6 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict):
         return {prefix: tree}
     return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}.{key}" if prefix else key).items()}
-
-
-def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Adam or AdamW; no weight decay for parameters marked `_no_weight_decay` (A_log, D, Δ's bias, priors).
-
-    Fused: a parameter is read and written once a step, without temporary copies.
-    """
-    decay, exempt = [], []
-    for parameter in model.parameters():
-        (exempt if getattr(parameter, "_no_weight_decay", False) else decay).append(parameter)
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
-    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": exempt, "weight_decay": 0.0}]
-    return kind(groups, lr=config.lr, fused=True)
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Poly schedule lr·(1 − step/steps)^power, after a linear warm-up of `warmup` steps."""
-    warm = min(1.0, (step + 1) / (config.warmup + 1))
-    return config.lr * warm * (1 - step / config.steps) ** config.power
 
 
 def step_seed(seed: int, step: int) -> int:

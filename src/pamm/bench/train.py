@@ -19,8 +19,8 @@ from pamm.bench.model import (
     with_backbone,
 )
 from pamm.build import create_model
+from pamm.optimizer import create_optimizer
 from pamm.tasks import Task
-from pamm.train import create_optimizer
 
 
 def workload(settings: Mapping[str, Any], only: str | None = None) -> Workload:

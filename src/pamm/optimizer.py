@@ -1,0 +1,67 @@
+"""The optimizers, and the learning rate's schedule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pamm.experiment import TrainConfig
+
+
+class InMemoryOrder:
+    """For a torch optimizer: hands every parameter to the update with its axes as they lie in memory.
+
+    An update is element by element, so their order does not matter; but torch's fused kernels on a CPU take three times as long
+    over axes that are out of order (weights kept with the inputs of an output side by side), and mistake one element for another
+    where a gradient or a state is laid out otherwise than its parameter (2.15). Such a tensor is laid out anew.
+    """
+
+    def _init_group(self, group: dict[str, Any], *lists: Any, **options: Any) -> Any:
+        found = super()._init_group(group, *lists, **options)
+        parameters = list(lists[0])
+        for members in lists:
+            if isinstance(members, list) and [m.shape for m in members] == [p.shape for p in parameters]:
+                members[:] = map(in_memory_order, members, parameters)
+        return found
+
+
+def in_memory_order(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A view of `tensor`, of a parameter's shape, with the axes in the order of the parameter's strides.
+
+    If that is not contiguous, although the parameter is, the tensor's memory is replaced.
+    """
+    axes = sorted(range(parameter.dim()), key=parameter.stride, reverse=True)
+    if parameter.permute(axes).is_contiguous() and not tensor.permute(axes).is_contiguous():
+        tensor.data = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
+    return tensor.permute(axes)
+
+
+class Adam(InMemoryOrder, torch.optim.Adam):
+    """Adam with L2 decay."""
+
+
+class AdamW(InMemoryOrder, torch.optim.AdamW):
+    """Adam with decoupled decay."""
+
+
+OPTIMIZERS = {"adam": Adam, "adamw": AdamW}
+
+
+def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """Adam or AdamW; no weight decay for parameters marked `_no_weight_decay` (A_log, D, Δ's bias, priors).
+
+    Fused: a parameter is read and written once a step, without temporary copies.
+    """
+    decay, exempt = [], []
+    for parameter in model.parameters():
+        (exempt if getattr(parameter, "_no_weight_decay", False) else decay).append(parameter)
+    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": exempt, "weight_decay": 0.0}]
+    return OPTIMIZERS[config.optimizer](groups, lr=config.lr, fused=True)
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Poly schedule lr·(1 − step/steps)^power, after a linear warm-up of `warmup` steps."""
+    warm = min(1.0, (step + 1) / (config.warmup + 1))
+    return config.lr * warm * (1 - step / config.steps) ** config.power
