@@ -6,24 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pamm.nn.joined import JoinedBatchNorm2d
+from pamm.nn.joined import JoinedBatchNorm2d, world_size
+from pamm.ops import head as head_kernel
+from pamm.ops.head import shifted_upsampling
 from pamm.ops.product import channels_last, linear
 
 TILE = 32
 """Side of the tiles of the large map that are made one after the other where no gradient is needed."""
-
-
-def shifted_upsampling(length: int, scale: int) -> Tensor:
-    """(length·scale, length, 3): the matrices of bilinear upsampling followed by a shift of −1, 0, 1.
-
-    [:, :, k] takes output row X from the upsampled row X + k − 1; rows outside the large map are zero, as the zero padding
-    of a 3×3 convolution on it.
-    """
-    up = F.interpolate(torch.eye(length, device="cpu")[None], scale_factor=scale, mode="linear", align_corners=False)[
-        0
-    ].T
-    padded = F.pad(up, (0, 0, 1, 1))  # (length·scale + 2, length)
-    return torch.stack([padded[k : k + length * scale] for k in range(3)], dim=2)
 
 
 def tap_maps(x: Tensor, taps: Tensor) -> Tensor:
@@ -83,18 +72,41 @@ class ConvHead(nn.Module):
 
     def forward(self, feature: Tensor) -> Tensor:
         """(B, d, h, w) task feature → (B, channels, 4h, 4w) logits."""
-        if not (self.training or torch.is_grad_enabled()):
+        inferring = not (self.training or torch.is_grad_enabled())
+        trained_alone = self.training and world_size() == 1
+        if (inferring or trained_alone) and head_kernel.suits(feature, self.conv.weight, self.predict.weight):
+            return self.by_kernel(feature)
+        if inferring:
             return self.infer(feature)
         x = upsampled_conv3x3(feature, self.conv.weight, self.scale)
         if self.conv.bias is not None:
             x = x + self.conv.bias[:, None, None].to(x.dtype)
         return self.predict(F.gelu(self.norm(x)))
 
+    def by_kernel(self, feature: Tensor) -> Tensor:
+        """As `forward` in training, and in eval mode without a gradient: the large map is never in memory."""
+        small = linear(feature.permute(0, 2, 3, 1).flatten(1, 2), head_kernel.taps(self.conv.weight))
+        size = [*feature.shape[2:], self.scale]
+        predict = self.predict.weight.flatten(1), self.predict.bias
+        if not self.training:
+            return head_kernel.logits(small, *self.factor_and_shift(), *predict, size)
+        weight, bias = self.norm.weight, self.norm.bias
+        if self.conv.bias is not None:  # the normalisation takes it off again: its gradient is zero
+            bias = bias + 0 * self.conv.bias
+        logits, mean, variance = head_kernel.trained(small, weight, bias, *predict, self.norm.eps, size)
+        if self.conv.bias is not None:
+            mean = mean + self.conv.bias.detach()
+        self.norm.track(mean, variance, small[..., 0].numel() * self.scale**2)
+        return logits
+
+    def factor_and_shift(self) -> tuple[Tensor, Tensor]:
+        """(width,) each: in eval mode GELU sees factor · (the convolution without its bias) + shift."""
+        factor, shift = self.norm.factor_and_shift()
+        return factor, shift if self.conv.bias is None else shift + factor * self.conv.bias
+
     def infer(self, feature: Tensor) -> Tensor:
         """As `forward` in eval mode, without a gradient: the BatchNorm in the taps, the large map tile by tile."""
-        factor, shift = self.norm.factor_and_shift()
-        if self.conv.bias is not None:
-            shift = shift + factor * self.conv.bias
+        factor, shift = self.factor_and_shift()
         taps = self.conv.weight.permute(2, 3, 0, 1).clone(memory_format=torch.contiguous_format)
         small = tap_maps(feature, taps.mul_(factor[:, None]))
         batch, height, _, width, _, channels = small.shape

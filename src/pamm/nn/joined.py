@@ -88,16 +88,18 @@ class JoinedBatchNorm2d(nn.BatchNorm2d):
         mean = dist_functional.all_reduce(wide.sum((0, 2, 3))) / count
         centred = wide - mean[:, None, None]
         variance = dist_functional.all_reduce(centred.square().sum((0, 2, 3))) / count
-        if not again:
-            self._track(mean, variance * (count / max(count - 1, 1)))
+        self.track(mean, variance, count)
         y = centred * torch.rsqrt(variance + self.eps)[:, None, None]
         return torch.addcmul(self.bias[:, None, None], y, self.weight[:, None, None]).to(x.dtype)
 
     @torch.no_grad()
-    def _track(self, mean: Tensor, variance: Tensor) -> None:
+    def track(self, mean: Tensor, variance: Tensor, count: int) -> None:
+        """Let the running statistics follow those of `count` values per channel, (C,) each; not when they are computed again."""
+        if not torch.compiler.is_compiling() and computing_again():
+            return
         self.num_batches_tracked += 1
         self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_(variance, self.momentum)
+        self.running_var.lerp_(variance * (count / max(count - 1, 1)), self.momentum)
 
     def factor_and_shift(self) -> tuple[Tensor, Tensor]:
         """What eval mode computes is factor · x + shift: (C,) each, float32, from the running statistics."""
