@@ -71,13 +71,14 @@ def _devices() -> None:
 
 
 def _kernels() -> None:
-    from pamm.ops import attention, mixed_convolution, winograd
+    from pamm.ops import attention, head, mixed_convolution, winograd
 
     print("  C kernels for layers of networks on the CPU:")
     for name, reason in (
         ("3×3 convolutions, float32", winograd.objection()),
         ("released experts' 9×9 convolutions, without gradients", mixed_convolution.KERNEL.unavailable()),
         ("attention, without gradients", attention.objection()),
+        ("heads behind their taps, float32", head.KERNEL.unavailable()),
     ):
         print(f"    {name}: {f'torch runs it ({reason})' if reason else 'available'}")
 

@@ -1,10 +1,18 @@
 """The head without its large map equals the head with it."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from pamm.models.heads import ConvHead, upsampled_conv3x3
+from pamm.nn.recompute import recomputed
+from pamm.ops import head as kernel
+from pamm.ops.compiled import torch_alone
+
+needs_compiler = pytest.mark.skipif(kernel.KERNEL.unavailable() is not None, reason="no C compiler here")
 
 
 @pytest.mark.parametrize("size", [(5, 7), (1, 1), (1, 6), (8, 3)])
@@ -35,3 +43,53 @@ def test_head_equals_its_plain_form():
     large = F.interpolate(x, scale_factor=4, mode="bilinear", align_corners=False)
     plain = head.predict(F.gelu(head.norm(head.conv(large))))
     torch.testing.assert_close(head(x), plain, rtol=1e-4, atol=1e-5)
+
+
+def trained_step(head: ConvHead, x: Tensor) -> dict[str, Tensor]:
+    """One pass in training: logits, gradients and what the normalisation keeps."""
+    x = x.clone().requires_grad_()
+    y = head(x)
+    y.square().mean().backward()
+    gradients = {name: parameter.grad for name, parameter in head.named_parameters()}
+    return {"logits": y.detach(), "x": x.grad, **gradients, **dict(head.norm.named_buffers(prefix="norm"))}
+
+
+@needs_compiler
+@pytest.mark.parametrize("bias", [False, True])
+def test_training_by_the_kernel_is_training_by_torch(bias, monkeypatch):
+    torch.manual_seed(0)
+    head = ConvHead(32, 5, bias=bias).train()
+    torch.nn.init.normal_(head.norm.weight)
+    torch.nn.init.normal_(head.norm.bias)
+    x, calls = torch.randn(2, 32, 6, 5), []
+    monkeypatch.setattr(kernel, "trained", lambda *given, form=kernel.trained: calls.append(1) or form(*given))
+    ours = trained_step(copy.deepcopy(head), x)
+    assert calls
+    with torch_alone():
+        torchs = trained_step(copy.deepcopy(head), x)
+    assert len(calls) == 1 and ours.keys() == torchs.keys()
+    for name, found in ours.items():
+        torch.testing.assert_close(
+            found, torchs[name], rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@needs_compiler
+def test_recomputing_the_head_tracks_the_statistics_once():
+    torch.manual_seed(0)
+    head, x = ConvHead(32, 5).train(), torch.randn(2, 32, 6, 5)
+    expected = trained_step(copy.deepcopy(head), x)
+    recomputed(head, x.requires_grad_()).square().mean().backward()
+    for name, found in {**dict(head.norm.named_buffers(prefix="norm")), "x": x.grad}.items():
+        torch.testing.assert_close(found, expected[name])
+
+
+@needs_compiler
+def test_a_trained_head_compiles_to_one_graph():
+    torch.manual_seed(0)
+    head, x = ConvHead(32, 5).train(), torch.randn(2, 32, 6, 5)
+    expected = trained_step(copy.deepcopy(head), x)
+    compiled = copy.deepcopy(head)
+    compiled.compile(backend="aot_eager", fullgraph=True)
+    for name, found in trained_step(compiled, x).items():
+        torch.testing.assert_close(found, expected[name], rtol=1e-5, atol=1e-6)
