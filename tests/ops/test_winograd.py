@@ -28,6 +28,7 @@ CASES = {
     "whole tiles": {"height": 16, "width": 16, "channels": 32, "outputs": 32},
     "odd": {"images": 2, "height": 13, "width": 10, "channels": 37, "outputs": 41},
     "several runs of tiles": {"images": 2, "height": 37, "width": 50},
+    "several chunks of channels": {"images": 2, "height": 20, "width": 40, "channels": 2100, "outputs": 70},
     "as in a decoder": {"height": 28, "width": 36, "channels": 768, "outputs": 96},
 }
 

@@ -4,8 +4,9 @@
  * multiplied, summed over the channels and transformed back (Lavin and Gray, 2016). The gradient of the input is such a
  * convolution itself, with the kernels turned around; that of the weights is the same sum the other way around: over the tiles.
  *
- * Tiles are taken in runs of at most RUN, so that what a job adds to stays in the cache. A sum's order depends on the shapes
- * alone: the result has the same bits for any number of threads.
+ * Tiles are taken in runs of at most RUN, so that what a job adds to stays in its core's cache, and channels in chunks of at most
+ * CHUNK, so that a run's transformed tiles, which every job reads, stay in the cache of all cores, and sums do not lose digits. A
+ * sum's order depends on the shapes alone: the result has the same bits for any number of threads.
  */
 #include "jobs.h"
 #include "vector.h"
@@ -17,6 +18,7 @@
 #define VECTORS 2
 #define OUTPUTS (VECTORS * LANES) /* of one job */
 #define CHANNELS 32               /* summed at a time */
+#define CHUNK (32 * CHANNELS)
 #define GAP 16                    /* floats between frequencies, which else all lie at the same place of the cache */
 #define IMAGE_STEP (RUN * CHANNELS + GAP)
 #define KERNEL_STEP (CHANNELS * OUTPUTS + GAP)
@@ -38,14 +40,19 @@ typedef struct {
     float *work;                               /* threads × winograd_workspace() floats, aligned to 64 bytes */
 } Convolution;
 
-/* A convolution and the run of tiles of one image that is at hand. */
+/* A convolution, and the run of tiles of one image and the chunk of channels, in blocks of CHANNELS, that are at hand. */
 typedef struct {
     const Convolution *whole;
-    int64_t image, first, tiles;
+    int64_t image, first, tiles, block, blocks;
 } Run;
 
+static int64_t chunks(int64_t channels) { return steps_of(channels, CHUNK); }
+
+/* Blocks of CHANNELS in a chunk. */
+static int64_t chunk_blocks(int64_t channels) { return steps_of(steps_of(channels, CHANNELS), chunks(channels)); }
+
 /* Floats of the transformed tiles of a run. */
-int64_t winograd_transformed(int64_t channels) { return steps_of(channels, CHANNELS) * FREQUENCIES * IMAGE_STEP; }
+int64_t winograd_transformed(int64_t channels) { return chunk_blocks(channels) * FREQUENCIES * IMAGE_STEP; }
 
 /* Floats that one thread needs, a multiple of 16. */
 int64_t winograd_workspace(void) { return FREQUENCIES * (KERNEL_STEP + RUN * OUTPUTS); }
@@ -115,7 +122,7 @@ INLINE void transform_output_back(const vec *in, int from, vec *out, int to) {
 static void input_job(const void *problem, int64_t job, float *work) {
     const Run *run = problem;
     const Convolution *p = run->whole;
-    int64_t channel = job * CHANNELS, across = steps_of(p->width, TILE);
+    int64_t channel = (run->block + job) * CHANNELS, across = steps_of(p->width, TILE);
     float *out = p->transformed + job * FREQUENCIES * IMAGE_STEP;
     (void)work;
     for (int64_t tile = 0; tile < run->tiles; tile++) {
@@ -191,7 +198,7 @@ INLINE void multiply(int64_t count, const float *rows, int row, int step, const 
         }
 }
 
-/* Sums (FREQUENCIES, tiles, VECTORS) → the run's positions of y. */
+/* Sums (FREQUENCIES, tiles, VECTORS) → the run's positions of y; chunks after the first add to them. */
 static void write_outputs(const Run *run, int64_t output, const vec *sums) {
     const Convolution *p = run->whole;
     int64_t across = steps_of(p->width, TILE);
@@ -200,7 +207,7 @@ static void write_outputs(const Run *run, int64_t output, const vec *sums) {
         for (int64_t v = 0; v < VECTORS && output + v * LANES < p->outputs; v++) {
             int64_t o = output + v * LANES;
             vec half[TILE * SEEN], done[TILE * TILE], bias = {0};
-            if (p->bias != NULL) bias = load_channels(p->bias, o, p->outputs - o, 0);
+            if (p->bias != NULL && run->block == 0) bias = load_channels(p->bias, o, p->outputs - o, 0);
             UNROLLED for (int x = 0; x < SEEN; x++) {
                 vec column[SEEN];
                 for (int y = 0; y < SEEN; y++) column[y] = sums[((y * SEEN + x) * run->tiles + tile) * VECTORS + v];
@@ -210,7 +217,8 @@ static void write_outputs(const Run *run, int64_t output, const vec *sums) {
             for (int64_t y = 0; y < smaller(TILE, p->height - top); y++)
                 for (int64_t x = 0; x < smaller(TILE, p->width - left); x++) {
                     int64_t at = ((run->image * p->height + top + y) * p->width + left + x) * p->outputs + o;
-                    store_channels(p->y, at, p->outputs - o, 0, done[y * TILE + x] + bias);
+                    vec before = run->block == 0 ? bias : load_channels(p->y, at, p->outputs - o, 0);
+                    store_channels(p->y, at, p->outputs - o, 0, done[y * TILE + x] + before);
                 }
         }
     }
@@ -223,10 +231,11 @@ static void output_job(const void *problem, int64_t job, float *work) {
     float *kernels = work;
     vec *sums = (vec *)(work + FREQUENCIES * KERNEL_STEP);
     memset(sums, 0, FREQUENCIES * run->tiles * OUTPUTS * sizeof(float));
-    for (int64_t block = 0; block < steps_of(p->channels, CHANNELS); block++) {
+    for (int64_t block = 0; block < run->blocks; block++) {
+        int64_t channel = (run->block + block) * CHANNELS;
         for (int64_t o = 0; o < OUTPUTS; o += LANES)
             for (int64_t c = 0; c < CHANNELS; c += LANES)
-                transform_kernels(p, job * OUTPUTS + o, block * CHANNELS + c, kernels + c * OUTPUTS + o);
+                transform_kernels(p, job * OUTPUTS + o, channel + c, kernels + c * OUTPUTS + o);
         const float *tiles = p->transformed + block * FREQUENCIES * IMAGE_STEP;
         for (int f = 0; f < FREQUENCIES; f++)
             multiply(
@@ -282,7 +291,8 @@ static void gradient_job(const void *problem, int64_t job, float *work) {
     const Convolution *p = run->whole;
     vec *sums = (vec *)work, *given = (vec *)(work + FREQUENCIES * KERNEL_STEP);
     transform_gradients(run, job * OUTPUTS, given);
-    for (int64_t block = 0; block < steps_of(p->channels, CHANNELS); block++) {
+    for (int64_t block = 0; block < run->blocks; block++) {
+        int64_t channel = (run->block + block) * CHANNELS;
         const float *tiles = p->transformed + block * FREQUENCIES * IMAGE_STEP;
         memset(sums, 0, FREQUENCIES * CHANNELS * OUTPUTS * sizeof(float));
         for (int f = 0; f < FREQUENCIES; f++) {
@@ -290,21 +300,29 @@ static void gradient_job(const void *problem, int64_t job, float *work) {
             multiply(CHANNELS, tiles + f * IMAGE_STEP, 1, CHANNELS, columns, run->tiles, sums + f * CHANNELS * VECTORS);
         }
         for (int64_t v = 0; v < VECTORS && job * OUTPUTS + v * LANES < p->outputs; v++)
-            for (int64_t c = 0; c < CHANNELS && block * CHANNELS + c < p->channels; c += LANES)
-                add_gradients(p, job * OUTPUTS + v * LANES, block * CHANNELS + c, sums + c * VECTORS + v);
+            for (int64_t c = 0; c < CHANNELS && channel + c < p->channels; c += LANES)
+                add_gradients(p, job * OUTPUTS + v * LANES, channel + c, sums + c * VECTORS + v);
+    }
+}
+
+/* A run of tiles: what it adds to the output, or to the gradient of the weights, chunk by chunk. */
+static void work_off_run(Run run, int threads, Parallel *parallel) {
+    const Convolution *p = run.whole;
+    void (*job)(const void *, int64_t, float *) = p->gradient == NULL ? output_job : gradient_job;
+    int64_t all = steps_of(p->channels, CHANNELS), each = winograd_workspace();
+    for (; run.block < all; run.block += run.blocks) {
+        run.blocks = smaller(chunk_blocks(p->channels), all - run.block);
+        run_jobs((Queue){input_job, &run, run.blocks, p->work, each, 0, 0}, threads, parallel);
+        run_jobs((Queue){job, &run, steps_of(p->outputs, OUTPUTS), p->work, each, 0, 0}, threads, parallel);
     }
 }
 
 /* y = x * weight + bias, zeros around the map, or what x and the gradient y add to that of the weights. At most MOST_THREADS. */
 void winograd_run(const Convolution *p, int threads, Parallel *parallel) {
-    void (*job)(const void *, int64_t, float *) = p->gradient == NULL ? output_job : gradient_job;
-    int64_t tiles = steps_of(p->height, TILE) * steps_of(p->width, TILE), each = winograd_workspace();
+    int64_t tiles = steps_of(p->height, TILE) * steps_of(p->width, TILE);
     if (tiles == 0) return;
     int64_t length = steps_of(tiles, steps_of(tiles, RUN));
     for (int64_t image = 0; image < p->images; image++)
-        for (int64_t first = 0; first < tiles; first += length) {
-            Run run = {p, image, first, smaller(length, tiles - first)};
-            run_jobs((Queue){input_job, &run, steps_of(p->channels, CHANNELS), p->work, each, 0, 0}, threads, parallel);
-            run_jobs((Queue){job, &run, steps_of(p->outputs, OUTPUTS), p->work, each, 0, 0}, threads, parallel);
-        }
+        for (int64_t first = 0; first < tiles; first += length)
+            work_off_run((Run){p, image, first, smaller(length, tiles - first), 0, 0}, threads, parallel);
 }
