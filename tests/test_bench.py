@@ -194,9 +194,12 @@ def test_a_network_is_measured_beside_its_plain_form(tmp_path):
         str(out),
     ]
     assert main(["model", "demo", "--part", "decoder", *arguments]) == 0
-    assert main(["train", "demo", *arguments]) == 0
+    assert main(["train", "demo", "--recompute", *arguments]) == 0
     lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [line["candidate"] for line in lines] == ["pamm", "plain, engine"] * 2
+    trained = ["pamm", "pamm, recomputed", "plain, engine"]
+    assert [line["candidate"] for line in lines] == ["pamm", "plain, engine", *trained]
+    assert {line["what"] for line in lines[2:]} == {"training step at 48×64"}
+    assert lines[3]["flops"] > 1.1 * lines[2]["flops"]  # the forward pass again
     assert all(line["error"] is None and line["images_per_second"] > 0 for line in lines)
     assert all(line["flops"] > 0 and line["gemm_share"] > 0 for line in lines)
     assert lines[1]["difference"] < 1e-4

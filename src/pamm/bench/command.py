@@ -79,7 +79,9 @@ def arguments_parser() -> argparse.ArgumentParser:
         help="backward: of convolutions, forward and backward",
     )
     _model_options(_kind(kinds, "model", "a prediction: this package's network and its plain form"))
-    _network_options(_kind(kinds, "train", "a training step: forward, losses, backward, optimizer"))
+    train = _kind(kinds, "train", "a training step: forward, losses, backward, optimizer")
+    _network_options(train)
+    train.add_argument("--recompute", action="store_true", help="also with activations made again (train.recompute)")
     data = _kind(kinds, "data", "the training loader's throughput", timed=False)
     data.add_argument("recipe", help="a recipe's name: its data set is read")
     data.add_argument("--root", help="folder of the data set, in place of the configured one")
@@ -240,9 +242,10 @@ def _model(plain: argparse.Namespace) -> Cases:
 def _train(plain: argparse.Namespace) -> Cases:
     from pamm.bench.run import measure
 
-    yield measure(
-        "train", plain.recipe, "training step", _job(plain, "train", _network(plain)), memory=not plain.no_memory
-    )
+    settings = _network(plain)
+    settings["candidates"][1:1] = ["pamm, recomputed"] if plain.recompute else []
+    what = "training step" + (f" at {plain.size[0]}×{plain.size[1]}" if plain.size else "")
+    yield measure("train", plain.recipe, what, _job(plain, "train", settings), memory=not plain.no_memory)
 
 
 def _network(plain: argparse.Namespace) -> dict[str, Any]:

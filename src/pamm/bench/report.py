@@ -38,7 +38,11 @@ NOTES = {
         "matrix products and convolutions, those that are carried out. Weights are random, and a router that keeps the k largest "
         "jumps where two are equal to the last digit: one task may then differ by far more than rounding."
     ),
-    "train": ("Forward, losses, backward, optimizer; random images and labels."),
+    "train": (
+        "Forward, losses, backward, optimizer; random images and labels. Memory holds the gradients and the optimizer's state. "
+        "`plain, recurrence` keeps what autograd keeps of the published recurrence, which grows with every position, and fits no "
+        "larger image here. `pamm, recomputed`: with `train.recompute`."
+    ),
     "scaling": (
         "Decoder and heads of pascal-pamm-b, one image; what does not vary is 1024 tokens, five tasks, 15 experts, "
         "state size 64. Dashed: proportional."

@@ -19,12 +19,13 @@ from pamm.bench.model import (
     with_backbone,
 )
 from pamm.build import create_model
+from pamm.models.model import MultiTaskModel
 from pamm.optimizer import create_optimizer
 from pamm.tasks import Task
 
 
 def workload(settings: Mapping[str, Any], only: str | None = None) -> Workload:
-    """Candidates "pamm", "plain, engine", "plain, recurrence", or the one named; each with weights and optimizer of its own.
+    """Candidates "pamm", "pamm, recomputed", "plain, engine", "plain, recurrence", or the one named; each with an optimizer.
 
     settings: recipe, size (H, W) or None, batch, dtype, device, candidates. Images and labels are random.
     """
@@ -40,7 +41,7 @@ def workload(settings: Mapping[str, Any], only: str | None = None) -> Workload:
     found = {}
     for name in [only] if only else settings["candidates"]:
         trained: nn.Module = model
-        call: Callable = model
+        call: Callable = keeping(model, recompute=name == "pamm, recomputed")
         if name in PLAIN:
             decoder = plain_decoder(model, experiment, PLAIN[name])
             backbone = plain_backbone(model.backbone, copied=not only)
@@ -52,6 +53,16 @@ def workload(settings: Mapping[str, Any], only: str | None = None) -> Workload:
         drop_decoder(model)
     shape = {"recipe": settings["recipe"], "batch": settings["batch"], "size": list(size), "tasks": list(labels)}
     return Workload(found, shape, images=settings["batch"], memory_calls=2)
+
+
+def keeping(model: MultiTaskModel, *, recompute: bool) -> Callable:
+    """The network with its activations kept, or made again in the backward pass."""
+
+    def call(image: Tensor, frame: tuple[int, int]) -> dict[str, Tensor]:
+        model.set_recompute(recompute)
+        return model(image, frame)
+
+    return call
 
 
 def random_label(task: Task, batch: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:
