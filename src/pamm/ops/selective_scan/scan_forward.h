@@ -9,8 +9,8 @@
 #define JOBS_PER_THREAD 4           /* with fewer, jobs of one vector share the work more evenly */
 #define STORED_LIMIT (4 << 20)      /* bytes of E beyond which reading it costs more than computing it again */
 
-/* Arrays of one vector of channels: per position one vector and, for E, FORWARD_STATES vectors. The vectors of a job take turns
- * with E and the strip.
+/* Arrays of one vector of channels: per position one vector and, for E, FORWARD_STATES vectors. The vectors of a job share the
+ * strip and take turns with E.
  */
 typedef struct {
     vec *delta, *u, *y, *E;
@@ -91,6 +91,21 @@ static void forward_write(const Problem *p, const ForwardTile *tiles, const Forw
 /* Where an order's decays exp(Δ A) come from. */
 enum Decays { COMPUTED, COMPUTED_AND_STORED, STORED };
 
+/* numbers[n] in every lane. With AVX-512 four of them come in one load: a pass that reads E has more loads than arithmetic. */
+INLINE vec spread(const float *numbers, int n) {
+#if LANES == 16
+    __m512 four = _mm512_broadcast_f32x4(_mm_loadu_ps(numbers + n / 4 * 4));
+    switch (n % 4) {
+        case 0: return (vec)_mm512_permute_ps(four, 0x00);
+        case 1: return (vec)_mm512_permute_ps(four, 0x55);
+        case 2: return (vec)_mm512_permute_ps(four, 0xaa);
+        default: return (vec)_mm512_permute_ps(four, 0xff);
+    }
+#else
+    return splat(numbers[n]);
+#endif
+}
+
 /* One order for FORWARD_STATES states; adds to y. */
 INLINE void forward_order(const ForwardTile *tile, const vec *a, const int32_t *order, int64_t length, enum Decays decays) {
     enum { S = FORWARD_STATES };
@@ -103,7 +118,7 @@ INLINE void forward_order(const ForwardTile *tile, const vec *a, const int32_t *
             vec decay = decays == STORED ? e[n] : exp2_product(delta, a[n]);
             if (decays == COMPUTED_AND_STORED) e[n] = decay;
             h[n] = decay * h[n] + b[n] * u;
-            sums[n % 2] += c[n] * h[n];
+            sums[n % 2] += (decays == STORED ? spread(c, n) : splat(c[n])) * h[n];
         }
         tile->y[l] = sums[0] + sums[1];
     }
@@ -131,19 +146,21 @@ static void forward_orders(const ForwardTile *tile, const vec *a, const int32_t 
     for (int64_t k = 1; k < count; k++) forward_next(tile, orders + k * length, length);
 }
 
-/* All states of one vector of channels with one parameter set. */
-static void forward_states(const Problem *p, const ForwardTile *tile, int64_t image, int64_t set, int64_t first, int64_t width) {
+/* All states of a job's channels with one parameter set. */
+static void forward_states(const Problem *p, const ForwardTile *tiles, const ForwardPart *part, int64_t set) {
     enum { S = FORWARD_STATES };
     vec a[S];
     for (int64_t n = 0; n < p->states; n += S) {
         int count = (int)smaller(p->states - n, S);
-        load_A(a, p, image, set, first, n, width, count, S);
-        for (int m = 0; m < S; m++) a[m] *= LOG2_E;
-        load_strip(tile->strip, p, image, set, n, count, S);
-        if (p->sets > 1)
-            forward_only(tile, a, p->orders + set * p->length, p->length);
-        else
-            forward_orders(tile, a, p->orders, p->orders_count, p->length);
+        load_strip(tiles[0].strip, p, part->image, set, n, count, S);
+        for (int64_t i = 0; i < part->blocks; i++) {
+            load_A(a, p, part->image, set, part->first + i * LANES, n, part->width[i], count, S);
+            for (int m = 0; m < S; m++) a[m] *= LOG2_E;
+            if (p->sets > 1)
+                forward_only(&tiles[i], a, p->orders + set * p->length, p->length);
+            else
+                forward_orders(&tiles[i], a, p->orders, p->orders_count, p->length);
+        }
     }
 }
 
@@ -157,8 +174,7 @@ static void forward_job(const void *problem, int64_t job, float *work) {
     for (int64_t i = 0; i < part.blocks; i++, own += 3 * L) tiles[i] = (ForwardTile){own, own + L, own + 2 * L, E, strip};
     for (int64_t set = 0; set < p->sets; set++) {
         forward_read(p, tiles, &part, set);
-        for (int64_t i = 0; i < part.blocks; i++)
-            forward_states(p, &tiles[i], part.image, set, part.first + i * LANES, part.width[i]);
+        forward_states(p, tiles, &part, set);
     }
     forward_write(p, tiles, &part);
 }
