@@ -234,6 +234,19 @@ def test_extreme_steps_and_decays(engine, per_order):
     assert_close(found, run(in_double(inputs), orders, "reference", softplus=False), FLOAT32_TOLERANCE)
 
 
+@pytest.mark.parametrize("engine", RUNNING)
+def test_slow_decays_add_up_no_more_than_rounding(engine):
+    """A constant input settles at 1 / (1 - decay): there an error of the exponential is divided by 1 - decay."""
+    delta = torch.linspace(0.008, 0.1, 80).expand(1, 1, 900, 80)
+    ones = torch.ones(1, 1, 900, 1)
+    inputs = {"x": torch.ones_like(delta), "delta": delta, "A": -torch.ones(1, 80, 1), "B": ones, "C": ones}
+    inputs["D"] = torch.zeros(1, 80)
+    orders = scan_orders("hilbert", 30, 30, 2)
+    y = selective_scan(**inputs, orders=orders, softplus=False, engine=engine)
+    expected = selective_scan(**in_double(inputs), orders=orders, softplus=False, engine="reference").detach()
+    assert ((y.double() - expected) / expected).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("name", ["x", "delta", "A", "B", "C"])
 @pytest.mark.parametrize("engine", RUNNING)
 def test_a_nan_is_never_hidden(engine, name):

@@ -4,8 +4,8 @@
  * channels and states, E[l, n] = exp(delta[l] A[n]) is computed once per position and read by every order through the order's
  * index, so nothing is permuted.
  *
- * Jobs write to places of their own and the split into jobs depends on the shapes alone: the result has the same bits for any
- * number of threads.
+ * Jobs write to places of their own. The backward pass's split into jobs depends on the shapes alone, and in the forward pass a
+ * vector of channels is computed alike in any job: the result has the same bits for any number of threads.
  */
 #include "scan_forward.h"
 #include "scan_backward.h"
@@ -24,7 +24,9 @@ int64_t scan_parts(const Problem *problem) { return backward_jobs(problem) * sli
 void scan_run(const Problem *problem, int threads, Parallel *parallel) {
     int64_t each = scan_workspace(problem->length);
     if (problem->y != NULL) {
-        run_jobs((Queue){forward_job, problem, forward_jobs(problem), problem->work, each, 0, 0}, threads, parallel);
+        Problem forward = *problem;
+        forward.slices = forward_slices(problem, threads);
+        run_jobs((Queue){forward_job, &forward, forward_jobs(&forward), problem->work, each, 0, 0}, threads, parallel);
         return;
     }
     run_jobs((Queue){backward_job, problem, backward_jobs(problem), problem->work, each, 0, 0}, threads, parallel);
