@@ -83,7 +83,7 @@ INLINE void backward_states(const BackwardTile *tile, const int32_t *order, int6
 typedef struct {
     const float *b, *c;
     const vec *E, *before, *after, *a;
-    vec dy, delta, kept, moved, du[2], exponent[2];
+    vec dy, delta, even, odd, du[2], exponent[2];
 } Visit;
 
 /* One state of one visit: takes g one step back; returns partial sums over channels of the gradients of b[n] and c[n]. */
@@ -94,41 +94,46 @@ INLINE vec visit_state(Visit *v, int n, vec *g, vec *dA) {
     vec share = g[n] * v->before[n]; /* gradient of Δ A */
     v->exponent[n % 2] += v->a[n] * share;
     dA[n] += v->delta * share;
-    return v->kept * fold_halves_kept(after, v->after[n]) + v->moved * fold_halves_moved(after, v->after[n]);
+    return v->even * fold_lanes_even(after, v->after[n]) + v->odd * fold_lanes_odd(after, v->after[n]);
 }
 
 /* Visits [start, end) backwards: carries g, and adds to all gradients. */
 INLINE void backward_visits(const BackwardTile *tile, const vec *a, const int32_t *order, int64_t start, int64_t end,
                             const vec *states, vec *g, vec *dA) {
     enum { S = STATES };
+    const vec *xs = tile->x, *dys = tile->dy, *deltas = tile->delta, *E = tile->E;
+    vec *restrict dx = tile->dx, *restrict ddelta = tile->ddelta;
+    const float *strip = tile->strip;
+    float *restrict dstrip = tile->dstrip;
     for (int64_t t = end - 1; t >= start; t--) {
         int64_t l = order[t];
-        const float *b = tile->strip + l * 2 * S;
+        const float *b = strip + l * 2 * S;
         const vec *before = states + (t - start) * S;
-        vec x = tile->x[l], dy = tile->dy[l], delta = tile->delta[l], u = delta * x, sums[S / 2], total;
-        Visit visit = {b, b + S, tile->E + l * S, before, before + S, a, dy, delta, .du = {{0}}, .exponent = {{0}}};
-        visit.kept = fold_halves_kept(u, dy);
-        visit.moved = fold_halves_moved(u, dy);
-        UNROLLED for (int n = 0; n < S / 2; n++)
-            sums[n] = fold_quarters(visit_state(&visit, n, g, dA), visit_state(&visit, n + S / 2, g, dA));
+        vec x = xs[l], dy = dys[l], delta = deltas[l], u = delta * x, sums[S / 2], total;
+        Visit visit = {b, b + S, E + l * S, before, before + S, a, dy, delta, .du = {{0}}, .exponent = {{0}}};
+        visit.even = fold_lanes_even(u, dy);
+        visit.odd = fold_lanes_odd(u, dy);
+        UNROLLED for (int n = 0; n < S; n += 2)
+            sums[n / 2] = fold_lanes(visit_state(&visit, n, g, dA), visit_state(&visit, n + 1, g, dA));
 #if LANES == 16
-        sums[0] = fold_eighths(sums[0], sums[2]);
-        sums[1] = fold_eighths(sums[1], sums[3]);
+        sums[0] = fold_quads(sums[0], sums[1]);
+        sums[1] = fold_quads(sums[2], sums[3]);
 #endif
 #if LANES >= 8
-        sums[0] = fold_neighbours(sums[0], sums[1]);
+        sums[0] = fold_quads(sums[0], sums[1]);
 #endif
-        memcpy(&total, tile->dstrip + l * 2 * S, sizeof total);
+        memcpy(&total, dstrip + l * 2 * S, sizeof total);
         total += sums[0];
-        memcpy(tile->dstrip + l * 2 * S, &total, sizeof total);
+        memcpy(dstrip + l * 2 * S, &total, sizeof total);
         vec du = visit.du[0] + visit.du[1];
-        tile->dx[l] += du * delta;
-        tile->ddelta[l] += du * x + (visit.exponent[0] + visit.exponent[1]);
+        dx[l] += du * delta;
+        ddelta[l] += du * x + (visit.exponent[0] + visit.exponent[1]);
     }
 }
 
-static void backward_order(const BackwardTile *tile, const vec *a, const int32_t *order, int64_t length, int first, vec *dA) {
-    vec g[STATES] = {{0}}, states[(CHUNK + 1) * STATES], exponent[STATES];
+static void backward_order(const BackwardTile *tile, const vec *a, const int32_t *order, int64_t length, int first, vec *gradient) {
+    vec g[STATES] = {{0}}, states[(CHUNK + 1) * STATES], exponent[STATES], dA[STATES];
+    UNROLLED for (int n = 0; n < STATES; n++) dA[n] = gradient[n];
     for (int n = 0; n < STATES; n++) exponent[n] = a[n] * LOG2_E;
     if (first)
         backward_starts(tile, exponent, order, length);
@@ -139,6 +144,7 @@ static void backward_order(const BackwardTile *tile, const vec *a, const int32_t
         backward_states(tile, order, start, end, states);
         backward_visits(tile, a, order, start, end, states, g, dA);
     }
+    UNROLLED for (int n = 0; n < STATES; n++) gradient[n] = dA[n];
 }
 
 /* One parameter set of one vector of channels, all its states; `dstrips` are the slice's, one per block of states. */
@@ -207,9 +213,10 @@ static void gather_job(const void *problem, int64_t job, float *work) {
                 memcpy(&part, parts + slice * slice_parts(p) + (block * L + l) * 2 * STATES, sizeof part);
                 total += part;
             }
-            float *sums = (float *)&total;
-            memcpy(p->dB + (at * L + l) * N + block * STATES, sums, count * sizeof(float));
-            memcpy(p->dC + (at * L + l) * N + block * STATES, sums + STATES, count * sizeof(float));
+            for (int n = 0; n < count; n++) {
+                p->dB[(at * L + l) * N + block * STATES + n] = total[2 * n];
+                p->dC[(at * L + l) * N + block * STATES + n] = total[2 * n + 1];
+            }
         }
     }
 }
