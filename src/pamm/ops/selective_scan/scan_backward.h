@@ -12,9 +12,9 @@
 #define STATES (LANES / 2)
 #define CHUNK 16
 
-/* Arrays of one job: per position one vector and, for E, STATES vectors. */
+/* Arrays of one job: per position one vector and, for E, STATES vectors; u is Δ x, and exponent the gradient of Δ A times A. */
 typedef struct {
-    vec *x, *dy, *delta, *slope, *dx, *ddelta, *E, *starts;
+    vec *x, *dy, *delta, *slope, *dx, *u, *du, *exponent, *E, *starts;
     float *strip;
     float *dstrip; /* gradients of the strip, summed over the slice */
 } BackwardTile;
@@ -22,7 +22,7 @@ typedef struct {
 static int64_t chunks(int64_t length) { return (length + CHUNK - 1) / CHUNK; }
 
 static int64_t backward_workspace(int64_t length) {
-    return length * (6 * LANES + STATES * (LANES + 2)) + chunks(length) * STATES * LANES;
+    return length * (8 * LANES + STATES * (LANES + 2)) + chunks(length) * STATES * LANES;
 }
 
 static int64_t state_blocks(const Problem *p) { return (p->states + STATES - 1) / STATES; }
@@ -34,10 +34,12 @@ static void backward_read(const Problem *p, const BackwardTile *tile, int64_t im
     vec bias = load_channels(p->bias, (group * p->sets + set) * p->channels + first, width, 0);
     for (int64_t l = 0; l < p->length; l++) {
         vec delta = load_channels(p->delta.data, delta_at + l * p->delta.row, width, p->half) + bias;
-        tile->delta[l] = p->softplus ? softplus_vec(delta, tile->slope + l) : delta;
-        tile->ddelta[l] = (vec){0};
+        if (p->softplus) delta = softplus_vec(delta, tile->slope + l);
+        vec x = set > 0 ? tile->x[l] : load_channels(p->x.data, x_at + l * p->x.row, width, p->half);
+        tile->delta[l] = delta;
+        tile->u[l] = delta * x;
+        tile->du[l] = tile->exponent[l] = (vec){0};
         if (set > 0) continue;
-        vec x = load_channels(p->x.data, x_at + l * p->x.row, width, p->half);
         vec dy = load_channels(p->dy.data, dy_at + l * p->dy.row, width, p->half);
         tile->x[l] = x;
         tile->dy[l] = dy;
@@ -55,7 +57,7 @@ INLINE void backward_starts(const BackwardTile *tile, const vec *exponent, const
     vec h[STATES] = {{0}};
     for (int64_t t = 0; t < length; t++) {
         int64_t l = order[t];
-        vec delta = tile->delta[l], u = delta * tile->x[l], *E = tile->E + l * STATES;
+        vec delta = tile->delta[l], u = tile->u[l], *E = tile->E + l * STATES;
         if (t % CHUNK == 0)
             UNROLLED for (int n = 0; n < STATES; n++) tile->starts[t / CHUNK * STATES + n] = h[n];
         UNROLLED for (int n = 0; n < STATES; n++) {
@@ -72,7 +74,7 @@ INLINE void backward_states(const BackwardTile *tile, const int32_t *order, int6
     UNROLLED for (int n = 0; n < STATES; n++) states[n] = h[n] = tile->starts[start / CHUNK * STATES + n];
     for (int64_t t = start; t < end; t++) {
         int64_t l = order[t];
-        vec u = tile->delta[l] * tile->x[l];
+        vec u = tile->u[l];
         states += STATES;
         UNROLLED for (int n = 0; n < STATES; n++)
             states[n] = h[n] = tile->E[l * STATES + n] * h[n] + tile->strip[l * 2 * STATES + n] * u;
@@ -94,23 +96,24 @@ INLINE vec visit_state(Visit *v, int n, vec *g, vec *dA) {
     vec share = g[n] * v->before[n]; /* gradient of Δ A */
     v->exponent[n % 2] += v->a[n] * share;
     dA[n] += v->delta * share;
-    return v->even * fold_lanes_even(after, v->after[n]) + v->odd * fold_lanes_odd(after, v->after[n]);
+    vec h = *(const volatile vec *)(v->after + n); /* volatile: one load for both shuffles, loads are what limits the visits */
+    return v->even * fold_lanes_even(after, h) + v->odd * fold_lanes_odd(after, h);
 }
 
 /* Visits [start, end) backwards: carries g, and adds to all gradients. */
 INLINE void backward_visits(const BackwardTile *tile, const vec *a, const int32_t *order, int64_t start, int64_t end,
                             const vec *states, vec *g, vec *dA) {
     enum { S = STATES };
-    const vec *xs = tile->x, *dys = tile->dy, *deltas = tile->delta, *E = tile->E;
-    vec *restrict dx = tile->dx, *restrict ddelta = tile->ddelta;
+    const vec *us = tile->u, *dys = tile->dy, *deltas = tile->delta, *E = tile->E;
+    vec *restrict dus = tile->du, *restrict exponents = tile->exponent;
     const float *strip = tile->strip;
     float *restrict dstrip = tile->dstrip;
     for (int64_t t = end - 1; t >= start; t--) {
         int64_t l = order[t];
         const float *b = strip + l * 2 * S;
         const vec *before = states + (t - start) * S;
-        vec x = xs[l], dy = dys[l], delta = deltas[l], u = delta * x, sums[S / 2], total;
-        Visit visit = {b, b + S, E + l * S, before, before + S, a, dy, delta, .du = {{0}}, .exponent = {{0}}};
+        vec u = us[l], dy = dys[l], sums[S / 2], total;
+        Visit visit = {b, b + S, E + l * S, before, before + S, a, dy, deltas[l], .du = {{0}}, .exponent = {{0}}};
         visit.even = fold_lanes_even(u, dy);
         visit.odd = fold_lanes_odd(u, dy);
         UNROLLED for (int n = 0; n < S; n += 2)
@@ -125,9 +128,8 @@ INLINE void backward_visits(const BackwardTile *tile, const vec *a, const int32_
         memcpy(&total, dstrip + l * 2 * S, sizeof total);
         total += sums[0];
         memcpy(dstrip + l * 2 * S, &total, sizeof total);
-        vec du = visit.du[0] + visit.du[1];
-        dx[l] += du * delta;
-        ddelta[l] += du * x + (visit.exponent[0] + visit.exponent[1]);
+        dus[l] += visit.du[0] + visit.du[1];
+        exponents[l] += visit.exponent[0] + visit.exponent[1];
     }
 }
 
@@ -164,7 +166,9 @@ static void backward_set(const Problem *p, BackwardTile *tile, int64_t image, in
     }
     vec dbias = {0};
     for (int64_t l = 0; l < L; l++) {
-        vec ddelta = p->softplus ? tile->ddelta[l] * tile->slope[l] : tile->ddelta[l];
+        vec ddelta = tile->du[l] * tile->x[l] + tile->exponent[l];
+        if (p->softplus) ddelta *= tile->slope[l];
+        tile->dx[l] += tile->du[l] * tile->delta[l];
         dbias += ddelta;
         store_channels(p->ddelta, (at * L + l) * D + first, width, p->half, ddelta);
     }
@@ -179,8 +183,9 @@ static int64_t backward_jobs(const Problem *p) { return p->groups * p->images * 
 static void backward_job(const void *problem, int64_t job, float *work) {
     const Problem *p = problem;
     int64_t L = p->length, image = job / p->slices, slice = job % p->slices, blocks = channel_blocks(p);
-    vec *v = (vec *)work, *E = v + 6 * L, *starts = E + STATES * L;
-    BackwardTile tile = {v, v + L, v + 2 * L, v + 3 * L, v + 4 * L, v + 5 * L, E, starts, (float *)(starts + chunks(L) * STATES), NULL};
+    vec *v = (vec *)work, *E = v + 8 * L, *starts = E + STATES * L;
+    float *strip = (float *)(starts + chunks(L) * STATES);
+    BackwardTile tile = {v, v + L, v + 2 * L, v + 3 * L, v + 4 * L, v + 5 * L, v + 6 * L, v + 7 * L, E, starts, strip, NULL};
     float *dstrips = p->parts + job * slice_parts(p);
     memset(dstrips, 0, slice_parts(p) * sizeof(float));
     for (int64_t i = blocks * slice / p->slices; i < blocks * (slice + 1) / p->slices; i++) {
