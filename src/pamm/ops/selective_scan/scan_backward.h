@@ -12,9 +12,18 @@
 #define STATES (LANES / 2)
 #define CHUNK 16
 
-/* Arrays of one job: per position one vector and, for E, STATES vectors; u is Δ x, and exponent the gradient of Δ A times A. */
+/* What the visits of a position read, u being Δ x, and the gradients they add to, `exponent` being A times that of Δ A.
+ *
+ * They lie side by side: separate arrays of a length that is a power of two would compete for the same lines of the cache.
+ */
 typedef struct {
-    vec *x, *dy, *delta, *slope, *dx, *u, *du, *exponent, *E, *starts;
+    vec u, dy, delta, du, exponent;
+} Place;
+
+/* Arrays of one job: per position one element and, for E, STATES vectors. */
+typedef struct {
+    Place *places;
+    vec *x, *slope, *dx, *E, *starts;
     float *strip;
     float *dstrip; /* gradients of the strip, summed over the slice */
 } BackwardTile;
@@ -36,13 +45,14 @@ static void backward_read(const Problem *p, const BackwardTile *tile, int64_t im
         vec delta = load_channels(p->delta.data, delta_at + l * p->delta.row, width, p->half) + bias;
         if (p->softplus) delta = softplus_vec(delta, tile->slope + l);
         vec x = set > 0 ? tile->x[l] : load_channels(p->x.data, x_at + l * p->x.row, width, p->half);
-        tile->delta[l] = delta;
-        tile->u[l] = delta * x;
-        tile->du[l] = tile->exponent[l] = (vec){0};
+        Place *place = tile->places + l;
+        place->delta = delta;
+        place->u = delta * x;
+        place->du = place->exponent = (vec){0};
         if (set > 0) continue;
         vec dy = load_channels(p->dy.data, dy_at + l * p->dy.row, width, p->half);
         tile->x[l] = x;
-        tile->dy[l] = dy;
+        place->dy = dy;
         tile->dx[l] = skip * dy;
         dD += dy * x;
     }
@@ -57,7 +67,7 @@ INLINE void backward_starts(const BackwardTile *tile, const vec *exponent, const
     vec h[STATES] = {{0}};
     for (int64_t t = 0; t < length; t++) {
         int64_t l = order[t];
-        vec delta = tile->delta[l], u = tile->u[l], *E = tile->E + l * STATES;
+        vec delta = tile->places[l].delta, u = tile->places[l].u, *E = tile->E + l * STATES;
         if (t % CHUNK == 0)
             UNROLLED for (int n = 0; n < STATES; n++) tile->starts[t / CHUNK * STATES + n] = h[n];
         UNROLLED for (int n = 0; n < STATES; n++) {
@@ -74,7 +84,7 @@ INLINE void backward_states(const BackwardTile *tile, const int32_t *order, int6
     UNROLLED for (int n = 0; n < STATES; n++) states[n] = h[n] = tile->starts[start / CHUNK * STATES + n];
     for (int64_t t = start; t < end; t++) {
         int64_t l = order[t];
-        vec u = tile->u[l];
+        vec u = tile->places[l].u;
         states += STATES;
         UNROLLED for (int n = 0; n < STATES; n++)
             states[n] = h[n] = tile->E[l * STATES + n] * h[n] + tile->strip[l * 2 * STATES + n] * u;
@@ -104,16 +114,17 @@ INLINE vec visit_state(Visit *v, int n, vec *g, vec *dA) {
 INLINE void backward_visits(const BackwardTile *tile, const vec *a, const int32_t *order, int64_t start, int64_t end,
                             const vec *states, vec *g, vec *dA) {
     enum { S = STATES };
-    const vec *us = tile->u, *dys = tile->dy, *deltas = tile->delta, *E = tile->E;
-    vec *restrict dus = tile->du, *restrict exponents = tile->exponent;
+    const vec *E = tile->E;
+    Place *restrict places = tile->places;
     const float *strip = tile->strip;
     float *restrict dstrip = tile->dstrip;
     for (int64_t t = end - 1; t >= start; t--) {
         int64_t l = order[t];
         const float *b = strip + l * 2 * S;
         const vec *before = states + (t - start) * S;
-        vec u = us[l], dy = dys[l], sums[S / 2], total;
-        Visit visit = {b, b + S, E + l * S, before, before + S, a, dy, deltas[l], .du = {{0}}, .exponent = {{0}}};
+        Place *place = places + l;
+        vec u = place->u, dy = place->dy, sums[S / 2], total;
+        Visit visit = {b, b + S, E + l * S, before, before + S, a, dy, place->delta, .du = {{0}}, .exponent = {{0}}};
         visit.even = fold_lanes_even(u, dy);
         visit.odd = fold_lanes_odd(u, dy);
         UNROLLED for (int n = 0; n < S; n += 2)
@@ -128,8 +139,8 @@ INLINE void backward_visits(const BackwardTile *tile, const vec *a, const int32_
         memcpy(&total, dstrip + l * 2 * S, sizeof total);
         total += sums[0];
         memcpy(dstrip + l * 2 * S, &total, sizeof total);
-        dus[l] += visit.du[0] + visit.du[1];
-        exponents[l] += visit.exponent[0] + visit.exponent[1];
+        place->du += visit.du[0] + visit.du[1];
+        place->exponent += visit.exponent[0] + visit.exponent[1];
     }
 }
 
@@ -166,9 +177,10 @@ static void backward_set(const Problem *p, BackwardTile *tile, int64_t image, in
     }
     vec dbias = {0};
     for (int64_t l = 0; l < L; l++) {
-        vec ddelta = tile->du[l] * tile->x[l] + tile->exponent[l];
+        const Place *place = tile->places + l;
+        vec ddelta = place->du * tile->x[l] + place->exponent;
         if (p->softplus) ddelta *= tile->slope[l];
-        tile->dx[l] += tile->du[l] * tile->delta[l];
+        tile->dx[l] += place->du * place->delta;
         dbias += ddelta;
         store_channels(p->ddelta, (at * L + l) * D + first, width, p->half, ddelta);
     }
@@ -183,9 +195,9 @@ static int64_t backward_jobs(const Problem *p) { return p->groups * p->images * 
 static void backward_job(const void *problem, int64_t job, float *work) {
     const Problem *p = problem;
     int64_t L = p->length, image = job / p->slices, slice = job % p->slices, blocks = channel_blocks(p);
-    vec *v = (vec *)work, *E = v + 8 * L, *starts = E + STATES * L;
+    vec *v = (vec *)(work + L * (int64_t)(sizeof(Place) / sizeof(float))), *E = v + 3 * L, *starts = E + STATES * L;
     float *strip = (float *)(starts + chunks(L) * STATES);
-    BackwardTile tile = {v, v + L, v + 2 * L, v + 3 * L, v + 4 * L, v + 5 * L, v + 6 * L, v + 7 * L, E, starts, strip, NULL};
+    BackwardTile tile = {(Place *)work, v, v + L, v + 2 * L, E, starts, strip, NULL};
     float *dstrips = p->parts + job * slice_parts(p);
     memset(dstrips, 0, slice_parts(p) * sizeof(float));
     for (int64_t i = blocks * slice / p->slices; i < blocks * (slice + 1) / p->slices; i++) {
