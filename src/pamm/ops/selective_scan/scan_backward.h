@@ -91,6 +91,16 @@ INLINE void backward_states(const BackwardTile *tile, const int32_t *order, int6
     }
 }
 
+#define LINE 64 /* bytes */
+
+/* Ask for what a visit of position l and the states before it read: it comes while other visits keep the arithmetic busy. */
+INLINE void prefetch_visit(const BackwardTile *tile, int64_t l) {
+    const char *place = (const char *)(tile->places + l), *E = (const char *)(tile->E + l * STATES);
+    UNROLLED for (size_t i = 0; i < sizeof(Place); i += LINE) __builtin_prefetch(place + i);
+    UNROLLED for (size_t i = 0; i < STATES * sizeof(vec); i += LINE) __builtin_prefetch(E + i);
+    __builtin_prefetch(tile->strip + l * 2 * STATES);
+}
+
 /* What one visit reads and gathers. */
 typedef struct {
     const float *b, *c;
@@ -120,6 +130,7 @@ INLINE void backward_visits(const BackwardTile *tile, const vec *a, const int32_
     float *restrict dstrip = tile->dstrip;
     for (int64_t t = end - 1; t >= start; t--) {
         int64_t l = order[t];
+        if (start > 0) prefetch_visit(tile, order[t - CHUNK]);
         const float *b = strip + l * 2 * S;
         const vec *before = states + (t - start) * S;
         Place *place = places + l;
