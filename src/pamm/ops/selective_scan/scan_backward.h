@@ -3,7 +3,7 @@
  * Nothing is kept by the forward pass. For one vector of channels and STATES states, every order is run twice: once along its
  * visits, storing the state before every chunk of CHUNK visits, then chunk by chunk from the last, with the states recomputed
  * (they stay in the nearest cache) and the gradient g of the state carried against the visits. The sums over channels that B and
- * C need are taken in registers.
+ * C need are taken in registers, those of C as soon as a state is known: loads limit the visits, which would read it again.
  */
 #pragma once
 
@@ -78,37 +78,42 @@ INLINE void backward_starts(const BackwardTile *tile, const vec *exponent, const
     }
 }
 
-/* The states before each of the visits [start, end) and after the last. */
-INLINE void backward_states(const BackwardTile *tile, const int32_t *order, int64_t start, int64_t end, vec *states) {
-    vec h[STATES];
-    UNROLLED for (int n = 0; n < STATES; n++) states[n] = h[n] = tile->starts[start / CHUNK * STATES + n];
-    for (int64_t t = start; t < end; t++) {
-        int64_t l = order[t];
-        vec u = tile->places[l].u;
-        states += STATES;
-        UNROLLED for (int n = 0; n < STATES; n++)
-            states[n] = h[n] = tile->E[l * STATES + n] * h[n] + tile->strip[l * 2 * STATES + n] * u;
-    }
+/* Sums over channels of STATES vectors, two partial sums of each. */
+INLINE vec fold_states(const vec *v) {
+#if LANES == 16
+    return fold_quads(fold_lanes(fold_lanes(v[0], v[1]), fold_lanes(v[2], v[3])),
+                      fold_lanes(fold_lanes(v[4], v[5]), fold_lanes(v[6], v[7])));
+#elif LANES == 8
+    return fold_lanes(fold_lanes(v[0], v[1]), fold_lanes(v[2], v[3]));
+#else
+    return fold_lanes(v[0], v[1]);
+#endif
 }
 
-#define LINE 64 /* bytes */
-
-/* Ask for what a visit of position l and the states before it read: it comes while other visits keep the arithmetic busy. */
-INLINE void prefetch_visit(const BackwardTile *tile, int64_t l) {
-    const char *place = (const char *)(tile->places + l), *E = (const char *)(tile->E + l * STATES);
-    UNROLLED for (size_t i = 0; i < sizeof(Place); i += LINE) __builtin_prefetch(place + i);
-    UNROLLED for (size_t i = 0; i < STATES * sizeof(vec); i += LINE) __builtin_prefetch(E + i);
-    __builtin_prefetch(tile->strip + l * 2 * STATES);
+/* For the visits [start, end) the states before each and the partial sums of the gradient of C. */
+INLINE void backward_states(const BackwardTile *tile, const int32_t *order, int64_t start, int64_t end, vec *states, vec *dC) {
+    vec h[STATES], shares[STATES];
+    UNROLLED for (int n = 0; n < STATES; n++) h[n] = tile->starts[start / CHUNK * STATES + n];
+    for (int64_t t = start; t < end; t++, states += STATES) {
+        int64_t l = order[t];
+        vec u = tile->places[l].u, dy = tile->places[l].dy;
+        UNROLLED for (int n = 0; n < STATES; n++) {
+            states[n] = h[n];
+            h[n] = tile->E[l * STATES + n] * h[n] + tile->strip[l * 2 * STATES + n] * u;
+            shares[n] = h[n] * dy;
+        }
+        dC[t - start] = fold_states(shares);
+    }
 }
 
 /* What one visit reads and gathers. */
 typedef struct {
     const float *b, *c;
-    const vec *E, *before, *after, *a;
-    vec dy, delta, even, odd, du[2], exponent[2];
+    const vec *E, *before, *a;
+    vec u, dy, delta, du[2], exponent[2];
 } Visit;
 
-/* One state of one visit: takes g one step back; returns partial sums over channels of the gradients of b[n] and c[n]. */
+/* One state of one visit: takes g one step back; returns each channel's share of the gradient of b[n]. */
 INLINE vec visit_state(Visit *v, int n, vec *g, vec *dA) {
     vec after = g[n] + v->c[n] * v->dy;
     v->du[n % 2] += v->b[n] * after;
@@ -116,13 +121,12 @@ INLINE vec visit_state(Visit *v, int n, vec *g, vec *dA) {
     vec share = g[n] * v->before[n]; /* gradient of Δ A */
     v->exponent[n % 2] += v->a[n] * share;
     dA[n] += v->delta * share;
-    vec h = *(const volatile vec *)(v->after + n); /* volatile: one load for both shuffles, loads are what limits the visits */
-    return v->even * fold_lanes_even(after, h) + v->odd * fold_lanes_odd(after, h);
+    return v->u * after;
 }
 
 /* Visits [start, end) backwards: carries g, and adds to all gradients. */
 INLINE void backward_visits(const BackwardTile *tile, const vec *a, const int32_t *order, int64_t start, int64_t end,
-                            const vec *states, vec *g, vec *dA) {
+                            const vec *states, const vec *dC, vec *g, vec *dA) {
     enum { S = STATES };
     const vec *E = tile->E;
     Place *restrict places = tile->places;
@@ -130,25 +134,17 @@ INLINE void backward_visits(const BackwardTile *tile, const vec *a, const int32_
     float *restrict dstrip = tile->dstrip;
     for (int64_t t = end - 1; t >= start; t--) {
         int64_t l = order[t];
-        if (start > 0) prefetch_visit(tile, order[t - CHUNK]);
         const float *b = strip + l * 2 * S;
-        const vec *before = states + (t - start) * S;
         Place *place = places + l;
-        vec u = place->u, dy = place->dy, sums[S / 2], total;
-        Visit visit = {b, b + S, E + l * S, before, before + S, a, dy, place->delta, .du = {{0}}, .exponent = {{0}}};
-        visit.even = fold_lanes_even(u, dy);
-        visit.odd = fold_lanes_odd(u, dy);
-        UNROLLED for (int n = 0; n < S; n += 2)
-            sums[n / 2] = fold_lanes(visit_state(&visit, n, g, dA), visit_state(&visit, n + 1, g, dA));
-#if LANES == 16
-        sums[0] = fold_quads(sums[0], sums[1]);
-        sums[1] = fold_quads(sums[2], sums[3]);
-#endif
-#if LANES >= 8
-        sums[0] = fold_quads(sums[0], sums[1]);
-#endif
+        vec shares[S], total;
+        Visit visit = {b, b + S, E + l * S, states + (t - start) * S, a, place->u, place->dy, place->delta, {{0}}, {{0}}};
+        UNROLLED for (int n = 0; n < S; n++) shares[n] = visit_state(&visit, n, g, dA);
         memcpy(&total, dstrip + l * 2 * S, sizeof total);
-        total += sums[0];
+#if LANES >= 8
+        total += fold_quads(fold_states(shares), dC[t - start]);
+#else
+        total += fold_lanes(fold_states(shares), dC[t - start]);
+#endif
         memcpy(dstrip + l * 2 * S, &total, sizeof total);
         place->du += visit.du[0] + visit.du[1];
         place->exponent += visit.exponent[0] + visit.exponent[1];
@@ -156,7 +152,7 @@ INLINE void backward_visits(const BackwardTile *tile, const vec *a, const int32_
 }
 
 static void backward_order(const BackwardTile *tile, const vec *a, const int32_t *order, int64_t length, int first, vec *gradient) {
-    vec g[STATES] = {{0}}, states[(CHUNK + 1) * STATES], exponent[STATES], dA[STATES];
+    vec g[STATES] = {{0}}, states[CHUNK * STATES], dC[CHUNK], exponent[STATES], dA[STATES];
     UNROLLED for (int n = 0; n < STATES; n++) dA[n] = gradient[n];
     for (int n = 0; n < STATES; n++) exponent[n] = a[n] * LOG2_E;
     if (first)
@@ -165,8 +161,8 @@ static void backward_order(const BackwardTile *tile, const vec *a, const int32_t
         backward_starts(tile, NULL, order, length);
     for (int64_t start = (chunks(length) - 1) * CHUNK; start >= 0; start -= CHUNK) {
         int64_t end = smaller(length, start + CHUNK);
-        backward_states(tile, order, start, end, states);
-        backward_visits(tile, a, order, start, end, states, g, dA);
+        backward_states(tile, order, start, end, states, dC);
+        backward_visits(tile, a, order, start, end, states, dC, g, dA);
     }
     UNROLLED for (int n = 0; n < STATES; n++) gradient[n] = dA[n];
 }
@@ -241,10 +237,9 @@ static void gather_job(const void *problem, int64_t job, float *work) {
                 memcpy(&part, parts + slice * slice_parts(p) + (block * L + l) * 2 * STATES, sizeof part);
                 total += part;
             }
-            for (int n = 0; n < count; n++) {
-                p->dB[(at * L + l) * N + block * STATES + n] = total[2 * n];
-                p->dC[(at * L + l) * N + block * STATES + n] = total[2 * n + 1];
-            }
+            float *sums = (float *)&total;
+            memcpy(p->dB + (at * L + l) * N + block * STATES, sums, count * sizeof(float));
+            memcpy(p->dC + (at * L + l) * N + block * STATES, sums + STATES, count * sizeof(float));
         }
     }
 }
