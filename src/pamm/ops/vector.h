@@ -119,20 +119,19 @@ INLINE vec softplus_vec(vec x, vec *slope) {
 #define LANE_LIST(F, s) F(0, s), F(1, s), F(2, s), F(3, s)
 #endif
 
-/* Blocks of s lanes, alternately of a and of b: those that stay where they are, and those moved over from the other half. */
-#define KEPT_LANE(i, s) ((i) / (s) % 2 ? (i) + LANES : (i))
-#define MOVED_LANE(i, s) ((i) / (s) % 2 ? (i) - (s) + LANES : (i) + (s))
-#define DEFINE_FOLD(name, s)                                                                      \
-    INLINE vec name##_kept(vec a, vec b) { return SHUFFLE(a, b, LANE_LIST(KEPT_LANE, s)); }   \
-    INLINE vec name##_moved(vec a, vec b) { return SHUFFLE(a, b, LANE_LIST(MOVED_LANE, s)); } \
-    /* Half as many partial sums of a and of b, s lanes of a's beside s lanes of b's. */         \
-    INLINE vec name(vec a, vec b) { return name##_kept(a, b) + name##_moved(a, b); }
-DEFINE_FOLD(fold_halves, LANES / 2)
-DEFINE_FOLD(fold_quarters, LANES / 4)
+/* Four groups of s lanes each of a and of b: the even ones of both, and the odd ones. */
+#define EVEN_LANE(i, s) ((i) / (4 * (s)) * 4 * (s) + (i) / (s) % 2 * 2 * (s) + (i) % (s) + ((i) / (s) % 4 / 2) * LANES)
+#define ODD_LANE(i, s) (EVEN_LANE(i, s) + (s))
+#define DEFINE_FOLD(name, s)                                                                  \
+    INLINE vec name##_even(vec a, vec b) { return SHUFFLE(a, b, LANE_LIST(EVEN_LANE, s)); }   \
+    INLINE vec name##_odd(vec a, vec b) { return SHUFFLE(a, b, LANE_LIST(ODD_LANE, s)); }     \
+    INLINE vec name(vec a, vec b) { return name##_even(a, b) + name##_odd(a, b); }
+DEFINE_FOLD(fold_lanes, 1)
 #if LANES == 16
-DEFINE_FOLD(fold_eighths, LANES / 8)
+DEFINE_FOLD(fold_quads, 4)
+#elif LANES == 8
+INLINE vec fold_quads(vec a, vec b) { return SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15); }
 #endif
-DEFINE_FOLD(fold_neighbours, 1)
 
 /* Loops over what lives in registers are written out. */
 #define UNROLLED _Pragma("GCC unroll 16")

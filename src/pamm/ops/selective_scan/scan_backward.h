@@ -3,7 +3,7 @@
  * Nothing is kept by the forward pass. For one vector of channels and STATES states, every order is run twice: once along its
  * visits, storing the state before every chunk of CHUNK visits, then chunk by chunk from the last, with the states recomputed
  * (they stay in the nearest cache) and the gradient g of the state carried against the visits. The sums over channels that B and
- * C need are taken in registers.
+ * C need are taken in registers, those of C as soon as a state is known: loads limit the visits, which would read it again.
  */
 #pragma once
 
@@ -12,9 +12,18 @@
 #define STATES (LANES / 2)
 #define CHUNK 16
 
-/* Arrays of one job: per position one vector and, for E, STATES vectors. */
+/* What the visits of a position read, u being Δ x, and the gradients they add to, `exponent` being A times that of Δ A.
+ *
+ * They lie side by side: separate arrays of a length that is a power of two would compete for the same lines of the cache.
+ */
 typedef struct {
-    vec *x, *dy, *delta, *slope, *dx, *ddelta, *E, *starts;
+    vec u, dy, delta, du, exponent;
+} Place;
+
+/* Arrays of one job: per position one element and, for E, STATES vectors. */
+typedef struct {
+    Place *places;
+    vec *x, *slope, *dx, *E, *starts;
     float *strip;
     float *dstrip; /* gradients of the strip, summed over the slice */
 } BackwardTile;
@@ -22,7 +31,7 @@ typedef struct {
 static int64_t chunks(int64_t length) { return (length + CHUNK - 1) / CHUNK; }
 
 static int64_t backward_workspace(int64_t length) {
-    return length * (6 * LANES + STATES * (LANES + 2)) + chunks(length) * STATES * LANES;
+    return length * (8 * LANES + STATES * (LANES + 2)) + chunks(length) * STATES * LANES;
 }
 
 static int64_t state_blocks(const Problem *p) { return (p->states + STATES - 1) / STATES; }
@@ -34,13 +43,16 @@ static void backward_read(const Problem *p, const BackwardTile *tile, int64_t im
     vec bias = load_channels(p->bias, (group * p->sets + set) * p->channels + first, width, 0);
     for (int64_t l = 0; l < p->length; l++) {
         vec delta = load_channels(p->delta.data, delta_at + l * p->delta.row, width, p->half) + bias;
-        tile->delta[l] = p->softplus ? softplus_vec(delta, tile->slope + l) : delta;
-        tile->ddelta[l] = (vec){0};
+        if (p->softplus) delta = softplus_vec(delta, tile->slope + l);
+        vec x = set > 0 ? tile->x[l] : load_channels(p->x.data, x_at + l * p->x.row, width, p->half);
+        Place *place = tile->places + l;
+        place->delta = delta;
+        place->u = delta * x;
+        place->du = place->exponent = (vec){0};
         if (set > 0) continue;
-        vec x = load_channels(p->x.data, x_at + l * p->x.row, width, p->half);
         vec dy = load_channels(p->dy.data, dy_at + l * p->dy.row, width, p->half);
         tile->x[l] = x;
-        tile->dy[l] = dy;
+        place->dy = dy;
         tile->dx[l] = skip * dy;
         dD += dy * x;
     }
@@ -55,7 +67,7 @@ INLINE void backward_starts(const BackwardTile *tile, const vec *exponent, const
     vec h[STATES] = {{0}};
     for (int64_t t = 0; t < length; t++) {
         int64_t l = order[t];
-        vec delta = tile->delta[l], u = delta * tile->x[l], *E = tile->E + l * STATES;
+        vec delta = tile->places[l].delta, u = tile->places[l].u, *E = tile->E + l * STATES;
         if (t % CHUNK == 0)
             UNROLLED for (int n = 0; n < STATES; n++) tile->starts[t / CHUNK * STATES + n] = h[n];
         UNROLLED for (int n = 0; n < STATES; n++) {
@@ -66,27 +78,42 @@ INLINE void backward_starts(const BackwardTile *tile, const vec *exponent, const
     }
 }
 
-/* The states before each of the visits [start, end) and after the last. */
-INLINE void backward_states(const BackwardTile *tile, const int32_t *order, int64_t start, int64_t end, vec *states) {
-    vec h[STATES];
-    UNROLLED for (int n = 0; n < STATES; n++) states[n] = h[n] = tile->starts[start / CHUNK * STATES + n];
-    for (int64_t t = start; t < end; t++) {
+/* Sums over channels of STATES vectors, two partial sums of each. */
+INLINE vec fold_states(const vec *v) {
+#if LANES == 16
+    return fold_quads(fold_lanes(fold_lanes(v[0], v[1]), fold_lanes(v[2], v[3])),
+                      fold_lanes(fold_lanes(v[4], v[5]), fold_lanes(v[6], v[7])));
+#elif LANES == 8
+    return fold_lanes(fold_lanes(v[0], v[1]), fold_lanes(v[2], v[3]));
+#else
+    return fold_lanes(v[0], v[1]);
+#endif
+}
+
+/* For the visits [start, end) the states before each and the partial sums of the gradient of C. */
+INLINE void backward_states(const BackwardTile *tile, const int32_t *order, int64_t start, int64_t end, vec *states, vec *dC) {
+    vec h[STATES], shares[STATES];
+    UNROLLED for (int n = 0; n < STATES; n++) h[n] = tile->starts[start / CHUNK * STATES + n];
+    for (int64_t t = start; t < end; t++, states += STATES) {
         int64_t l = order[t];
-        vec u = tile->delta[l] * tile->x[l];
-        states += STATES;
-        UNROLLED for (int n = 0; n < STATES; n++)
-            states[n] = h[n] = tile->E[l * STATES + n] * h[n] + tile->strip[l * 2 * STATES + n] * u;
+        vec u = tile->places[l].u, dy = tile->places[l].dy;
+        UNROLLED for (int n = 0; n < STATES; n++) {
+            states[n] = h[n];
+            h[n] = tile->E[l * STATES + n] * h[n] + tile->strip[l * 2 * STATES + n] * u;
+            shares[n] = h[n] * dy;
+        }
+        dC[t - start] = fold_states(shares);
     }
 }
 
 /* What one visit reads and gathers. */
 typedef struct {
     const float *b, *c;
-    const vec *E, *before, *after, *a;
-    vec dy, delta, kept, moved, du[2], exponent[2];
+    const vec *E, *before, *a;
+    vec u, dy, delta, du[2], exponent[2];
 } Visit;
 
-/* One state of one visit: takes g one step back; returns partial sums over channels of the gradients of b[n] and c[n]. */
+/* One state of one visit: takes g one step back; returns each channel's share of the gradient of b[n]. */
 INLINE vec visit_state(Visit *v, int n, vec *g, vec *dA) {
     vec after = g[n] + v->c[n] * v->dy;
     v->du[n % 2] += v->b[n] * after;
@@ -94,41 +121,39 @@ INLINE vec visit_state(Visit *v, int n, vec *g, vec *dA) {
     vec share = g[n] * v->before[n]; /* gradient of Δ A */
     v->exponent[n % 2] += v->a[n] * share;
     dA[n] += v->delta * share;
-    return v->kept * fold_halves_kept(after, v->after[n]) + v->moved * fold_halves_moved(after, v->after[n]);
+    return v->u * after;
 }
 
 /* Visits [start, end) backwards: carries g, and adds to all gradients. */
 INLINE void backward_visits(const BackwardTile *tile, const vec *a, const int32_t *order, int64_t start, int64_t end,
-                            const vec *states, vec *g, vec *dA) {
+                            const vec *states, const vec *dC, vec *g, vec *dA) {
     enum { S = STATES };
+    const vec *E = tile->E;
+    Place *restrict places = tile->places;
+    const float *strip = tile->strip;
+    float *restrict dstrip = tile->dstrip;
     for (int64_t t = end - 1; t >= start; t--) {
         int64_t l = order[t];
-        const float *b = tile->strip + l * 2 * S;
-        const vec *before = states + (t - start) * S;
-        vec x = tile->x[l], dy = tile->dy[l], delta = tile->delta[l], u = delta * x, sums[S / 2], total;
-        Visit visit = {b, b + S, tile->E + l * S, before, before + S, a, dy, delta, .du = {{0}}, .exponent = {{0}}};
-        visit.kept = fold_halves_kept(u, dy);
-        visit.moved = fold_halves_moved(u, dy);
-        UNROLLED for (int n = 0; n < S / 2; n++)
-            sums[n] = fold_quarters(visit_state(&visit, n, g, dA), visit_state(&visit, n + S / 2, g, dA));
-#if LANES == 16
-        sums[0] = fold_eighths(sums[0], sums[2]);
-        sums[1] = fold_eighths(sums[1], sums[3]);
-#endif
+        const float *b = strip + l * 2 * S;
+        Place *place = places + l;
+        vec shares[S], total;
+        Visit visit = {b, b + S, E + l * S, states + (t - start) * S, a, place->u, place->dy, place->delta, {{0}}, {{0}}};
+        UNROLLED for (int n = 0; n < S; n++) shares[n] = visit_state(&visit, n, g, dA);
+        memcpy(&total, dstrip + l * 2 * S, sizeof total);
 #if LANES >= 8
-        sums[0] = fold_neighbours(sums[0], sums[1]);
+        total += fold_quads(fold_states(shares), dC[t - start]);
+#else
+        total += fold_lanes(fold_states(shares), dC[t - start]);
 #endif
-        memcpy(&total, tile->dstrip + l * 2 * S, sizeof total);
-        total += sums[0];
-        memcpy(tile->dstrip + l * 2 * S, &total, sizeof total);
-        vec du = visit.du[0] + visit.du[1];
-        tile->dx[l] += du * delta;
-        tile->ddelta[l] += du * x + (visit.exponent[0] + visit.exponent[1]);
+        memcpy(dstrip + l * 2 * S, &total, sizeof total);
+        place->du += visit.du[0] + visit.du[1];
+        place->exponent += visit.exponent[0] + visit.exponent[1];
     }
 }
 
-static void backward_order(const BackwardTile *tile, const vec *a, const int32_t *order, int64_t length, int first, vec *dA) {
-    vec g[STATES] = {{0}}, states[(CHUNK + 1) * STATES], exponent[STATES];
+static void backward_order(const BackwardTile *tile, const vec *a, const int32_t *order, int64_t length, int first, vec *gradient) {
+    vec g[STATES] = {{0}}, states[CHUNK * STATES], dC[CHUNK], exponent[STATES], dA[STATES];
+    UNROLLED for (int n = 0; n < STATES; n++) dA[n] = gradient[n];
     for (int n = 0; n < STATES; n++) exponent[n] = a[n] * LOG2_E;
     if (first)
         backward_starts(tile, exponent, order, length);
@@ -136,9 +161,10 @@ static void backward_order(const BackwardTile *tile, const vec *a, const int32_t
         backward_starts(tile, NULL, order, length);
     for (int64_t start = (chunks(length) - 1) * CHUNK; start >= 0; start -= CHUNK) {
         int64_t end = smaller(length, start + CHUNK);
-        backward_states(tile, order, start, end, states);
-        backward_visits(tile, a, order, start, end, states, g, dA);
+        backward_states(tile, order, start, end, states, dC);
+        backward_visits(tile, a, order, start, end, states, dC, g, dA);
     }
+    UNROLLED for (int n = 0; n < STATES; n++) gradient[n] = dA[n];
 }
 
 /* One parameter set of one vector of channels, all its states; `dstrips` are the slice's, one per block of states. */
@@ -158,7 +184,10 @@ static void backward_set(const Problem *p, BackwardTile *tile, int64_t image, in
     }
     vec dbias = {0};
     for (int64_t l = 0; l < L; l++) {
-        vec ddelta = p->softplus ? tile->ddelta[l] * tile->slope[l] : tile->ddelta[l];
+        const Place *place = tile->places + l;
+        vec ddelta = place->du * tile->x[l] + place->exponent;
+        if (p->softplus) ddelta *= tile->slope[l];
+        tile->dx[l] += place->du * place->delta;
         dbias += ddelta;
         store_channels(p->ddelta, (at * L + l) * D + first, width, p->half, ddelta);
     }
@@ -173,8 +202,9 @@ static int64_t backward_jobs(const Problem *p) { return p->groups * p->images * 
 static void backward_job(const void *problem, int64_t job, float *work) {
     const Problem *p = problem;
     int64_t L = p->length, image = job / p->slices, slice = job % p->slices, blocks = channel_blocks(p);
-    vec *v = (vec *)work, *E = v + 6 * L, *starts = E + STATES * L;
-    BackwardTile tile = {v, v + L, v + 2 * L, v + 3 * L, v + 4 * L, v + 5 * L, E, starts, (float *)(starts + chunks(L) * STATES), NULL};
+    vec *v = (vec *)(work + L * (int64_t)(sizeof(Place) / sizeof(float))), *E = v + 3 * L, *starts = E + STATES * L;
+    float *strip = (float *)(starts + chunks(L) * STATES);
+    BackwardTile tile = {(Place *)work, v, v + L, v + 2 * L, E, starts, strip, NULL};
     float *dstrips = p->parts + job * slice_parts(p);
     memset(dstrips, 0, slice_parts(p) * sizeof(float));
     for (int64_t i = blocks * slice / p->slices; i < blocks * (slice + 1) / p->slices; i++) {
