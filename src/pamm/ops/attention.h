@@ -4,7 +4,11 @@
 #include "jobs.h"
 #include "vector.h"
 
-#define ROWS 8
+#if LANES == 16
+#define ROWS 8 /* of sums that are in registers at once */
+#else
+#define ROWS 6
+#endif
 #define VECTORS 2
 #define PANEL (VECTORS * LANES)
 #define LOG2_E 1.44269504f

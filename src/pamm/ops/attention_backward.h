@@ -11,8 +11,8 @@
 
 #include "attention.h"
 
-#define KEYS 64
-#define QUERIES 64
+#define KEYS 96 /* whole PANELs and whole ROWS */
+#define QUERIES 96
 #define SQUARE_ROW (KEYS + 16) /* floats between rows, which else may all start at the same place of the cache */
 
 /* Which rows of one head a job takes, and whether for dq, for dk and dv or for all of them. */
