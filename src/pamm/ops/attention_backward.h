@@ -2,7 +2,7 @@
  *
  * With the exponentials E of a row's scores relative to the largest, and its output's gradient divided by their sum, dy:
  * dv = Eᵀ dy; dS = E ∘ (dy vᵀ − dy·y); dq = scale · dS k; dk = scale · dSᵀ q. E and dS are made again for KEYS keys and QUERIES queries
- * at a time, a square that stays in the first cache.
+ * at a time, a square that stays in the cache.
  *
  * A job is one head; where those are fewer than the threads, a range of one head's keys, for dk and dv, or of its queries, for dq.
  * Either way a sum takes one query, or key, after the other: the result has the same bits.
