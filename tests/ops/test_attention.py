@@ -268,3 +268,15 @@ def test_graphs_for_other_machines_and_forward_derivatives_are_torchs(operator_c
     with pytest.raises(NotImplementedError, match="forward AD"):
         torch.func.jvp(lambda q: attention(q, *problem()[1:]), (problem()[0],), (problem()[0],))
     assert not operator_calls
+
+
+@needs_compiler
+def test_the_operators_refuse_what_they_would_read_wrongly():
+    q, k, v = problem()
+    y, rows = torch.ops.pamm.attention(q, k, v)
+    for given in ((q, k[:, :, 1:], v), (q, k, v.bfloat16()), (q[..., 1:], k, v), (q.double(), k.double(), v.double())):
+        with pytest.raises(ValueError, match="all float32 or all bfloat16"):
+            torch.ops.pamm.attention(*given)
+    for dy, kept in ((y[:, :, 1:], rows), (y.double(), rows), (y, rows[..., :1])):
+        with pytest.raises(ValueError, match="rows as the forward pass returned them"):
+            torch.ops.pamm.attention_backward(dy, q, k, v, y, kept)

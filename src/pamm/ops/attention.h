@@ -19,9 +19,7 @@ typedef struct {
     int64_t image, head, row;
 } Heads;
 
-/* q, k, v, y and the gradients are bfloat16 where `half`, else float32. Of y and the gradients those that are not asked for, or
- * not known yet, have no data.
- */
+/* q, k, v, y and the gradients, which the forward pass has none of, are bfloat16 where `half`, else float32. */
 typedef struct {
     int64_t images, heads, queries, keys, width, ranges, half;
     float scale;

@@ -109,18 +109,9 @@ def kernel_gradients(
     """The gradients of q, k and v from that of y, and what the kernel returned."""
     dy, q, k, v, y = (_with_columns_side_by_side(x) for x in (dy, q, k, v, y))
     dq, dk, dv = _empty_gradients(dy, q, k)
-    whole_heads = q.shape[0] * q.shape[1] >= torch.get_num_threads()
-    gradients = {"dy": dy, "dq": dq, "dk": dk, "dv": dv}
-    _run(
-        "attention_backward",
-        q=q,
-        k=k,
-        v=v,
-        y=y,
-        **gradients,
-        rows=rows.contiguous(),
-        ranges=1 if whole_heads else _ranges(q),
-    )
+    ranges = 1 if q.shape[0] * q.shape[1] >= torch.get_num_threads() else _ranges(q)
+    rows = rows.contiguous()
+    _run("attention_backward", q=q, k=k, v=v, y=y, dy=dy, dq=dq, dk=dk, dv=dv, rows=rows, ranges=ranges)
     return dq, dk, dv
 
 
@@ -160,16 +151,32 @@ def _ranges(q: Tensor) -> int:
     return max(1, min(-(-JOBS * torch.get_num_threads() // (images * heads)), queries))
 
 
-def _run(name: str, *, rows: Tensor, ranges: int, **tensors: Tensor) -> None:
-    q, k = tensors["q"], tensors["k"]
+def _run(name: str, *, rows: Tensor, ranges: int, **heads: Tensor) -> None:
+    """One of the kernel's functions with the arrays of `_Attention` by name."""
+    _check(rows, heads)
+    q, k = heads["q"], heads["k"]
     sizes = *q.shape[:3], k.shape[2], q.shape[3], ranges, q.dtype == torch.bfloat16
     problem = _Attention(*sizes, q.shape[3] ** -0.5)
-    for place, x in tensors.items():
+    for place, x in heads.items():
         setattr(problem, place, _Heads(x.data_ptr(), *x.stride()[:3]))
     threads, library = torch.get_num_threads(), KERNEL.library()
     each = getattr(library, f"{name}_workspace")(ctypes.byref(problem))
     problem.rows, problem.work = rows.data_ptr(), KERNEL.workspace("work", threads * each)
     getattr(library, f"{name}_run")(ctypes.byref(problem), threads, openmp())
+
+
+def _check(rows: Tensor, heads: dict[str, Tensor]) -> None:
+    """Raises ValueError for what the kernel would read wrongly."""
+    shape, dtype = heads["q"].shape, heads["q"].dtype
+    of_keys = (*shape[:2], heads["k"].shape[2], *shape[3:])
+    right = all(x.shape == (of_keys if place in ("k", "v", "dk", "dv") else shape) for place, x in heads.items())
+    right = right and dtype in (torch.float32, torch.bfloat16) and all(x.dtype == dtype for x in heads.values())
+    if not right or rows.shape != (*shape[:3], 2) or rows.dtype != torch.float32:
+        found = ", ".join(f"{place} {tuple(x.shape)} {x.dtype}" for place, x in {**heads, "rows": rows}.items())
+        raise ValueError(
+            f"found {found}; expected q, y and dy (B, heads, queries, width), k and v (B, heads, keys, width), all float32 or "
+            "all bfloat16, and rows as the forward pass returned them"
+        )
 
 
 def _with_columns_side_by_side(x: Tensor) -> Tensor:
