@@ -38,7 +38,7 @@ def kernels(request, monkeypatch) -> Iterator[list[str]]:
     called = []
     for name, own in (("convolution_3x3", winograd.kernel_convolution), ("attention", attention.kernel_attention)):
 
-        def note(*tensors: torch.Tensor, name=name, own=own) -> torch.Tensor:
+        def note(*tensors: torch.Tensor, name=name, own=own) -> torch.Tensor | tuple[torch.Tensor, ...]:
             called.append(name)
             return own(*tensors)
 

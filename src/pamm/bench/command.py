@@ -76,7 +76,7 @@ def arguments_parser() -> argparse.ArgumentParser:
         "--what",
         choices=["forward", "backward"],
         default="forward",
-        help="backward: of convolutions, forward and backward",
+        help="backward: of attention and convolutions, forward and backward",
     )
     _model_options(_kind(kinds, "model", "a prediction: this package's network and its plain form"))
     train = _kind(kinds, "train", "a training step: forward, losses, backward, optimizer")
@@ -223,7 +223,7 @@ def _layers(plain: argparse.Namespace) -> Cases:
         if name not in CASES:
             raise BenchError(f"found '{name}', expected layers among {', '.join(CASES)}, or none for all")
     backward = plain.what == "backward"
-    every = [name for name in CASES if not backward or name.startswith("convolution")]
+    every = [name for name in CASES if not (backward and name.startswith("experts"))]
     for name in plain.layers or every:
         settings = {"layer": name, "backward": backward, "candidates": ["pamm", "torch"]}
         what = "forward + backward" if backward else "forward"

@@ -39,21 +39,22 @@ def workload(settings: Mapping[str, Any], only: str | None = None) -> Workload:
             f"found {settings['device']} and {settings['dtype']}; these kernels are measured on the CPU in float32"
         )
     kind, shape = name.split("-")[0], CASES[name]
-    if backward and kind != "convolution":
+    if backward and kind == "experts":
         raise BenchError(f"{name}: the kernel has no backward pass; measure --what forward")
-    if kind == "convolution":
-        runs = _convolution(backward, **shape)
+    if kind == "experts":
+        runs = _experts(**shape)
     else:
-        runs = {"attention": _attention, "experts": _experts}[kind](**shape)
+        runs = {"attention": _attention, "convolution": _convolution}[kind](backward, **shape)
     chosen = [only] if only else list(runs)
     return Workload({candidate: Candidate(runs[candidate]) for candidate in chosen}, shape | {"layer": name})
 
 
-def _attention(*, heads: int, tokens: int, width: int) -> dict[str, Run]:
-    q, k, v = torch.randn(1, tokens, 3, heads, width).permute(2, 0, 3, 1, 4)
+def _attention(backward: bool, *, heads: int, tokens: int, width: int) -> dict[str, Run]:
+    parts = torch.randn(1, tokens, 3, heads, width).permute(2, 0, 3, 1, 4).requires_grad_(backward)
+    dy = torch.randn(1, tokens, heads, width).transpose(1, 2)
     return {
-        "pamm": lambda: attention.attention(q, k, v),
-        "torch": lambda: F.scaled_dot_product_attention(q, k, v),
+        name: _forward_or_both(form, dict(zip("qkv", parts.unbind(), strict=True)), dy if backward else None)
+        for name, form in (("pamm", attention.attention), ("torch", F.scaled_dot_product_attention))
     }
 
 
@@ -62,19 +63,25 @@ def _convolution(backward: bool, *, channels: int, outputs: int, height: int, wi
     x = torch.randn(1, channels, height, width).contiguous(memory_format=last)
     weight = (torch.randn(outputs, channels, 3, 3) / (9 * channels) ** 0.5).contiguous(memory_format=last)
     bias, dy = torch.randn(outputs), torch.randn(1, outputs, height, width).contiguous(memory_format=last)
-    inputs = [tensor.requires_grad_(backward) for tensor in (x, weight, bias)]
-
-    def both(convolve: Callable[..., Tensor]) -> dict[str, Tensor]:
-        gradients = torch.autograd.grad(convolve(*inputs), inputs, dy)
-        return dict(zip(("x", "weight", "bias"), gradients, strict=True))
+    inputs = {name: given.requires_grad_(backward) for name, given in (("x", x), ("weight", weight), ("bias", bias))}
 
     def torchs(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.conv2d(x, weight, bias, padding=1)
 
-    forms = {"pamm": winograd.convolution_3x3, "torch": torchs}
-    if backward:
-        return {name: lambda form=form: both(form) for name, form in forms.items()}
-    return {name: lambda form=form: form(*inputs) for name, form in forms.items()}
+    return {
+        name: _forward_or_both(form, inputs, dy if backward else None)
+        for name, form in (("pamm", winograd.convolution_3x3), ("torch", torchs))
+    }
+
+
+def _forward_or_both(form: Callable[..., Tensor], inputs: dict[str, Tensor], dy: Tensor | None) -> Run:
+    """The layer's output or, where that has a gradient dy, the gradients of the inputs by name."""
+
+    def both() -> dict[str, Tensor]:
+        gradients = torch.autograd.grad(form(*inputs.values()), list(inputs.values()), dy)
+        return dict(zip(inputs, gradients, strict=True))
+
+    return (lambda: form(*inputs.values())) if dy is None else both
 
 
 def _experts(*, channels: int, outputs: int, height: int, width: int) -> dict[str, Run]:

@@ -19,6 +19,7 @@ def operations() -> Any:
 
     own = {
         attention.kernel_attention: _attention,
+        attention.kernel_gradients: _attention_gradients,
         mixed_convolution.kernel_convolution: _mixed_convolution,
         winograd.kernel_convolution: _winograd,
         winograd.input_gradient: _winograd,
@@ -38,6 +39,11 @@ def _convolution_backward(gradient: Shape, x: Shape, weight: Shape, *options: An
 
 def _attention(q: Shape, k: Shape, v: Shape, **_) -> int:
     return 4 * math.prod(q) * k[2]
+
+
+def _attention_gradients(dy: Shape, q: Shape, k: Shape, *others: Any, **_) -> int:
+    """Five products: the scores are made again."""
+    return 5 * 2 * math.prod(q) * k[2]
 
 
 def _winograd(x: Shape, weight: Shape, *bias: Any, **_) -> int:

@@ -81,7 +81,7 @@ class ViT(nn.Module):
 
 
 class SelfAttention(Attention):
-    """timm's, with nothing between attention and output layer; for inference by `pamm.ops.attention`."""
+    """timm's, with nothing between attention and output layer, by `pamm.ops.attention`."""
 
     @staticmethod
     def suits(module: Attention) -> bool:
@@ -90,9 +90,10 @@ class SelfAttention(Attention):
         return all(part is None or type(part) is nn.Identity for part in between) and hasattr(module, "head_dim")
 
     def forward(self, x: Tensor, *masks: Any, **options: Any) -> Tensor:
-        """(B, L, C) → (B, L, C). timm's own form with a mask, in training and where its attention maps are to be seen."""
+        """(B, L, C) → (B, L, C). timm's own form with a mask, with dropout and where its attention maps are to be seen."""
         plain = all(mask is None or mask is False for mask in (*masks, *options.values()))
-        if self.training or not plain or not self.fused_attn:
+        drops = self.training and self.attn_drop.p > 0
+        if drops or not plain or not self.fused_attn:
             return super().forward(x, *masks, **options)
         parts = self.qkv(x).unflatten(2, (3, self.num_heads, self.head_dim))
         q, k, v = parts.permute(2, 0, 3, 1, 4)
