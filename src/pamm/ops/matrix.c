@@ -1,18 +1,14 @@
 /* Products of float32 matrices, C = A·B with a bias per column, for a batch of them in one call.
  *
- * A job makes a block of C. It takes the sum DEPTH terms at a time, for which a block of B is copied to the second cache, as
- * panels of COLUMNS columns, and A in groups of rows, as panels of ROWS rows: copying absorbs whatever strides the matrices
- * have. A sum's order depends on its length alone: the result has the same bits for any number of threads and jobs.
+ * A job makes a block of C. It takes the sums DEPTH terms at a time: the block's columns of B are copied into panels of COLUMNS
+ * columns, which stay in the second cache, then its rows of A into one panel of ROWS rows after the other, which stays in the
+ * first. Copying absorbs how the matrices lie in memory. A sum's order depends on its length alone: the result has the same bits
+ * for any number of threads and any division into jobs.
  */
 #include "jobs.h"
 #include "vector.h"
 
-#ifndef DEPTH
-#define DEPTH 384 /* terms of a sum at a time */
-#endif
-#ifndef GROUP
-#define GROUP 4 /* panels of A that are copied at a time */
-#endif
+#define DEPTH 384
 #define VECTORS 2
 #define COLUMNS (VECTORS * LANES)
 #if LANES == 16
@@ -20,12 +16,13 @@
 #else
 #define ROWS 6
 #endif
-#define GAP 16 /* floats between panels, which else all lie at the same place of the cache */
+#define LINE 16 /* floats of a cache line */
+#define GAP 16  /* floats between panels' parts, which else all lie at the same place of the cache */
 #define ROW_STEP (DEPTH + GAP)
 #define ROW_PANEL (ROWS * ROW_STEP)
 #define COLUMN_PANEL (DEPTH * COLUMNS + GAP)
 
-/* (batch, rows, columns) by its strides. */
+/* (batch, rows, columns) by its strides, one of the last two of which is 1. */
 typedef struct {
     const float *data;
     int64_t batch, row, column;
@@ -33,148 +30,141 @@ typedef struct {
 
 typedef struct {
     int64_t batch, rows, columns, depth;
-    int64_t block_rows, block_columns; /* of C in a job; the second a multiple of COLUMNS */
-    Matrix a, b, c;                    /* columns of C side by side */
+    int64_t block_rows, block_columns; /* of a job */
+    Matrix a, b;                       /* (batch, rows, depth), (batch, depth, columns) */
     const float *bias;                 /* (batch, columns) or NULL */
+    float *c;                          /* (batch, rows, columns) */
     float *work;                       /* threads × matrix_workspace() floats, aligned to 64 bytes */
 } Product;
 
+typedef vec Tile[ROWS][VECTORS];
+
 /* Floats that one thread needs, a multiple of 16. */
-int64_t matrix_workspace(int64_t block_columns) {
-    return GROUP * ROW_PANEL + steps_of(block_columns, COLUMNS) * COLUMN_PANEL;
+int64_t matrix_workspace(int64_t block_columns) { return ROW_PANEL + steps_of(block_columns, COLUMNS) * COLUMN_PANEL; }
+
+/* Whether the rows of a matrix lie side by side, not its columns. */
+INLINE int lies_turned(const Matrix *m) { return m->column != 1; }
+
+/* LANES × LANES numbers of B, of which `rows` × `columns` exist, the others zero. */
+INLINE void load_square(const Matrix *b, const float *from, int64_t rows, int64_t columns, vec *square) {
+    int64_t lines = lies_turned(b) ? columns : rows, length = lies_turned(b) ? rows : columns;
+    int64_t step = lies_turned(b) ? b->column : b->row;
+    for (int64_t i = 0; i < LANES; i++) square[i] = i < lines ? load_channels(from, i * step, length, 0) : (vec){0};
+    if (lies_turned(b)) transpose(square);
 }
 
-int64_t matrix_columns(void) { return COLUMNS; }
-
-/* LANES rows × LANES columns from (row, column) on, of which `rows` × `columns` exist; the others zero. */
-INLINE void load_square(const Matrix *m, const float *data, int64_t rows, int64_t columns, vec *square) {
-    if (m->column == 1) {
-        for (int64_t i = 0; i < LANES; i++) square[i] = i < rows ? load_channels(data, i * m->row, columns, 0) : (vec){0};
-    } else if (m->row == 1) {
-        for (int64_t i = 0; i < LANES; i++) square[i] = i < columns ? load_channels(data, i * m->column, rows, 0) : (vec){0};
-        transpose(square);
-    } else {
-        for (int64_t i = 0; i < LANES; i++) {
-            square[i] = (vec){0};
-            for (int64_t j = 0; j < LANES; j++)
-                if (i < rows && j < columns) square[i][j] = data[i * m->row + j * m->column];
-        }
+/* `depth` rows and `columns` columns of B → panels (DEPTH, COLUMNS), zero where there are no columns. */
+static void copy_columns(const Matrix *b, const float *from, int64_t depth, int64_t columns, float *panels) {
+    int64_t across = steps_of(columns, COLUMNS) * VECTORS, down = steps_of(depth, LANES);
+    for (int64_t i = 0; i < across * down; i++) { /* in the order of memory */
+        int64_t k = (lies_turned(b) ? i % down : i / across) * LANES, j = (lies_turned(b) ? i / down : i % across) * LANES;
+        float *to = panels + j / COLUMNS * COLUMN_PANEL + k * COLUMNS + j % COLUMNS;
+        vec square[LANES];
+        load_square(b, from + k * b->row + j * b->column, depth - k, columns - j, square);
+        for (int64_t l = 0; l < smaller(LANES, depth - k); l++) memcpy(to + l * COLUMNS, &square[l], sizeof(vec));
     }
 }
 
-/* `depth` rows and `columns` columns of B → panels of COLUMNS, zero where there are none. */
-static void copy_columns(const Matrix *b, const float *data, int64_t depth, int64_t columns, float *panels) {
-    for (int64_t k = 0; k < depth; k += LANES)
-        for (int64_t j = 0; j < steps_of(columns, COLUMNS) * COLUMNS; j += LANES) {
-            vec square[LANES];
-            float *to = panels + j / COLUMNS * COLUMN_PANEL + k * COLUMNS + j % COLUMNS;
-            load_square(b, data + k * b->row + j * b->column, depth - k, columns - j, square);
-            for (int64_t i = 0; i < smaller(LANES, depth - k); i++) memcpy(to + i * COLUMNS, &square[i], sizeof(vec));
-        }
+/* `rows` rows of A → a panel (ROWS, ROW_STEP), or (DEPTH, ROWS) where they lie side by side; zero where there are no rows. */
+static void copy_rows(const Matrix *a, const float *from, int64_t rows, int64_t depth, float *panel) {
+    if (rows < ROWS) memset(panel, 0, ROW_PANEL * sizeof(float));
+    if (lies_turned(a))
+        for (int64_t k = 0; k < depth; k++)
+            memcpy(panel + k * ROWS, from + k * a->column, (rows == ROWS ? ROWS : rows) * sizeof(float));
+    else
+        for (int64_t i = 0; i < rows; i++) memcpy(panel + i * ROW_STEP, from + i * a->row, depth * sizeof(float));
 }
 
-/* `rows` rows of A → panels of ROWS: (ROWS, ROW_STEP), or (DEPTH, ROWS) where the rows of A lie side by side. */
-static void copy_rows(const Matrix *a, const float *data, int64_t rows, int64_t depth, float *panels) {
-    for (int64_t first = 0; first < rows; first += ROWS, panels += ROW_PANEL) {
-        int64_t present = smaller(ROWS, rows - first);
-        const float *from = data + first * a->row;
-        if (a->row == 1 && a->column != 1) {
-            if (present < ROWS) memset(panels, 0, ROW_PANEL * sizeof(float));
-            if (present == ROWS)
-                for (int64_t k = 0; k < depth; k++) memcpy(panels + k * ROWS, from + k * a->column, ROWS * sizeof(float));
-            else
-                for (int64_t k = 0; k < depth; k++) memcpy(panels + k * ROWS, from + k * a->column, present * sizeof(float));
-        } else {
-            for (int64_t i = 0; i < ROWS; i++) {
-                float *to = panels + i * ROW_STEP;
-                if (i >= present) memset(to, 0, depth * sizeof(float));
-                else if (a->column == 1) memcpy(to, from + i * a->row, depth * sizeof(float));
-                else for (int64_t k = 0; k < depth; k++) to[k] = from[i * a->row + k * a->column];
-            }
-        }
-    }
+/* Ask for LINE terms, from k on, of ROWS rows of A that are copied next. */
+INLINE void fetch_rows(const Matrix *a, const float *next, int64_t k, int64_t depth) {
+    if (lies_turned(a))
+        for (int64_t i = k; i < smaller(k + LINE, depth); i++) __builtin_prefetch(next + i * a->column);
+    else
+        for (int64_t i = 0; i < ROWS; i++) __builtin_prefetch(next + i * a->row + k);
 }
 
-/* sum (ROWS, vectors) = Σ_k rows[i · row + k · step] · columns[k]; strides and vectors are constants where called. */
-INLINE void multiply(int vectors, const float *rows, int row, int step, const float *columns, int64_t depth, vec sum[ROWS][VECTORS]) {
-    vec s[ROWS][VECTORS];
+/* Σ_k rows[i · row + k · step] · columns[k]; strides and the number of vectors are constants where called. `next` or NULL. */
+INLINE void multiply(
+    int vectors, const float *rows, int row, int step, const float *columns, int64_t depth, const Matrix *a, const float *next,
+    Tile sums) {
+    Tile sum;
     UNROLLED for (int i = 0; i < ROWS; i++)
-        for (int v = 0; v < vectors; v++) s[i][v] = (vec){0};
-    for (int64_t k = 0; k < depth; k++) {
-        vec column[VECTORS];
-        for (int v = 0; v < vectors; v++) memcpy(&column[v], columns + k * COLUMNS + v * LANES, sizeof(vec));
-        UNROLLED for (int i = 0; i < ROWS; i++)
-            for (int v = 0; v < vectors; v++) s[i][v] += rows[i * row + k * step] * column[v];
+        for (int v = 0; v < vectors; v++) sum[i][v] = (vec){0};
+    for (int64_t first = 0; first < depth; first += LINE) {
+        if (next != NULL) fetch_rows(a, next, first, depth);
+        for (int64_t k = first; k < smaller(first + LINE, depth); k++) {
+            vec column[VECTORS];
+            for (int v = 0; v < vectors; v++) memcpy(&column[v], columns + k * COLUMNS + v * LANES, sizeof(vec));
+            UNROLLED for (int i = 0; i < ROWS; i++)
+                for (int v = 0; v < vectors; v++) sum[i][v] += rows[i * row + k * step] * column[v];
+        }
     }
     UNROLLED for (int i = 0; i < ROWS; i++)
-        for (int v = 0; v < vectors; v++) sum[i][v] = s[i][v];
+        for (int v = 0; v < vectors; v++) sums[i][v] = sum[i][v];
 }
 
-/* A tile of C: set to bias + sum, or sum is added. */
-INLINE void write_tile(float *c, int64_t row, int64_t rows, int64_t columns, int added, const float *bias, vec sum[ROWS][VECTORS]) {
-    if (rows == ROWS && columns >= COLUMNS) {
-        vec start[VECTORS] = {{0}};
-        if (bias != NULL) memcpy(start, bias, sizeof start);
-        UNROLLED for (int i = 0; i < ROWS; i++) {
-            if (added) memcpy(start, c + i * row, sizeof start);
-            for (int v = 0; v < VECTORS; v++) start[v] = start[v];
-            for (int v = 0; v < VECTORS; v++) {
-                vec value = start[v] + sum[i][v];
-                memcpy(c + i * row + v * LANES, &value, sizeof value);
-            }
-        }
-        return;
-    }
-    for (int64_t i = 0; i < rows; i++)
-        for (int64_t v = 0; v < VECTORS && v * LANES < columns; v++) {
-            int64_t present = columns - v * LANES;
+/* Rows and columns of C that a tile has. */
+typedef struct {
+    int64_t rows, columns;
+} Part;
+
+INLINE void fetch_tile(const float *c, int64_t row, Part part) {
+    for (int64_t i = 0; i < part.rows; i++)
+        for (int v = 0; v < VECTORS; v++) __builtin_prefetch(c + i * row + v * LANES, 1);
+}
+
+/* C = bias + sums, or where `added` C += sums. */
+INLINE void write_tile(float *c, int64_t row, Part part, int added, const float *bias, Tile sums) {
+    for (int64_t i = 0; i < part.rows; i++)
+        for (int v = 0; v < VECTORS; v++) {
+            int64_t present = part.columns - v * LANES, at = i * row + v * LANES;
             vec start = {0};
-            if (added) start = load_channels(c, i * row + v * LANES, present, 0);
+            if (added) start = load_channels(c, at, present, 0);
             else if (bias != NULL) start = load_channels(bias, v * LANES, present, 0);
-            store_channels(c, i * row + v * LANES, present, 0, start + sum[i][v]);
+            if (present > 0) store_channels(c, at, present, 0, start + sums[i][v]);
         }
+}
+
+/* DEPTH terms of a block of C, `first` on. */
+static void add_terms(const Product *p, Matrix a, Matrix b, Part block, int64_t first, int64_t depth, float *c, const float *bias, float *work) {
+    float *row_panel = work, *column_panels = work + ROW_PANEL;
+    int turned = lies_turned(&a);
+    copy_columns(&b, b.data + first * b.row, depth, block.columns, column_panels);
+    for (int64_t i = 0; i < block.rows; i += ROWS) {
+        const float *rows = a.data + i * a.row + first * a.column;
+        copy_rows(&a, rows, smaller(ROWS, block.rows - i), depth, row_panel);
+        for (int64_t j = 0; j < block.columns; j += COLUMNS) {
+            const float *columns = column_panels + j / COLUMNS * COLUMN_PANEL;
+            const float *next = j == 0 && i + 2 * ROWS <= block.rows ? rows + ROWS * a.row : NULL;
+            float *to = c + i * p->columns + j;
+            Part part = {smaller(ROWS, block.rows - i), block.columns - j};
+            Tile sums = {{{0}}};
+            fetch_tile(to, p->columns, part);
+            if (turned && part.columns > LANES) multiply(2, row_panel, 1, ROWS, columns, depth, &a, next, sums);
+            else if (turned) multiply(1, row_panel, 1, ROWS, columns, depth, &a, next, sums);
+            else if (part.columns > LANES) multiply(2, row_panel, ROW_STEP, 1, columns, depth, &a, next, sums);
+            else multiply(1, row_panel, ROW_STEP, 1, columns, depth, &a, next, sums);
+            write_tile(to, p->columns, part, first > 0, bias == NULL ? NULL : bias + j, sums);
+        }
+    }
 }
 
 static void block_job(const void *problem, int64_t job, float *work) {
     const Product *p = problem;
     int64_t across = steps_of(p->columns, p->block_columns), down = steps_of(p->rows, p->block_rows);
     int64_t batch = job / (across * down), top = job / across % down * p->block_rows, left = job % across * p->block_columns;
-    int64_t rows = smaller(p->block_rows, p->rows - top), columns = smaller(p->block_columns, p->columns - left);
-    const float *a = p->a.data + batch * p->a.batch + top * p->a.row, *b = p->b.data + batch * p->b.batch + left * p->b.column;
+    Part block = {smaller(p->block_rows, p->rows - top), smaller(p->block_columns, p->columns - left)};
+    Matrix a = p->a, b = p->b;
+    a.data += batch * a.batch + top * a.row;
+    b.data += batch * b.batch + left * b.column;
+    float *c = p->c + (batch * p->rows + top) * p->columns + left;
     const float *bias = p->bias == NULL ? NULL : p->bias + batch * p->columns + left;
-    float *c = (float *)p->c.data + batch * p->c.batch + top * p->c.row + left;
-    float *row_panels = work, *column_panels = work + GROUP * ROW_PANEL;
-    int64_t length = steps_of(p->depth, steps_of(p->depth, DEPTH));
-    int turned = p->a.row == 1 && p->a.column != 1;
-    for (int64_t k = 0; k < p->depth; k += length) {
-        int64_t depth = smaller(length, p->depth - k);
-        copy_columns(&p->b, b + k * p->b.row, depth, columns, column_panels);
-        for (int64_t i = 0; i < rows; i += GROUP * ROWS) {
-            int64_t present = smaller(GROUP * ROWS, rows - i);
-            copy_rows(&p->a, a + i * p->a.row + k * p->a.column, present, depth, row_panels);
-            for (int64_t j = 0; j < columns; j += COLUMNS) {
-                const float *panel = column_panels + j / COLUMNS * COLUMN_PANEL;
-                for (int64_t g = 0; g < present; g += ROWS) {
-                    const float *from = row_panels + g / ROWS * ROW_PANEL;
-                    vec sum[ROWS][VECTORS];
-                    int narrow = columns - j <= LANES;
-                    if (narrow) {
-                        if (turned) multiply(1, from, 1, ROWS, panel, depth, sum);
-                        else multiply(1, from, ROW_STEP, 1, panel, depth, sum);
-                    } else {
-                        if (turned) multiply(2, from, 1, ROWS, panel, depth, sum);
-                        else multiply(2, from, ROW_STEP, 1, panel, depth, sum);
-                    }
-                    write_tile(
-                        c + (i + g) * p->c.row + j, p->c.row, smaller(ROWS, present - g), columns - j, k > 0,
-                        bias == NULL ? NULL : bias + j, sum);
-                }
-            }
-        }
-    }
+    int64_t each = steps_of(p->depth, steps_of(p->depth, DEPTH));
+    for (int64_t first = 0; first < p->depth; first += each)
+        add_terms(p, a, b, block, first, smaller(each, p->depth - first), c, bias, work);
 }
 
-/* At most MOST_THREADS. */
+/* Sizes above zero; at most MOST_THREADS. */
 void matrix_run(const Product *p, int threads, Parallel *parallel) {
     int64_t jobs = p->batch * steps_of(p->rows, p->block_rows) * steps_of(p->columns, p->block_columns);
     run_jobs((Queue){block_job, p, jobs, p->work, matrix_workspace(p->block_columns), 0, 0}, threads, parallel);
