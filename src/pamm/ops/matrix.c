@@ -16,6 +16,8 @@
 #else
 #define ROWS 6
 #endif
+#define GROUP 16 /* panels that are copied at a time from rows side by side */
+#define AHEAD 4  /* terms before they are copied they are asked for */
 #define LINE 16 /* floats of a cache line */
 #define GAP 16  /* floats between panels' parts, which else all lie at the same place of the cache */
 #define ROW_STEP (DEPTH + GAP)
@@ -40,7 +42,7 @@ typedef struct {
 typedef vec Tile[ROWS][VECTORS];
 
 /* Floats that one thread needs, a multiple of 16. */
-int64_t matrix_workspace(int64_t block_columns) { return ROW_PANEL + steps_of(block_columns, COLUMNS) * COLUMN_PANEL; }
+int64_t matrix_workspace(int64_t block_columns) { return GROUP * ROW_PANEL + steps_of(block_columns, COLUMNS) * COLUMN_PANEL; }
 
 /* Whether the rows of a matrix lie side by side, not its columns. */
 INLINE int lies_turned(const Matrix *m) { return m->column != 1; }
@@ -65,33 +67,42 @@ static void copy_columns(const Matrix *b, const float *from, int64_t depth, int6
     }
 }
 
-/* `rows` rows of A → a panel (ROWS, ROW_STEP), or (DEPTH, ROWS) where they lie side by side; zero where there are no rows. */
+/* `rows` rows of A, side by side in memory → panels (DEPTH, ROWS), zero where there are no rows. */
+static void copy_turned_rows(const Matrix *a, const float *from, int64_t rows, int64_t depth, float *panels) {
+    if (rows % ROWS > 0) memset(panels + rows / ROWS * ROW_PANEL, 0, depth * ROWS * sizeof(float));
+    for (int64_t k = 0; k < depth; k++, from += a->column) {
+        if (k + AHEAD < depth)
+            for (int64_t i = 0; i < rows; i += LINE) __builtin_prefetch(from + AHEAD * a->column + i);
+        for (int64_t i = 0; i < rows; i += ROWS) {
+            float *to = panels + i / ROWS * ROW_PANEL + k * ROWS;
+            if (i + ROWS <= rows) memcpy(to, from + i, ROWS * sizeof(float));
+            else memcpy(to, from + i, (rows - i) * sizeof(float));
+        }
+    }
+}
+
+/* `rows` rows of A, one after the other in memory → a panel (ROWS, ROW_STEP), zero where there are no rows. */
 static void copy_rows(const Matrix *a, const float *from, int64_t rows, int64_t depth, float *panel) {
     if (rows < ROWS) memset(panel, 0, ROW_PANEL * sizeof(float));
-    if (lies_turned(a))
-        for (int64_t k = 0; k < depth; k++)
-            memcpy(panel + k * ROWS, from + k * a->column, (rows == ROWS ? ROWS : rows) * sizeof(float));
-    else
-        for (int64_t i = 0; i < rows; i++) memcpy(panel + i * ROW_STEP, from + i * a->row, depth * sizeof(float));
+    for (int64_t i = 0; i < rows; i++) memcpy(panel + i * ROW_STEP, from + i * a->row, depth * sizeof(float));
 }
 
-/* Ask for LINE terms, from k on, of ROWS rows of A that are copied next. */
-INLINE void fetch_rows(const Matrix *a, const float *next, int64_t k, int64_t depth) {
-    if (lies_turned(a))
-        for (int64_t i = k; i < smaller(k + LINE, depth); i++) __builtin_prefetch(next + i * a->column);
-    else
-        for (int64_t i = 0; i < ROWS; i++) __builtin_prefetch(next + i * a->row + k);
+/* Ask for LINE terms of ROWS rows that lie `row` apart. */
+INLINE void fetch_rows(const float *rows, int64_t row) {
+    for (int64_t i = 0; i < ROWS; i++) __builtin_prefetch(rows + i * row);
 }
 
-/* Σ_k rows[i · row + k · step] · columns[k]; strides and the number of vectors are constants where called. `next` or NULL. */
+/* Σ_k rows[i · row + k · step] · columns[k]; strides and the number of vectors are constants where called.
+ * Meanwhile rows at `next`, if not NULL, `next_row` apart, are asked for.
+ */
 INLINE void multiply(
-    int vectors, const float *rows, int row, int step, const float *columns, int64_t depth, const Matrix *a, const float *next,
-    Tile sums) {
+    int vectors, const float *rows, int row, int step, const float *columns, int64_t depth, const float *next,
+    int64_t next_row, Tile sums) {
     Tile sum;
     UNROLLED for (int i = 0; i < ROWS; i++)
         for (int v = 0; v < vectors; v++) sum[i][v] = (vec){0};
     for (int64_t first = 0; first < depth; first += LINE) {
-        if (next != NULL) fetch_rows(a, next, first, depth);
+        if (next != NULL) fetch_rows(next + first, next_row);
         for (int64_t k = first; k < smaller(first + LINE, depth); k++) {
             vec column[VECTORS];
             for (int v = 0; v < vectors; v++) memcpy(&column[v], columns + k * COLUMNS + v * LANES, sizeof(vec));
@@ -125,26 +136,35 @@ INLINE void write_tile(float *c, int64_t row, Part part, int added, const float 
         }
 }
 
+/* ROWS rows of a block of C, whose sums get the terms that are in the panels. */
+INLINE void add_panel(const Product *p, int turned, Part block, int64_t depth, const float *row_panel, const float *column_panels, float *c, int added, const float *bias, const float *next) {
+    for (int64_t j = 0; j < block.columns; j += COLUMNS, next = NULL) {
+        const float *columns = column_panels + j / COLUMNS * COLUMN_PANEL;
+        int row = turned ? 1 : ROW_STEP, step = turned ? ROWS : 1;
+        Part part = {block.rows, block.columns - j};
+        Tile sums = {{{0}}};
+        fetch_tile(c + j, p->columns, part);
+        if (part.columns > LANES) multiply(2, row_panel, row, step, columns, depth, next, p->a.row, sums);
+        else multiply(1, row_panel, row, step, columns, depth, next, p->a.row, sums);
+        write_tile(c + j, p->columns, part, added, bias == NULL ? NULL : bias + j, sums);
+    }
+}
+
 /* DEPTH terms of a block of C, `first` on. */
-static void add_terms(const Product *p, Matrix a, Matrix b, Part block, int64_t first, int64_t depth, float *c, const float *bias, float *work) {
-    float *row_panel = work, *column_panels = work + ROW_PANEL;
-    int turned = lies_turned(&a);
-    copy_columns(&b, b.data + first * b.row, depth, block.columns, column_panels);
+static void add_terms(const Product *p, const Matrix *a, const Matrix *b, Part block, int64_t first, int64_t depth, float *c, const float *bias, float *work) {
+    float *row_panels = work, *column_panels = work + GROUP * ROW_PANEL;
+    const float *from = a->data + first * a->column;
+    copy_columns(b, b->data + first * b->row, depth, block.columns, column_panels);
     for (int64_t i = 0; i < block.rows; i += ROWS) {
-        const float *rows = a.data + i * a.row + first * a.column;
-        copy_rows(&a, rows, smaller(ROWS, block.rows - i), depth, row_panel);
-        for (int64_t j = 0; j < block.columns; j += COLUMNS) {
-            const float *columns = column_panels + j / COLUMNS * COLUMN_PANEL;
-            const float *next = j == 0 && i + 2 * ROWS <= block.rows ? rows + ROWS * a.row : NULL;
-            float *to = c + i * p->columns + j;
-            Part part = {smaller(ROWS, block.rows - i), block.columns - j};
-            Tile sums = {{{0}}};
-            fetch_tile(to, p->columns, part);
-            if (turned && part.columns > LANES) multiply(2, row_panel, 1, ROWS, columns, depth, &a, next, sums);
-            else if (turned) multiply(1, row_panel, 1, ROWS, columns, depth, &a, next, sums);
-            else if (part.columns > LANES) multiply(2, row_panel, ROW_STEP, 1, columns, depth, &a, next, sums);
-            else multiply(1, row_panel, ROW_STEP, 1, columns, depth, &a, next, sums);
-            write_tile(to, p->columns, part, first > 0, bias == NULL ? NULL : bias + j, sums);
+        Part part = {smaller(ROWS, block.rows - i), block.columns};
+        float *to = c + i * p->columns, *panel = row_panels;
+        if (lies_turned(a)) {
+            if (i % (GROUP * ROWS) == 0) copy_turned_rows(a, from + i, smaller(GROUP * ROWS, block.rows - i), depth, row_panels);
+            add_panel(p, 1, part, depth, row_panels + i / ROWS % GROUP * ROW_PANEL, column_panels, to, first > 0, bias, NULL);
+        } else {
+            const float *next = i + 2 * ROWS <= block.rows ? from + (i + ROWS) * a->row : NULL;
+            copy_rows(a, from + i * a->row, part.rows, depth, panel);
+            add_panel(p, 0, part, depth, panel, column_panels, to, first > 0, bias, next);
         }
     }
 }
@@ -161,7 +181,7 @@ static void block_job(const void *problem, int64_t job, float *work) {
     const float *bias = p->bias == NULL ? NULL : p->bias + batch * p->columns + left;
     int64_t each = steps_of(p->depth, steps_of(p->depth, DEPTH));
     for (int64_t first = 0; first < p->depth; first += each)
-        add_terms(p, a, b, block, first, smaller(each, p->depth - first), c, bias, work);
+        add_terms(p, &a, &b, block, first, smaller(each, p->depth - first), c, bias, work);
 }
 
 /* Sizes above zero; at most MOST_THREADS. */
