@@ -214,14 +214,14 @@ def scan_shape(text: str) -> dict[str, int]:
 
 
 def _layers(plain: argparse.Namespace) -> Cases:
-    from pamm.bench.layers import CASES
+    from pamm.bench.layers import CASES, LEARNING
     from pamm.bench.run import measure
 
     for name in plain.layers:
         if name not in CASES:
             raise BenchError(f"found '{name}', expected layers among {', '.join(CASES)}, or none for all")
     backward = plain.what == "backward"
-    every = [name for name in CASES if not backward or name.startswith("convolution")]
+    every = [name for name in CASES if not backward or name.startswith(LEARNING)]
     for name in plain.layers or every:
         settings = {"layer": name, "backward": backward, "candidates": ["pamm", "torch"]}
         what = "forward + backward" if backward else "forward"

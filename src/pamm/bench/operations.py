@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pamm.ops import attention, mixed_convolution, winograd
+from pamm.ops import attention, matrix, mixed_convolution, winograd
 
 Shape = Sequence[int]
 
@@ -19,6 +19,7 @@ def operations() -> Any:
 
     own = {
         attention.kernel_attention: _attention,
+        matrix.kernel_product: _product,
         mixed_convolution.kernel_convolution: _mixed_convolution,
         winograd.kernel_convolution: _winograd,
         winograd.input_gradient: _winograd,
@@ -38,6 +39,10 @@ def _convolution_backward(gradient: Shape, x: Shape, weight: Shape, *options: An
 
 def _attention(q: Shape, k: Shape, v: Shape, **_) -> int:
     return 4 * math.prod(q) * k[2]
+
+
+def _product(a: Shape, b: Shape, *others: Any, **_) -> int:
+    return 2 * math.prod(a) * b[2]
 
 
 def _winograd(x: Shape, weight: Shape, *bias: Any, **_) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ from pamm.ops.compiled import Kernel, openmp
 LANES = 8
 """Numbers in a vector from which on the kernel pays: AVX2 and AVX-512."""
 
-BLOCK_COLUMNS, STEP_COLUMNS = 384, 32
-"""Columns of a job's block of the result, at most, and what they are a multiple of."""
+WIDEST = 384
+"""Columns of a job's block of the result, at most: what they are multiplied with stays in the second cache."""
 
-FEWEST_BLOCK_ROWS, COPYING = 256, 24
-"""Rows of a block from which on it may be divided, and as many rows' work as copying what they are multiplied with takes."""
+STEP_ROWS, STEP_COLUMNS = 12, 32
+"""What the rows and columns of blocks are multiples of."""
+
+COPYING_ROWS, COPYING_COLUMNS = 24, 16
+"""A block's copies of its operands take as long as multiplying this many rows and columns more."""
 
 
 class _Matrix(ctypes.Structure):
@@ -140,14 +144,20 @@ def _matrix(tensor: Tensor) -> _Matrix:
     return _Matrix(tensor.data_ptr(), *tensor.stride())
 
 
+@lru_cache(maxsize=1024)
 def _blocks(batch: int, rows: int, columns: int, threads: int) -> tuple[int, int]:
-    """Rows and columns of a job's block, for the threads to end together: at least two jobs each, if another is held up."""
-    across = -(-columns // BLOCK_COLUMNS)
-    block_columns = -(-columns // (across * STEP_COLUMNS)) * STEP_COLUMNS
-    jobs = batch * -(-columns // block_columns)
+    """Rows and columns of a job's block, for the threads to end early and together, with two jobs each in case one is held up."""
 
-    def duration(parts: int) -> float:
-        return max(2, -(-jobs * parts // threads)) * (rows / parts + COPYING)
+    def duration(block: tuple[int, int]) -> int:
+        jobs = batch * -(-rows // block[0]) * -(-columns // block[1])
+        return max(2, -(-jobs // threads)) * (block[0] + COPYING_ROWS) * (block[1] + COPYING_COLUMNS)
 
-    parts = min(range(1, max(1, rows // FEWEST_BLOCK_ROWS) + 1), key=duration)
-    return -(-rows // parts), block_columns
+    heights = {_share(rows, parts, STEP_ROWS) for parts in range(1, 2 + rows // (4 * STEP_ROWS))}
+    widths = {
+        _share(columns, parts, STEP_COLUMNS) for parts in range(-(-columns // WIDEST), 2 + columns // STEP_COLUMNS)
+    }
+    return min(((height, width) for height in sorted(heights) for width in sorted(widths)), key=duration)
+
+
+def _share(size: int, parts: int, step: int) -> int:
+    return -(-size // (parts * step)) * step

@@ -22,8 +22,8 @@ from pamm.ops.winograd import Convolution3x3, convolves_3x3
 SMALLEST = 1 << 24
 """Multiplications from which on a convolution pays; below, starting one takes longer than the product."""
 
-FEWEST_ROWS = 32
-"""Rows from which on the C kernel pays: it copies what they are multiplied with."""
+FEWEST_ROWS, SMALLEST_WEIGHT = 32, 1 << 15
+"""Rows and weights of a product from which on the C kernel pays beside oneDNN: it copies both first."""
 
 
 def by_convolution() -> bool:
@@ -45,21 +45,30 @@ def _maker() -> str:
 BY_CONVOLUTION = by_convolution()
 
 
+def objection() -> str | None:
+    """Why the C kernel takes no products on this machine, or None."""
+    if not BY_CONVOLUTION:
+        return "its products are fast on this processor"
+    return matrix.objection()
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x·Wᵀ + b, as `torch.nn.functional.linear`: (..., i), (o, i), (o,) → (..., o). Any device and dtype, differentiable."""
-    if not _replaces_torch(x, weight, bias, x.numel() * len(weight)):
+    fits = x.shape[-1:] == weight.shape[1:] and (bias is None or bias.shape == weight.shape[:1])
+    if not (fits and _replaces_torch(x, weight, bias, x.numel() * len(weight))):
         return F.linear(x, weight, bias)
     rows, shape = x.reshape(-1, x.shape[-1]), (*x.shape[:-1], len(weight))
-    if not _by_kernel(len(rows)):
+    if not _by_kernel(len(rows), weight.numel()):
         return _convolve(rows, weight, bias).view(shape)
     return torch.ops.pamm.product(rows[None], weight.T[None], None if bias is None else bias[None], False).view(shape)
 
 
 def batched_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """One product per entry of the leading axis: (T, n, i), (T, i, o), (T, 1, o) → (T, n, o). As `torch.baddbmm`."""
-    if not _replaces_torch(x, weight, bias, x[0].numel() * weight.shape[2]):
+    fits = x.shape[::2] == weight.shape[:2] and (bias is None or bias.shape == (len(x), 1, weight.shape[2]))
+    if not (fits and _replaces_torch(x, weight, bias, x[0].numel() * weight.shape[2])):
         return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias.to(x.dtype), x, weight)
-    if not _by_kernel(x.shape[1]):
+    if not _by_kernel(x.shape[1], weight[0].numel()):
         biases = [None] * len(weight) if bias is None else bias.flatten(1).unbind()
         parts = zip(x.unbind(), weight.mT.unbind(), biases, strict=True)
         return torch.stack([_convolve(rows, w, b) for rows, w, b in parts])
@@ -114,9 +123,9 @@ def _replaces_torch(x: Tensor, weight: Tensor, bias: Tensor | None, multiplicati
     )
 
 
-def _by_kernel(rows: int) -> bool:
+def _by_kernel(rows: int, weights: int) -> bool:
     """Whether the C kernel takes a product that is not left to torch's matrix product; else oneDNN does."""
-    return rows >= FEWEST_ROWS and not left_to_torch() and matrix.available()
+    return rows >= FEWEST_ROWS and weights >= SMALLEST_WEIGHT and not left_to_torch() and matrix.available()
 
 
 def _convolve(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
