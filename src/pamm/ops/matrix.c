@@ -1,9 +1,9 @@
 /* Products of float32 matrices, C = A·B with a bias per column, for a batch of them in one call.
  *
  * A job makes a block of C. It takes the sums DEPTH terms at a time: the block's columns of B are copied into panels of COLUMNS
- * columns, which stay in the second cache, then its rows of A into one panel of ROWS rows after the other, which stays in the
- * first. Copying absorbs how the matrices lie in memory. A sum's order depends on its length alone: the result has the same bits
- * for any number of threads and any division into jobs.
+ * columns, which stay in the second cache, then its rows of A into panels of ROWS rows, one after the other (several at a time
+ * where rows lie side by side: whole cache lines once). Copying absorbs how the matrices lie in memory. The order of a sum depends
+ * on its length alone: the result has the same bits for any number of threads and any division into jobs.
  */
 #include "jobs.h"
 #include "vector.h"
@@ -18,8 +18,8 @@
 #endif
 #define GROUP 16 /* panels that are copied at a time from rows side by side */
 #define AHEAD 4  /* terms before they are copied they are asked for */
-#define LINE 16 /* floats of a cache line */
-#define GAP 16  /* floats between panels' parts, which else all lie at the same place of the cache */
+#define LINE 16  /* floats of a cache line */
+#define GAP 16   /* floats between panels' parts, which else all lie at the same place of the cache */
 #define ROW_STEP (DEPTH + GAP)
 #define ROW_PANEL (ROWS * ROW_STEP)
 #define COLUMN_PANEL (DEPTH * COLUMNS + GAP)
@@ -41,6 +41,17 @@ typedef struct {
 
 typedef vec Tile[ROWS][VECTORS];
 
+/* DEPTH terms of the sums of a block of C, rows × columns. The matrices start where the block does, at the first of the terms. */
+typedef struct {
+    Matrix a, b;
+    int64_t rows, columns, depth;
+    const float *bias; /* or NULL */
+    float *c;
+    int64_t c_row;
+    int added; /* to the terms before these */
+    float *row_panels, *column_panels;
+} Block;
+
 /* Floats that one thread needs, a multiple of 16. */
 int64_t matrix_workspace(int64_t block_columns) { return GROUP * ROW_PANEL + steps_of(block_columns, COLUMNS) * COLUMN_PANEL; }
 
@@ -56,13 +67,13 @@ INLINE void load_square(const Matrix *b, const float *from, int64_t rows, int64_
 }
 
 /* `depth` rows and `columns` columns of B → panels (DEPTH, COLUMNS), zero where there are no columns. */
-static void copy_columns(const Matrix *b, const float *from, int64_t depth, int64_t columns, float *panels) {
+static void copy_columns(const Matrix *b, int64_t depth, int64_t columns, float *panels) {
     int64_t across = steps_of(columns, COLUMNS) * VECTORS, down = steps_of(depth, LANES);
     for (int64_t i = 0; i < across * down; i++) { /* in the order of memory */
         int64_t k = (lies_turned(b) ? i % down : i / across) * LANES, j = (lies_turned(b) ? i / down : i % across) * LANES;
         float *to = panels + j / COLUMNS * COLUMN_PANEL + k * COLUMNS + j % COLUMNS;
         vec square[LANES];
-        load_square(b, from + k * b->row + j * b->column, depth - k, columns - j, square);
+        load_square(b, b->data + k * b->row + j * b->column, depth - k, columns - j, square);
         for (int64_t l = 0; l < smaller(LANES, depth - k); l++) memcpy(to + l * COLUMNS, &square[l], sizeof(vec));
     }
 }
@@ -96,8 +107,8 @@ INLINE void fetch_rows(const float *rows, int64_t row) {
  * Meanwhile rows at `next`, if not NULL, `next_row` apart, are asked for.
  */
 INLINE void multiply(
-    int vectors, const float *rows, int row, int step, const float *columns, int64_t depth, const float *next,
-    int64_t next_row, Tile sums) {
+    int vectors, const float *rows, int row, int step, const float *columns, int64_t depth, const float *next, int64_t next_row,
+    Tile sums) {
     Tile sum;
     UNROLLED for (int i = 0; i < ROWS; i++)
         for (int v = 0; v < vectors; v++) sum[i][v] = (vec){0};
@@ -114,57 +125,49 @@ INLINE void multiply(
         for (int v = 0; v < vectors; v++) sums[i][v] = sum[i][v];
 }
 
-/* Rows and columns of C that a tile has. */
-typedef struct {
-    int64_t rows, columns;
-} Part;
-
-INLINE void fetch_tile(const float *c, int64_t row, Part part) {
-    for (int64_t i = 0; i < part.rows; i++)
+INLINE void fetch_tile(const float *c, int64_t row, int64_t rows) {
+    for (int64_t i = 0; i < rows; i++)
         for (int v = 0; v < VECTORS; v++) __builtin_prefetch(c + i * row + v * LANES, 1);
 }
 
-/* C = bias + sums, or where `added` C += sums. */
-INLINE void write_tile(float *c, int64_t row, Part part, int added, const float *bias, Tile sums) {
-    for (int64_t i = 0; i < part.rows; i++)
-        for (int v = 0; v < VECTORS; v++) {
-            int64_t present = part.columns - v * LANES, at = i * row + v * LANES;
+/* C = bias + sums, or C += sums, in `rows` rows from (row, column) on. */
+INLINE void write_tile(const Block *block, int64_t row, int64_t column, int64_t rows, Tile sums) {
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t v = 0, j = column; v < VECTORS && j < block->columns; v++, j += LANES) {
+            int64_t present = block->columns - j, at = (row + i) * block->c_row + j;
             vec start = {0};
-            if (added) start = load_channels(c, at, present, 0);
-            else if (bias != NULL) start = load_channels(bias, v * LANES, present, 0);
-            if (present > 0) store_channels(c, at, present, 0, start + sums[i][v]);
+            if (block->added) start = load_channels(block->c, at, present, 0);
+            else if (block->bias != NULL) start = load_channels(block->bias, j, present, 0);
+            store_channels(block->c, at, present, 0, start + sums[i][v]);
         }
 }
 
-/* ROWS rows of a block of C, whose sums get the terms that are in the panels. */
-INLINE void add_panel(const Product *p, int turned, Part block, int64_t depth, const float *row_panel, const float *column_panels, float *c, int added, const float *bias, const float *next) {
-    for (int64_t j = 0; j < block.columns; j += COLUMNS, next = NULL) {
-        const float *columns = column_panels + j / COLUMNS * COLUMN_PANEL;
-        int row = turned ? 1 : ROW_STEP, step = turned ? ROWS : 1;
-        Part part = {block.rows, block.columns - j};
+/* ROWS rows of the block, `row` on, from a panel; `turned` is a constant where called. `next`: rows to ask for, or NULL. */
+INLINE void multiply_rows(const Block *block, int turned, int64_t row, const float *row_panel, const float *next) {
+    int row_step = turned ? 1 : ROW_STEP, step = turned ? ROWS : 1;
+    int64_t rows = smaller(ROWS, block->rows - row), depth = block->depth;
+    for (int64_t j = 0; j < block->columns; j += COLUMNS, next = NULL) {
+        const float *columns = block->column_panels + j / COLUMNS * COLUMN_PANEL;
         Tile sums = {{{0}}};
-        fetch_tile(c + j, p->columns, part);
-        if (part.columns > LANES) multiply(2, row_panel, row, step, columns, depth, next, p->a.row, sums);
-        else multiply(1, row_panel, row, step, columns, depth, next, p->a.row, sums);
-        write_tile(c + j, p->columns, part, added, bias == NULL ? NULL : bias + j, sums);
+        fetch_tile(block->c + row * block->c_row + j, block->c_row, rows);
+        if (j + LANES < block->columns) multiply(2, row_panel, row_step, step, columns, depth, next, block->a.row, sums);
+        else multiply(1, row_panel, row_step, step, columns, depth, next, block->a.row, sums);
+        write_tile(block, row, j, rows, sums);
     }
 }
 
-/* DEPTH terms of a block of C, `first` on. */
-static void add_terms(const Product *p, const Matrix *a, const Matrix *b, Part block, int64_t first, int64_t depth, float *c, const float *bias, float *work) {
-    float *row_panels = work, *column_panels = work + GROUP * ROW_PANEL;
-    const float *from = a->data + first * a->column;
-    copy_columns(b, b->data + first * b->row, depth, block.columns, column_panels);
-    for (int64_t i = 0; i < block.rows; i += ROWS) {
-        Part part = {smaller(ROWS, block.rows - i), block.columns};
-        float *to = c + i * p->columns, *panel = row_panels;
+static void multiply_block(const Block *block) {
+    const Matrix *a = &block->a;
+    copy_columns(&block->b, block->depth, block->columns, block->column_panels);
+    for (int64_t i = 0; i < block->rows; i += ROWS) {
+        const float *rows = a->data + i * a->row;
+        int64_t left = block->rows - i, panel = i / ROWS % GROUP;
         if (lies_turned(a)) {
-            if (i % (GROUP * ROWS) == 0) copy_turned_rows(a, from + i, smaller(GROUP * ROWS, block.rows - i), depth, row_panels);
-            add_panel(p, 1, part, depth, row_panels + i / ROWS % GROUP * ROW_PANEL, column_panels, to, first > 0, bias, NULL);
+            if (panel == 0) copy_turned_rows(a, rows, smaller(GROUP * ROWS, left), block->depth, block->row_panels);
+            multiply_rows(block, 1, i, block->row_panels + panel * ROW_PANEL, NULL);
         } else {
-            const float *next = i + 2 * ROWS <= block.rows ? from + (i + ROWS) * a->row : NULL;
-            copy_rows(a, from + i * a->row, part.rows, depth, panel);
-            add_panel(p, 0, part, depth, panel, column_panels, to, first > 0, bias, next);
+            copy_rows(a, rows, smaller(ROWS, left), block->depth, block->row_panels);
+            multiply_rows(block, 0, i, block->row_panels, left >= 2 * ROWS ? rows + ROWS * a->row : NULL);
         }
     }
 }
@@ -173,15 +176,22 @@ static void block_job(const void *problem, int64_t job, float *work) {
     const Product *p = problem;
     int64_t across = steps_of(p->columns, p->block_columns), down = steps_of(p->rows, p->block_rows);
     int64_t batch = job / (across * down), top = job / across % down * p->block_rows, left = job % across * p->block_columns;
-    Part block = {smaller(p->block_rows, p->rows - top), smaller(p->block_columns, p->columns - left)};
-    Matrix a = p->a, b = p->b;
-    a.data += batch * a.batch + top * a.row;
-    b.data += batch * b.batch + left * b.column;
-    float *c = p->c + (batch * p->rows + top) * p->columns + left;
-    const float *bias = p->bias == NULL ? NULL : p->bias + batch * p->columns + left;
+    Block block = {p->a, p->b, smaller(p->block_rows, p->rows - top), smaller(p->block_columns, p->columns - left)};
+    block.a.data += batch * p->a.batch + top * p->a.row;
+    block.b.data += batch * p->b.batch + left * p->b.column;
+    block.bias = p->bias == NULL ? NULL : p->bias + batch * p->columns + left;
+    block.c = p->c + (batch * p->rows + top) * p->columns + left;
+    block.c_row = p->columns;
+    block.row_panels = work;
+    block.column_panels = work + GROUP * ROW_PANEL;
     int64_t each = steps_of(p->depth, steps_of(p->depth, DEPTH));
-    for (int64_t first = 0; first < p->depth; first += each)
-        add_terms(p, &a, &b, block, first, smaller(each, p->depth - first), c, bias, work);
+    for (int64_t first = 0; first < p->depth; first += each) {
+        block.depth = smaller(each, p->depth - first);
+        block.added = first > 0;
+        multiply_block(&block);
+        block.a.data += each * p->a.column;
+        block.b.data += each * p->b.row;
+    }
 }
 
 /* Sizes above zero; at most MOST_THREADS. */
