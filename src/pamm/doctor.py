@@ -71,11 +71,12 @@ def _devices() -> None:
 
 
 def _kernels() -> None:
-    from pamm.ops import attention, head, mixed_convolution, winograd
+    from pamm.ops import attention, head, mixed_convolution, product, winograd
 
     print("  C kernels for layers of networks on the CPU:")
     for name, reason in (
         ("3×3 convolutions, float32", winograd.objection()),
+        ("matrix products, float32", product.objection()),
         ("released experts' 9×9 convolutions, without gradients", mixed_convolution.KERNEL.unavailable()),
         ("attention, without gradients", attention.objection()),
         ("heads behind their taps, float32", head.KERNEL.unavailable()),

@@ -76,7 +76,7 @@ def arguments_parser() -> argparse.ArgumentParser:
         "--what",
         choices=["forward", "backward"],
         default="forward",
-        help="backward: of attention and convolutions, forward and backward",
+        help="backward: forward and backward, of layers that can be trained",
     )
     _model_options(_kind(kinds, "model", "a prediction: this package's network and its plain form"))
     train = _kind(kinds, "train", "a training step: forward, losses, backward, optimizer")
@@ -216,14 +216,14 @@ def scan_shape(text: str) -> dict[str, int]:
 
 
 def _layers(plain: argparse.Namespace) -> Cases:
-    from pamm.bench.layers import CASES
+    from pamm.bench.layers import CASES, LEARNING
     from pamm.bench.run import measure
 
     for name in plain.layers:
         if name not in CASES:
             raise BenchError(f"found '{name}', expected layers among {', '.join(CASES)}, or none for all")
     backward = plain.what == "backward"
-    every = [name for name in CASES if not (backward and name.startswith("experts"))]
+    every = [name for name in CASES if not backward or name.split("-")[0] in LEARNING]
     for name in plain.layers or every:
         settings = {"layer": name, "backward": backward, "candidates": ["pamm", "torch"]}
         what = "forward + backward" if backward else "forward"

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from pamm.bench import BenchError
 from pamm.bench.measure import Candidate, Workload
-from pamm.ops import attention, mixed_convolution, winograd
+from pamm.models.heads import ConvHead
+from pamm.ops import attention, mixed_convolution, product, winograd
+from pamm.ops.product import adopt
 
 CASES: dict[str, dict[str, int]] = {
     "attention-b": {"heads": 12, "tokens": 1025, "width": 64},
@@ -19,11 +21,16 @@ CASES: dict[str, dict[str, int]] = {
     "convolution-b": {"channels": 768, "outputs": 768, "height": 32, "width": 32},
     "convolution-b-tasks": {"channels": 768, "outputs": 3840, "height": 32, "width": 32},
     "convolution-l": {"channels": 1024, "outputs": 1024, "height": 32, "width": 32},
+    "head-b": {"channels": 768, "outputs": 21, "height": 32, "width": 32},
     "experts-b": {"channels": 1536, "outputs": 16, "height": 28, "width": 36},
     "experts-l": {"channels": 2048, "outputs": 64, "height": 32, "width": 32},
+    "product-b": {"tasks": 1, "rows": 1025, "inputs": 768, "outputs": 3072},
+    "product-b-tasks": {"tasks": 5, "rows": 1024, "inputs": 768, "outputs": 1536},
+    "product-l": {"tasks": 1, "rows": 1025, "inputs": 1024, "outputs": 4096},
 }
-"""Attention of ViT-B and ViT-L at 512²; PAMM's 3×3 convolutions, the second of them of five tasks at once; one task's parameter B
-or C of one stage of the released PAMM, NYUD-v2's ViT-B and PASCAL-Context's ViT-L."""
+"""Attention of ViT-B and ViT-L at 512²; PAMM's 3×3 convolutions, the second of them of five tasks at once, and a head of 21
+classes; one task's parameter B or C of one stage of the released PAMM, NYUD-v2's ViT-B and PASCAL-Context's ViT-L; the first layer
+of the ViTs' MLPs and the layer in front of PAMM's scan, of five tasks at once."""
 
 RANK, EXPERTS, CHOSEN, TAPS = 4, 15, 9, 9
 """Of the released experts; one more bottleneck of that rank belongs to the task."""
@@ -39,23 +46,18 @@ def workload(settings: Mapping[str, Any], only: str | None = None) -> Workload:
             f"found {settings['device']} and {settings['dtype']}; these kernels are measured on the CPU in float32"
         )
     kind, shape = name.split("-")[0], CASES[name]
-    if backward and kind == "experts":
+    if backward and kind not in LEARNING:
         raise BenchError(f"{name}: the kernel has no backward pass; measure --what forward")
-    if kind == "experts":
-        runs = _experts(**shape)
-    else:
-        runs = {"attention": _attention, "convolution": _convolution}[kind](backward, **shape)
+    runs = LEARNING[kind](backward, **shape) if kind in LEARNING else _experts(**shape)
     chosen = [only] if only else list(runs)
     return Workload({candidate: Candidate(runs[candidate]) for candidate in chosen}, shape | {"layer": name})
 
 
 def _attention(backward: bool, *, heads: int, tokens: int, width: int) -> dict[str, Run]:
-    parts = torch.randn(1, tokens, 3, heads, width).permute(2, 0, 3, 1, 4).requires_grad_(backward)
+    parts = torch.randn(1, tokens, 3, heads, width).permute(2, 0, 3, 1, 4)
     dy = torch.randn(1, tokens, heads, width).transpose(1, 2)
-    return {
-        name: _forward_or_both(form, dict(zip("qkv", parts.unbind(), strict=True)), dy if backward else None)
-        for name, form in (("pamm", attention.attention), ("torch", F.scaled_dot_product_attention))
-    }
+    forms = {"pamm": attention.attention, "torch": F.scaled_dot_product_attention}
+    return _forms(forms, dict(zip("qkv", parts.unbind(), strict=True)), dy, backward)
 
 
 def _convolution(backward: bool, *, channels: int, outputs: int, height: int, width: int) -> dict[str, Run]:
@@ -63,25 +65,57 @@ def _convolution(backward: bool, *, channels: int, outputs: int, height: int, wi
     x = torch.randn(1, channels, height, width).contiguous(memory_format=last)
     weight = (torch.randn(outputs, channels, 3, 3) / (9 * channels) ** 0.5).contiguous(memory_format=last)
     bias, dy = torch.randn(outputs), torch.randn(1, outputs, height, width).contiguous(memory_format=last)
-    inputs = {name: given.requires_grad_(backward) for name, given in (("x", x), ("weight", weight), ("bias", bias))}
 
     def torchs(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.conv2d(x, weight, bias, padding=1)
 
-    return {
-        name: _forward_or_both(form, inputs, dy if backward else None)
-        for name, form in (("pamm", winograd.convolution_3x3), ("torch", torchs))
-    }
+    given = {"x": x, "weight": weight, "bias": bias}
+    return _forms({"pamm": winograd.convolution_3x3, "torch": torchs}, given, dy, backward)
 
 
-def _forward_or_both(form: Callable[..., Tensor], inputs: dict[str, Tensor], dy: Tensor | None) -> Run:
-    """The layer's output or, where that has a gradient dy, the gradients of the inputs by name."""
+def _product(backward: bool, *, tasks: int, rows: int, inputs: int, outputs: int) -> dict[str, Run]:
+    x, dy = torch.randn(tasks, rows, inputs), torch.randn(tasks, rows, outputs)
+    weight, bias = (torch.randn(tasks, outputs, inputs) / inputs**0.5).mT, torch.randn(tasks, 1, outputs)
 
-    def both() -> dict[str, Tensor]:
+    def torchs(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return torch.baddbmm(bias, x, weight)
+
+    given = {"x": x, "weight": weight, "bias": bias}
+    return _forms({"pamm": product.batched_linear, "torch": torchs}, given, dy, backward)
+
+
+def _head(backward: bool, *, channels: int, outputs: int, height: int, width: int) -> dict[str, Run]:
+    """In training, or as it infers; both forms make the taps' products in the same way."""
+    layer = ConvHead(channels, outputs).train(backward)
+    adopt(layer)
+    x, dy = torch.randn(1, height, width, channels).permute(0, 3, 1, 2), torch.randn(1, outputs, 4 * height, 4 * width)
+    forms = {"pamm": layer.by_kernel, "torch": layer.by_torch if backward else layer.infer}
+
+    def run(form: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        with torch.set_grad_enabled(backward):
+            return form(x)
+
+    own = {name: lambda x, *_, form=form: run(form, x) for name, form in forms.items()}
+    return _forms(own, {"x": x, **dict(layer.named_parameters())}, dy, backward)
+
+
+def _forms(
+    forms: Mapping[str, Callable[..., Tensor]], given: Mapping[str, Tensor], dy: Tensor, backward: bool
+) -> dict[str, Run]:
+    """The layer's output, or the gradients of the inputs by name where its own is dy."""
+    inputs = {name: tensor.requires_grad_(backward) for name, tensor in given.items()}
+
+    def both(form: Callable[..., Tensor]) -> dict[str, Tensor]:
         gradients = torch.autograd.grad(form(*inputs.values()), list(inputs.values()), dy)
         return dict(zip(inputs, gradients, strict=True))
 
-    return (lambda: form(*inputs.values())) if dy is None else both
+    if backward:
+        return {name: lambda form=form: both(form) for name, form in forms.items()}
+    return {name: lambda form=form: form(*inputs.values()) for name, form in forms.items()}
+
+
+LEARNING = {"attention": _attention, "convolution": _convolution, "head": _head, "product": _product}
+"""Kinds of layers whose kernels have a backward pass, and what makes their forms."""
 
 
 def _experts(*, channels: int, outputs: int, height: int, width: int) -> dict[str, Run]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pamm.ops import attention, mixed_convolution, winograd
+from pamm.ops import attention, head, matrix, mixed_convolution, winograd
 
 Shape = Sequence[int]
 
@@ -20,6 +20,10 @@ def operations() -> Any:
     own = {
         attention.kernel_attention: _attention,
         attention.kernel_gradients: _attention_gradients,
+        head.kernel_head: _head,
+        head.head_logits: _head,
+        head.head_backward: _head_backward,
+        matrix.kernel_product: _product,
         mixed_convolution.kernel_convolution: _mixed_convolution,
         winograd.kernel_convolution: _winograd,
         winograd.input_gradient: _winograd,
@@ -44,6 +48,21 @@ def _attention(q: Shape, k: Shape, v: Shape, **_) -> int:
 def _attention_gradients(dy: Shape, q: Shape, k: Shape, *others: Any, **_) -> int:
     """Five products: the scores are made again."""
     return 5 * 2 * math.prod(q) * k[2]
+
+
+def _head(small: Shape, factor: Shape, shift: Shape, predict: Shape, *others: Any, **_) -> int:
+    """The 1×1 convolution of the large map; what makes that map's rows is not counted."""
+    height, width, scale = others[-1]
+    return 2 * small[0] * height * width * scale**2 * math.prod(predict)
+
+
+def _head_backward(dlogits: Shape, small: Shape, weight: Shape, *others: Any, **_) -> int:
+    """The 1×1 convolution's gradient of its input, twice, and of its weights."""
+    return 3 * 2 * math.prod(dlogits) * weight[0]
+
+
+def _product(a: Shape, b: Shape, *others: Any, **_) -> int:
+    return 2 * math.prod(a) * b[2]
 
 
 def _winograd(x: Shape, weight: Shape, *bias: Any, **_) -> int:

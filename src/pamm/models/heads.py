@@ -76,8 +76,10 @@ class ConvHead(nn.Module):
         trained_alone = self.training and world_size() == 1
         if (inferring or trained_alone) and head_kernel.suits(feature, self.conv.weight, self.predict.weight):
             return self.by_kernel(feature)
-        if inferring:
-            return self.infer(feature)
+        return self.infer(feature) if inferring else self.by_torch(feature)
+
+    def by_torch(self, feature: Tensor) -> Tensor:
+        """As `forward`, with the large map."""
         x = upsampled_conv3x3(feature, self.conv.weight, self.scale)
         if self.conv.bias is not None:
             x = x + self.conv.bias[:, None, None].to(x.dtype)

@@ -1,7 +1,8 @@
-"""Matrix products in float32 by the library that is the faster one on this processor.
+"""Matrix products in float32 by whatever is fastest on this processor.
 
 On x86 torch multiplies float32 matrices with MKL and convolves with oneDNN. On processors of other makers than Intel MKL does
-not use the widest vectors: there a 1×1 convolution, the same sum, takes half the time, forward and backward.
+not use the widest vectors: there a 1×1 convolution, the same sum, takes half the time, forward and backward, and a C kernel
+(`pamm.ops.matrix`), which reads and writes every layout and all tasks in one call, still less.
 """
 
 from __future__ import annotations
@@ -14,11 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pamm.ops.compiled import exporting
+from pamm.ops import matrix
+from pamm.ops.compiled import exporting, left_to_torch
 from pamm.ops.winograd import Convolution3x3, convolves_3x3
 
 SMALLEST = 1 << 24
 """Multiplications from which on a convolution pays; below, starting one takes longer than the product."""
+
+FEWEST_ROWS, SMALLEST_WEIGHT = 32, 1 << 15
+"""Rows and weights of a product from which on the C kernel pays beside oneDNN: it copies both first."""
 
 
 def by_convolution() -> bool:
@@ -40,20 +45,34 @@ def _maker() -> str:
 BY_CONVOLUTION = by_convolution()
 
 
+def objection() -> str | None:
+    """Why the C kernel takes no products on this machine, or None."""
+    if not BY_CONVOLUTION:
+        return "its products are fast on this processor"
+    return matrix.objection()
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x·Wᵀ + b, as `torch.nn.functional.linear`: (..., i), (o, i), (o,) → (..., o). Any device and dtype, differentiable."""
-    if not _convolves(x, weight, x.numel() * len(weight)):
+    fits = x.shape[-1:] == weight.shape[1:] and (bias is None or bias.shape == weight.shape[:1])
+    if not (fits and _replaces_torch(x, weight, bias, x.numel() * len(weight))):
         return F.linear(x, weight, bias)
-    return _convolve(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
+    rows, shape = x.reshape(-1, x.shape[-1]), (*x.shape[:-1], len(weight))
+    if not _by_kernel(len(rows), weight.numel()):
+        return _convolve(rows, weight, bias).view(shape)
+    return torch.ops.pamm.product(rows[None], weight.T[None], None if bias is None else bias[None], False).view(shape)
 
 
 def batched_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """One product per entry of the leading axis: (T, n, i), (T, i, o), (T, 1, o) → (T, n, o). As `torch.baddbmm`."""
-    if _convolves(x, weight, x[0].numel() * weight.shape[2]):
+    fits = x.shape[::2] == weight.shape[:2] and (bias is None or bias.shape == (len(x), 1, weight.shape[2]))
+    if not (fits and _replaces_torch(x, weight, bias, x[0].numel() * weight.shape[2])):
+        return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias.to(x.dtype), x, weight)
+    if not _by_kernel(x.shape[1], weight[0].numel()):
         biases = [None] * len(weight) if bias is None else bias.flatten(1).unbind()
         parts = zip(x.unbind(), weight.mT.unbind(), biases, strict=True)
         return torch.stack([_convolve(rows, w, b) for rows, w, b in parts])
-    return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias.to(x.dtype), x, weight)
+    return torch.ops.pamm.product(x, weight, None if bias is None else bias.flatten(1), False)
 
 
 class Linear(nn.Linear):
@@ -93,16 +112,20 @@ def _adopt(module: nn.Module) -> None:
                 part.__class__ = Convolution3x3
 
 
-def _convolves(x: Tensor, weight: Tensor, multiplications: int) -> bool:
+def _replaces_torch(x: Tensor, weight: Tensor, bias: Tensor | None, multiplications: int) -> bool:
     """Not under autocast, which asks for another dtype, nor in an exported graph, which may run on any machine."""
     return (
         BY_CONVOLUTION
-        and x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
+        and all(t.device.type == "cpu" and t.dtype == torch.float32 for t in (x, weight, bias) if t is not None)
         and not torch.is_autocast_enabled("cpu")
         and not exporting()
         and multiplications >= SMALLEST
     )
+
+
+def _by_kernel(rows: int, weights: int) -> bool:
+    """Whether the C kernel takes a product that is not left to torch's matrix product; else oneDNN does."""
+    return rows >= FEWEST_ROWS and weights >= SMALLEST_WEIGHT and not left_to_torch() and matrix.available()
 
 
 def _convolve(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
