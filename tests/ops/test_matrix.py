@@ -225,6 +225,20 @@ def test_training_copies_neither_outputs_nor_gradients(used, kind):
         assert parameter.grad.stride() == parameter.stride()
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradients_of_a_single_rows_products_are_not_copied(bias):
+    """They are torch's, whatever runs elsewhere."""
+    torch.manual_seed(0)
+    layer, x = TaskLinear(3, 64, 48, bias=bias), torch.randn(3, 1, 64)
+    with Calls() as calls:
+        y = layer(x)
+        y.backward(dy := torch.randn(y.shape))
+    torch.testing.assert_close(y, x @ layer.weight)
+    torch.testing.assert_close(layer.weight.grad, x.mT @ dy)
+    assert y.stride() == (48, 48, 1)
+    assert layer.weight.grad.stride() == layer.weight.stride() and not (calls["aten::clone"] or calls["aten::copy_"])
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit")  # torch's own use
 @pytest.mark.parametrize("kind", ["one", "task"])
 def test_derivatives_of_other_kinds_are_torchs(used, kind):

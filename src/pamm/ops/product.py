@@ -67,12 +67,21 @@ def batched_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     """One product per entry of the leading axis: (T, n, i), (T, i, o), (T, 1, o) → (T, n, o). As `torch.baddbmm`."""
     fits = x.shape[::2] == weight.shape[:2] and (bias is None or bias.shape == (len(x), 1, weight.shape[2]))
     if not (fits and _replaces_torch(x, weight, bias, x[0].numel() * weight.shape[2])):
-        return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias.to(x.dtype), x, weight)
+        return _torchs_batched_linear(x, weight, bias)
     if not _by_kernel(x.shape[1], weight[0].numel()):
         biases = [None] * len(weight) if bias is None else bias.flatten(1).unbind()
         parts = zip(x.unbind(), weight.mT.unbind(), biases, strict=True)
         return torch.stack([_convolve(rows, w, b) for rows, w, b in parts])
     return torch.ops.pamm.product(x, weight, None if bias is None else bias.flatten(1), False)
+
+
+def _torchs_batched_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if (
+        x.shape[1] == 1 and weight.stride(1) == 1 and not exporting()
+    ):  # the gradient of turned weights comes turned like them
+        columns = weight.mT, x.mT
+        return (torch.bmm(*columns) if bias is None else torch.baddbmm(bias.mT.to(x.dtype), *columns)).mT
+    return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias.to(x.dtype), x, weight)
 
 
 class Linear(nn.Linear):
