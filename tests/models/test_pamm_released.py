@@ -30,7 +30,7 @@ SWITCHES = {
     "no task convolution": {"task_conv": False},
     "two snake orders": {"scan": "snake", "orders": 2},
 }
-WITHOUT_EFFECT = ("positions_bias", "shared.bias")
+WITHOUT_EFFECT = ("positions_bias", "shared.bias", *(f"heads.{name}.conv.bias" for name in NAMES))
 """Biases that the normalisation after them takes away: a gradient of rounding errors at most."""
 
 
