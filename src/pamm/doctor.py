@@ -77,7 +77,7 @@ def _kernels() -> None:
     for name, reason in (
         ("3×3 convolutions, float32", winograd.objection()),
         ("released experts' 9×9 convolutions, without gradients", mixed_convolution.KERNEL.unavailable()),
-        ("attention, without gradients", attention.objection()),
+        ("attention", attention.objection()),
     ):
         print(f"    {name}: {f'torch runs it ({reason})' if reason else 'available'}")
 
