@@ -78,7 +78,7 @@ def _kernels() -> None:
         ("3×3 convolutions, float32", winograd.objection()),
         ("matrix products, float32", product.objection()),
         ("released experts' 9×9 convolutions, without gradients", mixed_convolution.KERNEL.unavailable()),
-        ("attention, without gradients", attention.objection()),
+        ("attention", attention.objection()),
         ("heads behind their taps, float32", head.KERNEL.unavailable()),
     ):
         print(f"    {name}: {f'torch runs it ({reason})' if reason else 'available'}")
