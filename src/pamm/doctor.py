@@ -60,7 +60,9 @@ def _devices() -> None:
     lower = f"bfloat16 by {units}: --precision auto takes it" if units else "no bfloat16 units: float32 is the faster"
     print(f"  CPU            {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, {lower}")
     if BY_CONVOLUTION:
-        print("                 float32 products run by a C kernel or as 1×1 convolutions: MKL's are slow on this processor")
+        print(
+            "                 float32 products run by a C kernel or as 1×1 convolutions: MKL is slow on this processor"
+        )
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             print(f"  GPU {index}          {torch.cuda.get_device_name(index)}")

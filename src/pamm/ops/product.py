@@ -76,9 +76,8 @@ def batched_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 
 
 def _torchs_batched_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if (
-        x.shape[1] == 1 and weight.stride(1) == 1 and not exporting()
-    ):  # the gradient of turned weights comes turned like them
+    """Of single rows so that the gradient of weights whose inputs lie side by side comes in their layout, else it is copied."""
+    if x.shape[1] == 1 and weight.stride(1) == 1 and not exporting():
         columns = weight.mT, x.mT
         return (torch.bmm(*columns) if bias is None else torch.baddbmm(bias.mT.to(x.dtype), *columns)).mT
     return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias.to(x.dtype), x, weight)
