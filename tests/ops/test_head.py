@@ -155,6 +155,16 @@ def test_gelu_far_from_zero_and_of_no_number():
 
 
 @needs_compiler
+def test_sums_over_a_large_map_keep_their_digits():
+    given, size = problem(height=96, width=96, inputs=8, channels=16, outputs=2)
+    exact, given = doubles(given), [tensor.requires_grad_() for tensor in given]
+    direction = torch.rand(1, 2, 384, 384)
+    found = torch.autograd.grad(trained(*given, EPS, size)[0], given, direction)
+    for ours, right in zip(found, torch.autograd.grad(in_torch(*exact, EPS, size), exact, direction), strict=True):
+        assert error(ours, right) < TOLERANCE
+
+
+@needs_compiler
 @pytest.mark.parametrize("wanted", range(5))
 def test_one_gradient_alone(wanted):
     given, size = problem()

@@ -221,15 +221,14 @@ static void gradient_row(const Head *p, const Tile *tile, int64_t image, int64_t
     }
 }
 
-/* Adds one row's outer products to the gradients of the weights of `count` outputs from `first` on. */
+/* Adds one row's outer products, which are summed by themselves to keep their digits, to the gradients of `count` outputs' weights. */
 INLINE void weight_sums(const Head *p, const Tile *tile, const float *given, int count, vec *sums) {
-    vec own[4];
-    for (int i = 0; i < count; i++) own[i] = sums[i];
+    vec own[4] = {{0}};
     for (int64_t x = 0; x < p->wide; x++, given += p->outputs) {
         vec active = tile->active[x];
         UNROLLED for (int i = 0; i < count; i++) own[i] += given[i] * active;
     }
-    for (int i = 0; i < count; i++) sums[i] = own[i];
+    for (int i = 0; i < count; i++) sums[i] += own[i];
 }
 
 /* The sums over one image that the gradients need, of LANES channels. */
