@@ -83,6 +83,24 @@ def test_states_saved_with_another_layout_are_laid_out_as_their_parameters():
         torch.testing.assert_close(parameter, expected, rtol=0, atol=0)
 
 
+def test_parameters_that_are_not_one_piece_of_memory():
+    """Some input channels of a larger layer's weights, and one channel's weights for three."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(6, 4, 3, 3, generator=generator)
+    ours, plain = nn.ParameterList([weights[:, :3], weights[:, :1].expand(-1, 3, -1, -1)]), nn.ParameterList()
+    plain.extend(parameter.detach().clone(memory_format=torch.contiguous_format) for parameter in ours)
+    optimizer = create_optimizer(ours, TrainConfig(optimizer="adamw", lr=1e-2))
+    reference = torch.optim.AdamW(plain, lr=1e-2, weight_decay=TrainConfig().weight_decay, foreach=False)
+    for _ in range(3):
+        for parameter, expected in zip(ours, plain, strict=True):
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+            expected.grad = parameter.grad.clone()
+        optimizer.step()
+        reference.step()
+    for parameter, expected in zip(ours, plain, strict=True):
+        torch.testing.assert_close(parameter, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_the_update_sees_contiguous_memory_and_copies_no_parameter():
     layers = Layers()
     optimizer = create_optimizer(layers, TrainConfig())

@@ -32,10 +32,15 @@ def in_memory_order(tensor: Tensor, parameter: Tensor) -> Tensor:
 
     If that is not contiguous, although the parameter is, the tensor's memory is replaced.
     """
-    axes = sorted(range(parameter.dim()), key=parameter.stride, reverse=True)
+    axes = memory_order(parameter)
     if parameter.permute(axes).is_contiguous() and not tensor.permute(axes).is_contiguous():
         tensor.data = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
     return tensor.permute(axes)
+
+
+def memory_order(tensor: Tensor) -> list[int]:
+    """The axes, those whose neighbours lie farthest apart first."""
+    return sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
 
 
 class Adam(InMemoryOrder, torch.optim.Adam):
@@ -52,10 +57,13 @@ OPTIMIZERS = {"adam": Adam, "adamw": AdamW}
 def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """Adam or AdamW; no weight decay for parameters marked `_no_weight_decay` (A_log, D, Δ's bias, priors).
 
-    Fused: a parameter is read and written once a step, without temporary copies.
+    Fused: a parameter is read and written once a step, without temporary copies. torch's kernels take it for one piece of memory
+    (2.15), and write past its end where it is not: a parameter with gaps, or with elements that share a place, is laid out anew.
     """
     decay, exempt = [], []
     for parameter in model.parameters():
+        if not parameter.permute(memory_order(parameter)).is_contiguous():
+            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
         (exempt if getattr(parameter, "_no_weight_decay", False) else decay).append(parameter)
     groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": exempt, "weight_decay": 0.0}]
     return OPTIMIZERS[config.optimizer](groups, lr=config.lr, fused=True)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pamm.models.heads import ConvHead, upsampled_conv3x3
+from pamm.nn.joined import JoinedBatchNorm2d
 from pamm.nn.recompute import recomputed
 from pamm.ops import head as kernel
 from pamm.ops.compiled import torch_alone
@@ -72,6 +73,56 @@ def test_training_by_the_kernel_is_training_by_torch(bias, monkeypatch):
         torch.testing.assert_close(
             found, torchs[name], rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+def average_over_all_batches(head: ConvHead) -> None:
+    head.norm.momentum = None
+
+
+def predict_without_bias(head: ConvHead) -> None:
+    head.predict = torch.nn.Conv2d(32, 5, 1, bias=False)
+
+
+def forget_statistics(head: ConvHead) -> None:
+    head.norm = JoinedBatchNorm2d(32, track_running_stats=False)
+
+
+def normalise_as_torch(head: ConvHead) -> None:
+    head.norm = torch.nn.BatchNorm2d(32)
+
+
+def normalise_groups(head: ConvHead) -> None:
+    head.norm = torch.nn.GroupNorm(8, 32)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda head: head.norm.eval(),
+        average_over_all_batches,
+        predict_without_bias,
+        forget_statistics,
+        normalise_as_torch,
+        normalise_groups,
+    ],
+    ids=["frozen", "average", "no bias", "no statistics", "torch's", "groups"],
+)
+def test_a_head_that_was_changed_is_what_it_was_changed_to(change):
+    """In training, twice, and then in inference: against the layers as they are written."""
+    torch.manual_seed(0)
+    head = ConvHead(32, 5).train()
+    change(head)
+    plain = copy.deepcopy(head)
+    for _ in range(2):
+        x = torch.randn(2, 32, 6, 5)
+        large = F.interpolate(x, scale_factor=4, mode="bilinear", align_corners=False)
+        expected = plain.predict(F.gelu(plain.norm(plain.conv(large))))
+        torch.testing.assert_close(head(x), expected, rtol=1e-4, atol=1e-5)
+    for found, buffer in zip(head.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(found, buffer, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        expected = plain.eval().predict(F.gelu(plain.norm(plain.conv(large))))
+        torch.testing.assert_close(head.eval()(x), expected, rtol=1e-4, atol=1e-5)
 
 
 @needs_compiler

@@ -10,6 +10,7 @@ from kernels import (
     assert_compiles_to_one_graph,
     assert_same_bits_for_any_number_of_threads,
     freshly_compiled,
+    in_fresh_process,
     needs_x86,
 )
 from torch import Tensor
@@ -107,6 +108,22 @@ def test_statistics_are_those_of_the_large_map(offset):
 
 
 @needs_compiler
+@pytest.mark.parametrize("inside", [-1.0, 0.0])
+def test_variance_beside_borders_and_pixels_far_above_the_rest(inside):
+    """A difference of neighbours is small inside a map far from zero, and large at its borders; so is one bright pixel."""
+    torch.manual_seed(0)
+    x, weight = 0.1 * torch.randn(2, 24, 40, 33) + 100, torch.zeros(16, 24, 3, 3)
+    weight[:, :, 0, 0] = weight[:, :, 1, 1] = torch.randn(16, 24) / 24**0.5
+    weight[:, :, 0, 1] = weight[:, :, 1, 0] = inside * weight[:, :, 1, 1]
+    x[0, :, 0, 0] += 1000
+    given, size = problem(height=40, width=33, channels=16)
+    given[0] = x.flatten(2).mT @ taps(weight).T
+    large = F.conv2d(F.interpolate(x.double(), scale_factor=4, mode="bilinear"), weight.double(), padding=1)
+    _, _, variance = trained(*given, EPS, size)
+    torch.testing.assert_close(variance, large.var((0, 2, 3), unbiased=False).float(), rtol=2e-5, atol=0)
+
+
+@needs_compiler
 @pytest.mark.parametrize("case", CASES)
 def test_kernel_in_inference(case):
     (small, factor, shift, *predict), size = problem(**CASES[case])
@@ -138,6 +155,16 @@ def test_gelu_far_from_zero_and_of_no_number():
 
 
 @needs_compiler
+def test_sums_over_a_large_map_keep_their_digits():
+    given, size = problem(height=96, width=96, inputs=8, channels=16, outputs=2)
+    exact, given = doubles(given), [tensor.requires_grad_() for tensor in given]
+    direction = torch.rand(1, 2, 384, 384)
+    found = torch.autograd.grad(trained(*given, EPS, size)[0], given, direction)
+    for ours, right in zip(found, torch.autograd.grad(in_torch(*exact, EPS, size), exact, direction), strict=True):
+        assert error(ours, right) < TOLERANCE
+
+
+@needs_compiler
 @pytest.mark.parametrize("wanted", range(5))
 def test_one_gradient_alone(wanted):
     given, size = problem()
@@ -163,20 +190,38 @@ def test_gradients_have_gradients():
 
 
 @needs_compiler
+@pytest.mark.parametrize("wanted", range(5))
+def test_one_gradient_alone_has_a_gradient(wanted):
+    given, size = problem(height=2, width=3, channels=16)
+    exact = doubles(given)
+    given[wanted].requires_grad_()
+
+    def twice(y: Tensor, tensor: Tensor) -> Tensor:
+        (first,) = torch.autograd.grad(y.square().sum(), tensor, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), tensor)[0]
+
+    found = twice(trained(*given, EPS, size)[0], given[wanted])
+    assert error(found, twice(in_torch(*exact, EPS, size), exact[wanted])) < 1e-4
+
+
+@needs_compiler
 def test_any_layout():
     given, size = problem(2)
     expected = trained(*given, EPS, size)[0]
     turned = [tensor.mT.contiguous().mT if tensor.dim() > 1 else tensor.flip(0).flip(0) for tensor in given]
     assert torch.equal(trained(*turned, EPS, size)[0], expected)
-    dlogits = torch.randn_like(expected)
-    for layout in (torch.contiguous_format, torch.channels_last):
-        copies = [tensor.detach().requires_grad_() for tensor in given]
+    dlogits, found = torch.randn_like(expected), []
+    for tensors, layout in (
+        (given, torch.contiguous_format),
+        (given, torch.channels_last),
+        (turned, torch.contiguous_format),
+    ):
+        copies = [tensor.detach().requires_grad_() for tensor in tensors]
         y = trained(*copies, EPS, size)[0]
-        y.backward(dlogits.contiguous(memory_format=layout))
-        if layout == torch.contiguous_format:
-            first = [tensor.grad for tensor in copies]
-    for tensor, other in zip(copies, first, strict=True):
-        torch.testing.assert_close(tensor.grad, other, rtol=1e-5, atol=1e-5)
+        found.append(torch.autograd.grad(y, copies, dlogits.contiguous(memory_format=layout)))
+    for others in found[1:]:
+        for ours, first in zip(others, found[0], strict=True):
+            torch.testing.assert_close(ours, first, rtol=1e-5, atol=1e-5)
 
 
 @needs_compiler
@@ -231,6 +276,26 @@ def test_products_of_another_size_are_refused():
             trained(products, *given[1:], EPS, size)
 
 
+@needs_compiler
+@pytest.mark.parametrize("wrong", [1, 3, 4])
+def test_parameters_of_another_size_or_dtype_are_refused(wrong):
+    given, size = problem()
+    for tensor in (given[wrong][..., :-16], given[wrong].double()):
+        with pytest.raises(ValueError, match=r"found .* of a head of 32 channels; expected \(.*\) torch.float"):
+            trained(*given[:wrong], tensor, *given[wrong + 1 :], EPS, size)
+
+
+@needs_compiler
+def test_another_default_dtype_changes_nothing():
+    code = (
+        "given, size = problem(scale=3)\n"
+        "torch.set_default_dtype(torch.float64)\n"
+        "found = trained(*given, EPS, size)[0]\n"
+        "assert error(found, in_torch(*doubles(given), EPS, size)) < TOLERANCE"
+    )
+    in_fresh_process("test_head", code)
+
+
 def test_what_the_kernel_takes():
     x, weight, predict = torch.zeros(1, 24, 5, 6), torch.zeros(32, 24, 3, 3), torch.zeros(3, 32, 1, 1)
     assert module.suits(x, weight, predict) is (KERNEL.unavailable() is None)
@@ -238,5 +303,7 @@ def test_what_the_kernel_takes():
     assert not module.suits(x, weight[:20], predict[:, :20])
     assert not module.suits(x[:, :20], weight, predict)
     assert not module.suits(x[:0], weight, predict)
+    assert not module.suits(x, weight, predict, None)
+    assert not module.suits(x, weight, predict, torch.zeros(32).double())
     with torch.autocast("cpu", torch.bfloat16):
         assert not module.suits(x, weight, predict)

@@ -215,6 +215,7 @@ def test_the_operators_refuse_what_they_would_read_wrongly():
         lambda: torch.ops.pamm.convolution_3x3(x, weight, bias.double()),
         lambda: torch.ops.pamm.convolution_3x3_input(x, weight),
         lambda: torch.ops.pamm.convolution_3x3_weight(x.double(), x),
+        lambda: torch.ops.pamm.convolution_3x3(x[:, :0], weight[:, :0], bias),
     ):
         with pytest.raises(ValueError, match=r"expected maps of \d+ channels, all float32"):
             call()

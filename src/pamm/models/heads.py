@@ -72,9 +72,10 @@ class ConvHead(nn.Module):
 
     def forward(self, feature: Tensor) -> Tensor:
         """(B, d, h, w) task feature → (B, channels, 4h, 4w) logits."""
-        inferring = not (self.training or torch.is_grad_enabled())
-        trained_alone = self.training and world_size() == 1
-        if (inferring or trained_alone) and head_kernel.suits(feature, self.conv.weight, self.predict.weight):
+        folds = isinstance(self.norm, JoinedBatchNorm2d) and self.norm.running_mean is not None
+        inferring = folds and not (self.norm.training or torch.is_grad_enabled())
+        trained_alone = folds and self.norm.training and world_size() == 1
+        if (inferring or trained_alone) and self.suits_kernel(feature):
             return self.by_kernel(feature)
         return self.infer(feature) if inferring else self.by_torch(feature)
 
@@ -85,12 +86,18 @@ class ConvHead(nn.Module):
             x = x + self.conv.bias[:, None, None].to(x.dtype)
         return self.predict(F.gelu(self.norm(x)))
 
+    def suits_kernel(self, feature: Tensor) -> bool:
+        """Whether the kernel takes a feature and this head's parameters and statistics, all of them."""
+        norm, bias = self.norm, [] if self.conv.bias is None else [self.conv.bias]
+        others = norm.weight, norm.bias, norm.running_mean, norm.running_var, self.predict.bias, *bias
+        return head_kernel.suits(feature, self.conv.weight, self.predict.weight, *others)
+
     def by_kernel(self, feature: Tensor) -> Tensor:
-        """As `forward` in training, and in eval mode without a gradient: the large map is never in memory."""
+        """As `forward` with the batch's statistics, and with the running ones without a gradient: no large map in memory."""
         small = linear(feature.permute(0, 2, 3, 1).flatten(1, 2), head_kernel.taps(self.conv.weight))
         size = [*feature.shape[2:], self.scale]
         predict = self.predict.weight.flatten(1), self.predict.bias
-        if not self.training:
+        if not self.norm.training:
             return head_kernel.logits(small, *self.factor_and_shift(), *predict, size)
         weight, bias = self.norm.weight, self.norm.bias
         if self.conv.bias is not None:  # the normalisation takes it off again: its gradient is zero
@@ -102,12 +109,12 @@ class ConvHead(nn.Module):
         return logits
 
     def factor_and_shift(self) -> tuple[Tensor, Tensor]:
-        """(width,) each: in eval mode GELU sees factor · (the convolution without its bias) + shift."""
+        """(width,) each: with the running statistics GELU sees factor · (the convolution without its bias) + shift."""
         factor, shift = self.norm.factor_and_shift()
         return factor, shift if self.conv.bias is None else shift + factor * self.conv.bias
 
     def infer(self, feature: Tensor) -> Tensor:
-        """As `forward` in eval mode, without a gradient: the BatchNorm in the taps, the large map tile by tile."""
+        """As `forward` with the running statistics, without a gradient: the BatchNorm in the taps, the large map tile by tile."""
         factor, shift = self.factor_and_shift()
         taps = self.conv.weight.permute(2, 3, 0, 1).clone(memory_format=torch.contiguous_format)
         small = tap_maps(feature, taps.mul_(factor[:, None]))

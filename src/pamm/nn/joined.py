@@ -94,12 +94,16 @@ class JoinedBatchNorm2d(nn.BatchNorm2d):
 
     @torch.no_grad()
     def track(self, mean: Tensor, variance: Tensor, count: int) -> None:
-        """Let the running statistics follow those of `count` values per channel, (C,) each; not when they are computed again."""
+        """Let the running statistics follow those of `count` values per channel, (C,) each; not when they are computed again.
+
+        By `momentum`, or where that is None to the average over all batches so far, as in `torch.nn.BatchNorm2d`.
+        """
         if not torch.compiler.is_compiling() and computing_again():
             return
-        self.num_batches_tracked += 1
-        self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_(variance * (count / max(count - 1, 1)), self.momentum)
+        self.num_batches_tracked.add_(1)
+        share = (1 / self.num_batches_tracked).to(mean) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean, share)
+        self.running_var.lerp_(variance * (count / max(count - 1, 1)), share)
 
     def factor_and_shift(self) -> tuple[Tensor, Tensor]:
         """What eval mode computes is factor · x + shift: (C,) each, float32, from the running statistics."""

@@ -104,31 +104,41 @@ static int64_t channel_vectors(const Head *p) { return p->channels / LANES; }
 
 static int64_t channel_jobs(const Head *p) { return p->images * channel_vectors(p); }
 
-/* Mean and squares of LANES channels of one image: sums of differences from the first value, which lies among them. */
+/* Sums of differences around the mean of the rows taken so far, and that mean. */
+typedef struct {
+    double mean[LANES], squares[LANES];
+} Statistics;
+
+/* Takes in row `y`: its squares are summed around its own mean, so that neither an offset nor another row costs them digits. */
+static void add_row(const Head *p, const vec *row, int64_t y, Statistics *so_far) {
+    vec sum[2] = {{0}}, rest[2] = {{0}}, square[2] = {{0}};
+    for (int64_t x = 0; x < p->wide; x++) sum[x % 2] += row[x];
+    vec origin = (sum[0] + sum[1]) / (float)p->wide;
+    for (int64_t x = 0; x < p->wide; x++) {
+        vec difference = row[x] - origin;
+        rest[x % 2] += difference;
+        square[x % 2] += difference * difference;
+    }
+    for (int c = 0; c < LANES; c++) { /* the row's mean is its origin but for rounding */
+        double off = ((double)rest[0][c] + rest[1][c]) / p->wide, step = origin[c] + off - so_far->mean[c];
+        double squares = (double)square[0][c] + square[1][c] - off * off * p->wide;
+        so_far->mean[c] += step / (y + 1);
+        so_far->squares[c] += squares + step * step * p->wide * y / (y + 1);
+    }
+}
+
+/* Mean and squares of LANES channels of one image. */
 static void statistics_job(const void *problem, int64_t job, float *work) {
     const Head *p = problem;
-    int64_t image = job / channel_vectors(p), first = job % channel_vectors(p) * LANES, count = p->tall * p->wide;
-    const float *small = p->small + channels_at(p, image, first);
-    vec *columns = (vec *)work, *row = columns + 3 * p->width, origin = {0};
-    double sums[LANES] = {0}, squares[LANES] = {0};
+    int64_t image = job / channel_vectors(p), first = job % channel_vectors(p) * LANES;
+    vec *columns = (vec *)work, *row = columns + 3 * p->width;
+    Statistics statistics = {{0}, {0}};
     for (int64_t y = 0; y < p->tall; y++) {
-        vec sum[2] = {{0}}, square[2] = {{0}};
-        large_row(p, small, y, columns, row);
-        if (y == 0) origin = row[0];
-        for (int64_t x = 0; x < p->wide; x++) {
-            vec difference = row[x] - origin;
-            sum[x % 2] += difference;
-            square[x % 2] += difference * difference;
-        }
-        for (int c = 0; c < LANES; c++) {
-            sums[c] += sum[0][c] + sum[1][c];
-            squares[c] += square[0][c] + square[1][c];
-        }
+        large_row(p, p->small + channels_at(p, image, first), y, columns, row);
+        add_row(p, row, y, &statistics);
     }
-    for (int c = 0; c < LANES; c++) {
-        p->mean[image * p->channels + first + c] = origin[c] + sums[c] / count;
-        p->squares[image * p->channels + first + c] = squares[c] - sums[c] * sums[c] / count;
-    }
+    memcpy(p->mean + image * p->channels + first, statistics.mean, sizeof statistics.mean);
+    memcpy(p->squares + image * p->channels + first, statistics.squares, sizeof statistics.squares);
 }
 
 static int64_t bands(const Head *p) { return steps_of(p->tall, BAND); }
@@ -211,15 +221,14 @@ static void gradient_row(const Head *p, const Tile *tile, int64_t image, int64_t
     }
 }
 
-/* Adds one row's outer products to the gradients of the weights of `count` outputs from `first` on. */
+/* Adds one row's outer products, which are summed by themselves to keep their digits, to the gradients of `count` outputs' weights. */
 INLINE void weight_sums(const Head *p, const Tile *tile, const float *given, int count, vec *sums) {
-    vec own[4];
-    for (int i = 0; i < count; i++) own[i] = sums[i];
+    vec own[4] = {{0}};
     for (int64_t x = 0; x < p->wide; x++, given += p->outputs) {
         vec active = tile->active[x];
         UNROLLED for (int i = 0; i < count; i++) own[i] += given[i] * active;
     }
-    for (int i = 0; i < count; i++) sums[i] = own[i];
+    for (int i = 0; i < count; i++) sums[i] += own[i];
 }
 
 /* The sums over one image that the gradients need, of LANES channels. */

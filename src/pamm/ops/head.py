@@ -65,23 +65,28 @@ KERNEL = Kernel(Path(__file__).with_suffix(".c"), _declare)
 
 
 def shifted_upsampling(length: int, scale: int) -> Tensor:
-    """(length·scale, length, 3): the matrices of bilinear upsampling followed by a shift of −1, 0, 1.
+    """(length·scale, length, 3), float64: the matrices of bilinear upsampling followed by a shift of −1, 0, 1.
 
     [:, :, k] takes output row X from the upsampled row X + k − 1; rows outside the large map are zero, as the zero padding
     of a 3×3 convolution on it.
     """
-    eye = torch.eye(length, device="cpu")[None]
+    eye = torch.eye(length, dtype=torch.float64, device="cpu")[None]
     up = F.interpolate(eye, scale_factor=scale, mode="linear", align_corners=False)[0].T
     padded = F.pad(up, (0, 0, 1, 1))  # (length·scale + 2, length)
     return torch.stack([padded[k : k + length * scale] for k in range(3)], dim=2)
 
 
-def suits(x: Tensor, weight: Tensor, predict: Tensor) -> bool:
-    """Whether the kernel takes a map (B, C, h, w), a 3×3 convolution's weight (O, C, 3, 3) and a 1×1 convolution's (o, O, 1, 1)."""
+def suits(x: Tensor, weight: Tensor, predict: Tensor, *others: Tensor | None) -> bool:
+    """Whether the kernel takes a map (B, C, h, w), a 3×3 convolution's weight (O, C, 3, 3) and a 1×1 convolution's (o, O, 1, 1).
+
+    others: whatever else the head consists of; the kernel takes no head where one is None.
+    """
     return (
         not left_to_torch()
         and not torch.is_autocast_enabled("cpu")
-        and all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in (x, weight, predict))
+        and all(
+            t is not None and t.device.type == "cpu" and t.dtype == torch.float32 for t in (x, weight, predict, *others)
+        )
         and x.dim() == 4
         and weight.shape[0] % GROUP == 0
         and weight.shape[1:] == (x.shape[1], 3, 3)
@@ -186,7 +191,7 @@ def head_backward(
     sums["dpredict"] = small.new_empty(images, *predict.shape)
     _run("sums", small, size, len(predict), {**given, **sums})
     dweight, dbias = sums["dfactor"].sum(0), sums["dshift"].sum(0)
-    dsmall = torch.empty_like(small)
+    dsmall = small.new_empty(small.shape)
     averages = {"slope": dweight / count, "drift": dbias / count}
     _run("products", small, size, len(predict), {**given, **averages, "dsmall": dsmall})
     return dsmall, dweight, dbias, sums["dpredict"].sum(0)
@@ -194,7 +199,7 @@ def head_backward(
 
 @head_backward.register_fake
 def _(dlogits: Tensor, small: Tensor, weight: Tensor, bias: Tensor, predict: Tensor, *_: object):
-    return tuple(torch.empty_like(tensor) for tensor in (small, weight, bias, predict))
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (small, weight, bias, predict))
 
 
 def in_torch(
@@ -222,8 +227,11 @@ def _backward(ctx: Any, dlogits: Tensor | None, *_: object) -> tuple[Tensor | No
     *inputs, mean, variance = ctx.saved_tensors
     if torch.is_grad_enabled():
         copies = [tensor.view_as(tensor) for tensor in inputs]
+        wanted = [index for index in range(len(inputs)) if ctx.needs_input_grad[index]]
         y = in_torch(*copies, ctx.eps, ctx.size)
-        return (*torch.autograd.grad(y, copies, dlogits, create_graph=True), None, None)
+        found = torch.autograd.grad(y, [copies[index] for index in wanted], dlogits, create_graph=True)
+        gradients = dict(zip(wanted, found, strict=True))
+        return tuple(gradients.get(index) for index in range(7))
     gradients = torch.ops.pamm.head_backward(dlogits, *inputs[:4], mean, variance, ctx.eps, ctx.size)
     return (*gradients, dlogits.sum((0, 2, 3)), None, None)
 
@@ -234,13 +242,13 @@ kernel_head.register_autograd(_backward, setup_context=_keep)
 @lru_cache(maxsize=64)
 def _terms(length: int, scale: int) -> tuple[Tensor, Tensor]:
     """Of every large position the entries (small position · 3 + tap) it is the sum of, and their shares, (length·scale, TERMS)."""
-    return _largest(shifted_upsampling(length, scale).flatten(1), TERMS)
+    return _largest(shifted_upsampling(length, scale).flatten(1).float(), TERMS)
 
 
 @lru_cache(maxsize=64)
 def _receivers(length: int, scale: int) -> tuple[Tensor, Tensor]:
     """Of every small position · 3 + tap the large positions it goes to, and its shares, (length·3, the most there are)."""
-    matrix = shifted_upsampling(length, scale).flatten(1).T
+    matrix = shifted_upsampling(length, scale).flatten(1).T.float()
     return _largest(matrix, int((matrix != 0).sum(1).max()))
 
 
@@ -253,18 +261,9 @@ def _largest(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _run(part: str, small: Tensor, size: list[int], outputs: int, arrays: dict[str, Tensor]) -> None:
-    """Fill the arrays that a pass writes. Raises ValueError for products of another size or dtype."""
+    """Fill the arrays that a pass writes. Raises ValueError for tensors of another size or dtype."""
+    _check(small, size, outputs, arrays)
     height, width, scale = size
-    if (
-        small.dim() != 3
-        or small.shape[1] != height * width
-        or small.dtype != torch.float32
-        or small.shape[2] % (9 * GROUP)
-    ):
-        raise ValueError(
-            f"found products {tuple(small.shape)} {small.dtype} of a {height}×{width} map; expected (B, {height * width}, "
-            f"9 · a multiple of {GROUP}) in float32"
-        )
     row_from, row_share = _terms(height, scale)
     column_from, column_share = _terms(width, scale)
     column_to, column_given = _receivers(width, scale)
@@ -278,3 +277,27 @@ def _run(part: str, small: Tensor, size: list[int], outputs: int, arrays: dict[s
     library, threads = KERNEL.library(), torch.get_num_threads()
     problem.work = KERNEL.workspace("work", threads * library.head_workspace(ctypes.byref(problem)))
     library.head_run(ctypes.byref(problem), PASSES.index(part), threads, openmp())
+
+
+def _check(small: Tensor, size: list[int], outputs: int, arrays: dict[str, Tensor]) -> None:
+    """Raises ValueError for what the kernel would read or write wrongly."""
+    height, width, scale = size
+    if (
+        small.dim() != 3
+        or small.shape[1] != height * width
+        or small.dtype != torch.float32
+        or small.shape[2] % (9 * GROUP)
+    ):
+        raise ValueError(
+            f"found products {tuple(small.shape)} {small.dtype} of a {height}×{width} map; expected (B, {height * width}, "
+            f"9 · a multiple of {GROUP}) in float32"
+        )
+    images, channels, large = len(small), small.shape[2] // 9, (height * scale, width * scale)
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("mean", "squares", "dshift", "dfactor"), (images, channels))
+    shapes |= {"predict": (outputs, channels), "dpredict": (images, outputs, channels), "bias": (outputs,)}
+    shapes |= {"logits": (images, outputs, *large), "dlogits": (images, *large, outputs), "dsmall": tuple(small.shape)}
+    for name, tensor in arrays.items():
+        shape, dtype = shapes.get(name, (channels,)), torch.float64 if name in ("mean", "squares") else torch.float32
+        if tensor.shape != shape or tensor.dtype != dtype:
+            found = f"{tuple(tensor.shape)} {tensor.dtype}"
+            raise ValueError(f"found {found} for '{name}' of a head of {channels} channels; expected {shape} {dtype}")

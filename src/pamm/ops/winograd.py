@@ -177,9 +177,9 @@ kernel_convolution.register_autograd(_backward, setup_context=_keep)
 
 def _check(x: Tensor, channels: int, tensors: list[Tensor]) -> None:
     """Raises ValueError for what the kernel would read wrongly."""
-    if x.shape[1] != channels or any(tensor.dtype != torch.float32 for tensor in tensors):
+    if x.shape[1] != channels or channels == 0 or any(tensor.dtype != torch.float32 for tensor in tensors):
         found = ", ".join(f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in tensors)
-        raise ValueError(f"found {found}; expected maps of {channels} channels, all float32")
+        raise ValueError(f"found {found}; expected maps of {max(channels, 1)} channels, all float32")
 
 
 def _channels_last(tensor: Tensor) -> Tensor:
