@@ -1,5 +1,5 @@
 # make demo: a network learns six maps from one image, in minutes on a CPU.   make test: the test suite (test-all: with tests of minutes).
-# make bench: speed and memory against plain forms, some twenty minutes on two cores, and their page in benchmarks/speed.
+# make bench: speed and memory against plain forms, some thirty minutes on two cores, and their page in benchmarks/speed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -1,4 +1,4 @@
-"""What `pamm bench all` measures: the figures of benchmarks/speed, in some twenty minutes on two idle cores."""
+"""What `pamm bench all` measures: the figures of benchmarks/speed, in some thirty minutes on two idle cores."""
 
 from __future__ import annotations
 

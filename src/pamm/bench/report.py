@@ -29,8 +29,9 @@ NOTES = {
         "common parameters) per state-step, at the rates measured in the same run."
     ),
     "layers": (
-        "One layer of one image. `torch`: its attention and its convolutions; for `experts` it sums the kernels of one image and "
-        "convolves with the sum. GFLOP of `pamm`: what the kernel multiplies; of `torch`: of a direct convolution."
+        "One layer of one image. `torch`: its products, attention and convolutions; a head with its large map, which where no "
+        "gradient is needed is made tile by tile, both forms multiplying the taps in the same way; for `experts` it sums the "
+        "kernels of one image and convolves with the sum. GFLOP of `pamm`: what the kernel multiplies; of `torch`: of a direct convolution."
     ),
     "model": (
         "`plain` is the same function on the same weights, tasks and experts in loops and the head's 3×3 convolution on "
@@ -41,7 +42,7 @@ NOTES = {
     "train": (
         "Forward, losses, backward, optimizer; random images and labels. Memory holds the gradients and the optimizer's state. "
         "`plain, recurrence` keeps what autograd keeps of the published recurrence, which grows with every position, and fits no "
-        "larger image here. `pamm, recomputed`: with `train.recompute`."
+        "larger image here. `pamm, recomputed`: with `train.recompute`. The plain forms' backbone is this package's."
     ),
     "scaling": (
         "Decoder and heads of pascal-pamm-b, one image; what does not vary is 1024 tokens, five tasks, 15 experts, "
