@@ -236,15 +236,22 @@ def test_extreme_steps_and_decays(engine, per_order):
 
 @pytest.mark.parametrize("engine", RUNNING)
 def test_slow_decays_add_up_no_more_than_rounding(engine):
-    """A constant input settles at 1 / (1 - decay): there an error of the exponential is divided by 1 - decay."""
+    """A constant input settles at 1 / (1 - decay): there an error of the exponential is divided by 1 - decay.
+
+    A form with an exponential of 2e-7 exceeds torch's own rounding by half.
+    """
     delta = torch.linspace(0.008, 0.1, 80).expand(1, 1, 900, 80)
     ones = torch.ones(1, 1, 900, 1)
     inputs = {"x": torch.ones_like(delta), "delta": delta, "A": -torch.ones(1, 80, 1), "B": ones, "C": ones}
     inputs["D"] = torch.zeros(1, 80)
     orders = scan_orders("hilbert", 30, 30, 2)
-    y = selective_scan(**inputs, orders=orders, softplus=False, engine=engine)
     expected = selective_scan(**in_double(inputs), orders=orders, softplus=False, engine="reference").detach()
-    assert ((y.double() - expected) / expected).abs().max() < 1e-5
+
+    def error(engine: str) -> float:
+        y = selective_scan(**inputs, orders=orders, softplus=False, engine=engine)
+        return ((y.double() - expected) / expected).abs().max().item()
+
+    assert error(engine) < 1.4 * error("reference") < 1e-5
 
 
 @pytest.mark.parametrize("name", ["x", "delta", "A", "B", "C"])

@@ -78,9 +78,12 @@ class Kernel:
         self.source, self.declare = source, declare
         self._buffers = threading.local()
 
-    def unavailable(self) -> str | None:
-        """Why the kernel cannot run on this machine, or None."""
-        return self._loaded[1]
+    def unavailable(self, lanes: int = 1) -> str | None:
+        """Why the kernel cannot run on this machine, or not with vectors of at least `lanes` numbers, or None."""
+        library, reason = self._loaded
+        if library is not None and library.vector_lanes() < lanes:
+            return f"vectors of {library.vector_lanes()} numbers, which are too narrow for it to pay"
+        return reason
 
     def library(self) -> ctypes.CDLL | None:
         """The functions; None where the kernel is unavailable."""

@@ -32,24 +32,14 @@ class _Head(ctypes.Structure):
     """`Head` of head.c."""
 
     _sizes = ("images", "height", "width", "tall", "wide", "channels", "outputs", "spread")
+    _tables = ("row_from", "column_from", "column_to", "row_share", "column_share", "column_given")
     _arrays = (
-        *(
-            "row_from",
-            "column_from",
-            "column_to",
-            "row_share",
-            "column_share",
-            "column_given",
-            "small",
-            "factor",
-            "shift",
-        ),
-        *("predict", "bias", "logits", "mean", "squares", "dlogits", "centre", "scale", "slope", "drift"),
-        *("dshift", "dfactor", "dpredict", "dsmall", "work"),
+        *("small", "factor", "shift", "predict", "bias", "logits", "mean", "squares", "dlogits"),
+        *("centre", "scale", "slope", "drift", "dshift", "dfactor", "dpredict", "dsmall", "work"),
     )
     _fields_ = (
         *((name, ctypes.c_int64) for name in _sizes),
-        *((name, ctypes.c_void_p) for name in _arrays),
+        *((name, ctypes.c_void_p) for name in (*_tables, *_arrays)),
     )
 
 

@@ -53,10 +53,7 @@ KERNEL = Kernel(Path(__file__).with_suffix(".c"), _declare)
 
 def objection() -> str | None:
     """Why the kernel is not used on this machine, or None."""
-    reason = KERNEL.unavailable()
-    if reason is None and KERNEL.library().vector_lanes() < LANES:
-        return f"vectors of {KERNEL.library().vector_lanes()} numbers, which are too narrow for it to pay"
-    return reason
+    return KERNEL.unavailable(LANES)
 
 
 @torch.compiler.assume_constant_result

@@ -80,10 +80,7 @@ def _suits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 def objection() -> str | None:
     """Why torch's convolution runs on this machine, or None."""
-    reason = KERNEL.unavailable()
-    if reason is None and KERNEL.library().vector_lanes() < LANES:
-        return f"vectors of {KERNEL.library().vector_lanes()} numbers, which are too narrow for it to pay"
-    return reason
+    return KERNEL.unavailable(LANES)
 
 
 @torch.compiler.assume_constant_result
