@@ -85,7 +85,7 @@ def _product(backward: bool, *, tasks: int, rows: int, inputs: int, outputs: int
 
 
 def _head(backward: bool, *, channels: int, outputs: int, height: int, width: int) -> dict[str, Run]:
-    """In training, or as it infers; both forms make the taps' products in the same way."""
+    """In training, or as it infers; torch's form multiplies the taps by a convolution."""
     layer = ConvHead(channels, outputs).train(backward)
     adopt(layer)
     x, dy = torch.randn(1, height, width, channels).permute(0, 3, 1, 2), torch.randn(1, outputs, 4 * height, 4 * width)

@@ -30,7 +30,7 @@ NOTES = {
     ),
     "layers": (
         "One layer of one image. `torch`: its products, attention and convolutions; a head with its large map, which where no "
-        "gradient is needed is made tile by tile, both forms multiplying the taps in the same way; for `experts` it sums the "
+        "gradient is needed is made tile by tile, and the taps multiplied by a convolution; for `experts` it sums the "
         "kernels of one image and convolves with the sum. GFLOP of `pamm`: what the kernel multiplies; of `torch`: of a direct "
         "convolution."
     ),
