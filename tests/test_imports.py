@@ -13,9 +13,9 @@ SOURCE = Path(pamm.__file__).parent
 
 MAY_USE = {
     "tasks": set(),
-    "ops": set(),
+    "ops": {"files"},
     "nn": {"ops"},
-    "data": {"tasks", "experiment", "strict", "strict_yaml"},
+    "data": {"files", "tasks", "experiment", "strict", "strict_yaml"},
     "models": {"nn", "ops", "tasks", "experiment", "strict"},
     "arguments": set(),
     "files": set(),

@@ -1,10 +1,9 @@
-"""What data sets of files have in common: finding, listing and checking files, and the user's cache."""
+"""What data sets of files have in common: finding, listing and checking files."""
 
 from __future__ import annotations
 
 import os
 import stat
-import tempfile
 import unicodedata
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
@@ -239,22 +238,6 @@ def read_mask(path: Path) -> np.ndarray:
             f"{path} holds the values 0 and 1 only, expected 0..255. Unpack it again, or multiply it by 255."
         )
     return mask > 127
-
-
-def cache_folder(name: str) -> Path:
-    """Where results that can be computed again are kept: $XDG_CACHE_HOME/pamm/`name`, by default under ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pamm" / name
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a cache file so that nobody ever sees half of it; a cache that cannot be written is no error."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-            file.write(content)
-        os.replace(file.name, path)
-    except OSError:
-        return
 
 
 def is_folder(path: Path) -> bool:

@@ -33,17 +33,16 @@ from torch import Tensor
 from pamm.data.context_classes import NORMALS_LABELS
 from pamm.data.files import (
     PackagedDataset,
-    cache_folder,
     check_tasks,
     decode_normals,
     nearest,
     package_root,
     plane,
     read_mask,
-    write_atomically,
 )
 from pamm.data.images import ImageError, read_values
 from pamm.data.sample import DataError, register_dataset
+from pamm.files import cache_folder, keep
 from pamm.tasks import Task
 
 if TYPE_CHECKING:
@@ -137,7 +136,7 @@ class PascalContext(PackagedDataset):
             objects = _read_json(cached)
             if not all(isinstance(objects.get(id), list) for id in self.ids):
                 objects = {id: [category for category, _ in read_objects(folder / f"{id}.mat")] for id in self.ids}
-                write_atomically(cached, json.dumps(objects).encode())
+                keep(cached, json.dumps(objects).encode())
         ids = [id for id in self.ids if PERSON in objects[id]]
         if not ids:
             raise DataError(f"no image of the {self.split} split in {self.root} holds a person: add other tasks")
@@ -223,7 +222,7 @@ def _read_edge(path: Path) -> np.ndarray:
         edge = boundaries(read_label_map(path))
     content = io.BytesIO()
     Image.fromarray(edge * np.uint8(255)).save(content, "PNG")
-    write_atomically(cached, content.getvalue())
+    keep(cached, content.getvalue())
     return edge
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
-import tempfile
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -23,6 +22,7 @@ from tqdm import tqdm
 
 from pamm.data.sample import DataError, Dataset, Sample, register_dataset
 from pamm.data.scenes import CLASSES, PARTS
+from pamm.files import cache_folder, replacing
 from pamm.tasks import Task
 
 if TYPE_CHECKING:
@@ -153,8 +153,8 @@ class SyntheticDataset(Dataset):
 
 def _root(config: DataConfig) -> Path:
     if config.root is not None:
-        return Path(config.root).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pamm" / "synthetic"
+        return Path(os.path.expanduser(config.root))
+    return cache_folder("synthetic")
 
 
 def _require_renderer() -> None:
@@ -197,16 +197,11 @@ def _store(key: _Key, index: int) -> dict[str, np.ndarray]:
 
     maps = scene(np.random.default_rng([key.seed, SPLITS.index(key.split), index]), key.size)
     data = zlib.compress(b"".join(maps[name].astype(kind).tobytes() for name, (_, kind) in LAYOUT.items()), 1)
-    temporary = None
     try:
         key.folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=key.folder, prefix=".", delete=False) as file:
-            temporary = file.name
-            file.write(data)
-        os.replace(temporary, key.file(index))
+        with replacing(key.file(index)) as new:
+            new.write_bytes(data)
     except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
         raise _unusable(key, error) from None
     return maps
 

@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from pamm.files import cache_folder
+
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-pthread", "-Wno-psabi")
 NATIVE = ("-march=native", "-mcpu=native")
 """Flags for this very processor; the first that the compiler takes is used."""
@@ -144,7 +146,11 @@ def _built(source: Path) -> Path:
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
     sources = _texts(source)
     key = hashlib.sha256("\0".join([*sources, *compiler, *FLAGS, version, _processor()]).encode()).hexdigest()
-    target = _cache() / f"{source.stem}-{key[:20]}.so"
+    try:
+        folder = cache_folder("kernels")
+    except OSError as error:
+        raise _BuildError(f"no folder to compile in ({error}); set TMPDIR to one that can be written") from None
+    target = folder / f"{source.stem}-{key[:20]}.so"
     if not target.exists():
         _compile(compiler, source, target)
     return target
@@ -179,19 +185,3 @@ def _processor() -> str:
         lines = []
     flags = (line for line in lines if line.lower().startswith(("flags", "features", "model name", "cpu part")))
     return "\n".join([platform.machine(), platform.processor(), *sorted(set(flags))])
-
-
-@lru_cache(maxsize=1)
-def _private_folder() -> tempfile.TemporaryDirectory:
-    """A folder for this process alone, removed at its end."""
-    return tempfile.TemporaryDirectory(prefix="pamm-")
-
-
-def _cache() -> Path:
-    """The user's cache folder, or a temporary one where that cannot be written."""
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pamm"
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # RuntimeError: the user has no home folder
-        return Path(_private_folder().name)
-    return folder if os.access(folder, os.W_OK) else Path(_private_folder().name)
