@@ -11,7 +11,7 @@ import torch
 
 from pamm.data.sample import Batch
 from pamm.tasks import Task
-from pamm.train import create_loop
+from pamm.training.run import create_loop
 from tiny import experiment
 
 MISSING = {0: ("depth", "sal"), 1: ("depth",), 3: ("semseg", "sal")}

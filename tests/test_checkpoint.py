@@ -14,10 +14,10 @@ import pytest
 import torch
 
 import pamm
-from pamm.checkpoint import replace_folder, save_checkpoint
 from pamm.models.registry import build_model
 from pamm.models.saved import CheckpointError, load_model
 from pamm.tasks import create_task
+from pamm.training.checkpoint import replace_folder, save_checkpoint
 from tiny import DECODER, MODEL
 
 

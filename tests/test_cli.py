@@ -17,7 +17,7 @@ from data.packages import make_pascal, write_ids
 from pamm.cli import COMMANDS
 from pamm.data.images import image_size
 from pamm.experiment import dump
-from pamm.train import train
+from pamm.training.run import train
 from tiny import experiment
 
 

@@ -23,7 +23,7 @@ from pamm.data.transforms import EvalTransform
 from pamm.experiment import DataConfig, Experiment
 from pamm.models.saved import load_model
 from pamm.tasks import create_task
-from pamm.train import train
+from pamm.training.run import train
 from tiny import experiment
 
 IDS = ["<img src=x onerror=alert(1)>", "a|b *c* `d`", '"quoted" & more', "plain", "ünï çode", "<script>alert(2)<"]

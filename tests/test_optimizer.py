@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pamm.experiment import TrainConfig
-from pamm.optimizer import create_optimizer, learning_rate
+from pamm.training.optimizer import create_optimizer, learning_rate
 
 
 def test_the_schedule_is_poly_as_torchs():

@@ -13,7 +13,7 @@ from pamm.experiment import ConfigError, check
 from pamm.models.registry import build_model
 from pamm.precision import bfloat16_units, choose_precision
 from pamm.tasks import create_task
-from pamm.train import create_loop
+from pamm.training.run import create_loop
 from tiny import MODEL, experiment
 
 

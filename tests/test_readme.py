@@ -18,7 +18,7 @@ from pamm.experiment import DataConfig, ModelConfig, TaskConfig
 from pamm.models.registry import build_model
 from pamm.official.mtmamba import layout
 from pamm.tasks import create_task
-from pamm.train import train
+from pamm.training.run import train
 from tiny import MTMAMBA, SWIN, experiment
 
 README = Path(__file__).resolve().parents[1] / "README.md"

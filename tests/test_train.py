@@ -19,10 +19,11 @@ from pamm.build import create_tasks
 from pamm.cli import main
 from pamm.experiment import TaskConfig, dump
 from pamm.models.saved import CheckpointError
-from pamm.optimizer import create_optimizer
 from pamm.strict import ConfigError
 from pamm.tasks import NonFiniteError
-from pamm.train import TrainingError, create_loop, step_seed, train
+from pamm.training.loop import TrainingError, step_seed
+from pamm.training.optimizer import create_optimizer
+from pamm.training.run import create_loop, train
 from tiny import experiment
 
 TESTS = Path(__file__).parent

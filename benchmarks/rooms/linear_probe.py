@@ -23,7 +23,10 @@ from pamm.models.backbone import create_backbone
 from pamm.models.model import MultiTaskModel
 from pamm.recipes import get_recipe
 from pamm.report import format_table
-from pamm.train import Loop, create_optimizer, launch, start_folder
+from pamm.training.loop import Loop
+from pamm.training.optimizer import create_optimizer
+from pamm.training.processes import launch
+from pamm.training.run import start_folder
 
 
 class LastStage(nn.Module):

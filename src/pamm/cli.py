@@ -171,7 +171,7 @@ def demo(arguments: list[str]) -> int:
 @command("train a recipe, or go on where its run stopped")
 def train(arguments: list[str]) -> int:
     experiment, plain = parse_experiment("train", arguments)
-    from pamm.train import train as run
+    from pamm.training.run import train as run
 
     out = plain.out or Path("runs") / experiment.name
     check_writable(out)
@@ -233,8 +233,8 @@ def import_checkpoint(arguments: list[str]) -> int:
     own.add_argument("--num-heads", type=int, help="attention heads of a vision transformer (default: width / 64)")
     own.add_argument("--scan", default="hilbert", choices=["hilbert", "snake", "morton"])
     plain = own.parse_args(arguments)
-    from pamm.checkpoint import save_checkpoint
     from pamm.official import OfficialError, load
+    from pamm.training.checkpoint import save_checkpoint
 
     if plain.out.exists() and (plain.out.is_file() or any(plain.out.iterdir())):
         raise OfficialError(f"{plain.out} exists already; choose another folder, or remove it")

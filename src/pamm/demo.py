@@ -16,7 +16,8 @@ from pamm.experiment import Experiment
 from pamm.models.saved import load_model
 from pamm.report import Figure, figure_from, format_table, write_report
 from pamm.strict import ConfigError
-from pamm.train import launch, train
+from pamm.training.processes import launch
+from pamm.training.run import train
 
 FIGURES = 8
 """Validation images shown in the report."""

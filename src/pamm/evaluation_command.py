@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> int:
     from pamm.experiment import TrainConfig
     from pamm.gain import baseline_scores
     from pamm.measurement import RESOLUTIONS
-    from pamm.train import launch
+    from pamm.training.processes import launch
 
     if plain.baseline:
         baseline_scores(plain.baseline)  # told now, not after hours of evaluating

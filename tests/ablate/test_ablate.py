@@ -22,7 +22,7 @@ from pamm.experiment import dump
 from pamm.gain import GainError
 from pamm.ops import attention, winograd
 from pamm.strict import ConfigError
-from pamm.train import create_loop
+from pamm.training.run import create_loop
 from tiny import experiment
 
 ROWS = ["--only", "baseline,task-conv", "--seeds", "0,1", "--quiet"]

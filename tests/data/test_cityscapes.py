@@ -13,7 +13,7 @@ from pamm.experiment import DataConfig, Experiment, ModelConfig, TaskConfig, Tra
 from pamm.models.saved import load_model
 from pamm.recipes import get_recipe
 from pamm.tasks import create_task
-from pamm.train import train
+from pamm.training.run import train
 from tiny import MTMAMBA, SWIN
 
 EVALUATED = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)

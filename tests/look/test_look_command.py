@@ -13,7 +13,6 @@ from looked_at import KINDS, build, photo
 from PIL import Image
 
 from command import run_command
-from pamm.checkpoint import save_checkpoint
 from pamm.look.predictions import compare, truth_row
 from pamm.look.scans import orders_of
 from pamm.look.subjects import Subject, choose_tasks, open_models, subjects_for
@@ -21,6 +20,7 @@ from pamm.models.registry import build_model
 from pamm.predict import Predictor
 from pamm.tasks import create_task
 from pamm.tasks.pictures import GREY
+from pamm.training.checkpoint import save_checkpoint
 from tiny import SWIN, experiment
 
 

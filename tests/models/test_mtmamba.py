@@ -25,7 +25,7 @@ from pamm.nn.window_attention import WindowAttention
 from pamm.recipes import MTMAMBA_VARIANTS, get_recipe
 from pamm.strict import ConfigError, to_dict
 from pamm.tasks import create_task
-from pamm.train import train
+from pamm.training.run import train
 from tiny import BACKBONE, DECODER, MTMAMBA, SWIN, experiment
 
 NAMES = ("semseg", "depth", "normals")

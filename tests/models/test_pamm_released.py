@@ -18,7 +18,7 @@ from pamm.models.saved import load_model
 from pamm.recipes import VARIANTS, get_recipe
 from pamm.strict import ConfigError, from_dict, to_dict
 from pamm.tasks import create_task
-from pamm.train import train
+from pamm.training.run import train
 from tiny import BACKBONE, experiment
 
 DECODER = ReleasedConfig(width=32, state_size=4, experts=ExpertsConfig(count=5, top_k=3, rank=2), kernel=3)

@@ -13,7 +13,7 @@ from pamm.ablate.tables import AblationRow, AblationTable
 from pamm.experiment import Experiment, load
 from pamm.gain import GainError
 from pamm.strict import ConfigError
-from pamm.train import differences, train
+from pamm.training.run import differences, train
 
 EVALUATIONS = 8
 """Points of a curve, where the recipe evaluates only at the end."""

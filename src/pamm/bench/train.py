@@ -20,8 +20,8 @@ from pamm.bench.model import (
 )
 from pamm.build import create_model
 from pamm.models.model import MultiTaskModel
-from pamm.optimizer import create_optimizer
 from pamm.tasks import Task
+from pamm.training.optimizer import create_optimizer
 
 
 def workload(settings: Mapping[str, Any], only: str | None = None) -> Workload:

@@ -9,159 +9,34 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pamm.build import create_tasks
-from pamm.checkpoint import load_training, recover, save_checkpoint
-from pamm.data import Batch, open_dataset
-from pamm.data.loader import train_loader
-from pamm.data.transforms import TrainTransform
+from pamm.data import Batch
 from pamm.evaluate import Evaluation, evaluate_split
-from pamm.experiment import Experiment, TrainConfig, check, dump, load
-from pamm.log import Log
-from pamm.memory import keep_memory
+from pamm.experiment import Experiment
 from pamm.models.model import WEIGHTS_FILE, MultiTaskModel
-from pamm.models.registry import build_model
-from pamm.models.saved import first_line, load_weights
-from pamm.optimizer import create_optimizer, learning_rate
-from pamm.strict import ConfigError, to_dict
+from pamm.models.saved import load_weights
 from pamm.tasks import Task
+from pamm.training.checkpoint import save_checkpoint
+from pamm.training.log import Log
+from pamm.training.optimizer import learning_rate
 
-FREE_KEYS = (
-    "data.root",
-    *(
-        f"train.{key}"
-        for key in (
-            "workers",
-            "save_every",
-            "log_every",
-            "eval_every",
-            "accelerator",
-            "devices",
-            "nodes",
-            "recompute",
-        )
-    ),
-)
-"""Leaves that may change when a run resumes: the weights of last/ do not depend on them.
-
-(`eval_every` decides which weights best/ gets; `devices` enters where `accumulate` splits a share for batch normalisation.)
-"""
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 
 class TrainingError(RuntimeError):
     """A run that cannot go on; the message names the step, the cause and the remedy."""
-
-
-def launch(config: TrainConfig) -> Fabric:
-    """Start Fabric with the configured processes, or join those that torchrun or SLURM started. Raises ConfigError."""
-    devices, nodes = started_outside() or (config.devices, config.nodes)
-    try:
-        fabric = Fabric(
-            accelerator=config.accelerator,
-            devices=devices,
-            num_nodes=nodes,
-            strategy="ddp" if devices * nodes > 1 else "auto",
-            precision=config.precision,
-        )
-    except (RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"train.accelerator = {config.accelerator}, train.devices = {config.devices} cannot be used here "
-            f"({first_line(error)}). `pamm doctor` lists the devices; --train.accelerator cpu runs everywhere"
-        ) from error
-    fabric.launch()
-    if fabric.device.type == "cpu":
-        keep_memory()
-    return fabric
-
-
-def started_outside() -> tuple[int, int] | None:
-    """(processes per node, nodes) where torchrun or `srun` has started them, else None."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        local = int(os.environ["LOCAL_WORLD_SIZE"])
-        return local, int(os.environ["WORLD_SIZE"]) // local
-    if "SLURM_PROCID" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
-        nodes = int(os.environ.get("SLURM_NNODES", 1))
-        return int(os.environ.get("SLURM_NTASKS", 1)) // nodes, nodes
-    return None
-
-
-def train(experiment: Experiment, out: Path, *, progress: bool = True) -> Evaluation:
-    """Train into the folder `out`, or go on where a run in it stopped; returns the evaluation of the best weights.
-
-    Raises ConfigError, DataError, CheckpointError, TrainingError. A SIGTERM saves and exits with code 143.
-    """
-    loop, loader = create_loop(experiment, out, progress=progress)
-    return loop.run(loader)
-
-
-def create_loop(experiment: Experiment, out: Path, *, progress: bool = False) -> tuple[Loop, Iterable[list[Batch]]]:
-    """Everything a run needs, at the step where it starts or goes on, and the batches of its remaining steps."""
-    check(experiment)
-    config = experiment.train
-    fabric = launch(config)
-    start_folder(fabric, experiment, out)
-    tasks = create_tasks(experiment)
-    data = open_dataset(experiment.data, "train", tasks)
-    torch.manual_seed(config.seed)
-    network = build_model(experiment.model, tasks, experiment.data.size)
-    network.set_recompute(config.recompute)
-    if config.compile:
-        network.compile(dynamic=False)
-    model, optimizer = fabric.setup(network, create_optimizer(network, config))
-    state = {"step": 0, "evaluated": 0, "best": math.inf, "best_step": 0}
-    if (out / "last").exists():
-        state = load_training(out / "last", network, optimizer, state)
-    place = {"rank": fabric.global_rank, "world": fabric.world_size, "start_step": state["step"]}
-    loader = train_loader(data, TrainTransform(tasks, experiment.data, config.seed), config, **place)
-    return Loop(fabric, experiment, out, network, model, optimizer, tasks, state, progress=progress), loader
-
-
-def start_folder(fabric: Fabric, experiment: Experiment, out: Path) -> None:
-    """Create the run folder with its experiment.yaml, or check that the run in it is this one. Raises ConfigError."""
-    path = out / "experiment.yaml"
-    if fabric.is_global_zero:
-        recover(out / "last")
-        recover(out / "best")
-    fabric.barrier()
-    if path.exists() and any((out / name).exists() for name in ("last", "best", "results.json")):
-        different = differences(path, experiment)
-        if different:
-            raise ConfigError(
-                f"{out} holds another experiment ({'; '.join(different[:4])}). Choose another folder with --out, or remove this one"
-            )
-    fabric.barrier()
-    if fabric.is_global_zero:
-        out.mkdir(parents=True, exist_ok=True)
-        dump(experiment, path)
-
-
-def differences(path: Path, experiment: Experiment) -> list[str]:
-    """The leaves in which the experiment written at `path` is another one, each with both values; FREE_KEYS are left out."""
-    found, wanted = _flat(to_dict(load(path))), _flat(to_dict(experiment))
-    return [
-        f"{key}: {found.get(key)} there, {wanted.get(key)} here"
-        for key in sorted(found.keys() | wanted.keys())
-        if found.get(key) != wanted.get(key) and key not in FREE_KEYS
-    ]
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}.{key}" if prefix else key).items()}
 
 
 def step_seed(seed: int, step: int) -> int:
