@@ -64,11 +64,10 @@ MAY_USE = {
         "evaluate",
         "experiment",
         "files",
-        "inputs",
         "models",
         "nn",
         "pictures",
-        "predict",
+        "prediction",
         "strict",
         "tasks",
     },
@@ -97,9 +96,8 @@ MAY_USE_ALL = {
     "doctor",
     "evaluation_command",
     "evaluation_report",
-    "inputs",
     "pictures",
-    "predict",
+    "prediction",
     "report",
 }
 """The command line and what serves it."""
@@ -148,7 +146,7 @@ def test_a_framework_is_imported_in_one_file(package, home):
 
 
 @pytest.mark.parametrize(
-    "module", ["pamm.tasks", "pamm.data", "pamm.models.registry", "pamm.predict", "pamm.ops", "pamm.official"]
+    "module", ["pamm.tasks", "pamm.data", "pamm.models.registry", "pamm.prediction", "pamm.ops", "pamm.official"]
 )
 def test_the_base_install_suffices(module):
     """Prediction and models need none of the extras."""

@@ -9,11 +9,12 @@ from PIL import Image
 from torch.nn import functional as F
 
 from data.packages import as_user
-from pamm import predict
 from pamm.data.images import ImageError
 from pamm.models.registry import build_model
 from pamm.pictures import contact_sheet, save_sheet
-from pamm.predict import Maps, PredictError, Predictor, expand_inputs, predict_files
+from pamm.prediction import Maps, PredictError, Predictor, expand_inputs, file_names, predict_files
+from pamm.prediction import maps as strips_of_maps
+from pamm.prediction import predictor as strips_of_logits
 from pamm.tasks import create_task
 from tiny import MODEL, TASKS
 
@@ -102,7 +103,8 @@ def test_strips_give_what_the_whole_does(predictor, monkeypatch):
     image = photo(200, 90)
     whole = predictor(image)
     pictures = {name: task.draw(whole[name]) for name, task in whole.tasks.items()}
-    monkeypatch.setattr(predict, "STRIP_VALUES", 21 * 90 * 7)
+    for module in (strips_of_maps, strips_of_logits):
+        monkeypatch.setattr(module, "STRIP_VALUES", 21 * 90 * 7)
     strips = predictor(image)
     for task, values in whole.items():
         if values.dtype == np.uint8:
@@ -404,10 +406,10 @@ def test_a_batch_goes_on_after_bad_files_and_keeps_equal_stems_apart(predictor, 
 
 def test_names_tell_equal_stems_apart(tmp_path):
     paths = [tmp_path / name for name in ("1/l/x.png", "1/r/x.png", "2/l/x.png", "z.png")]
-    names = predict.file_names(paths)
+    names = file_names(paths)
     assert names == ["1_l_x", "r_x", "2_l_x", "z"]
-    assert predict.file_names([tmp_path / "x.png", tmp_path / "x.png"]) == ["x", "x_2"]
-    assert predict.file_names([tmp_path / "y.png", tmp_path / "Y.png"]) == ["y_png", "Y_png_2"]
+    assert file_names([tmp_path / "x.png", tmp_path / "x.png"]) == ["x", "x_2"]
+    assert file_names([tmp_path / "y.png", tmp_path / "Y.png"]) == ["y_png", "Y_png_2"]
 
 
 # -- contact sheet -----------------------------------------------------------------------------------------------------------

@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from pamm.models.model import MultiTaskModel
     from pamm.models.saved import load_model
     from pamm.ops import selective_scan
-    from pamm.predict import Predictor
+    from pamm.prediction import Predictor
     from pamm.recipes import get_recipe
     from pamm.tasks import Task, create_task
 
 _HOME = {
     "Experiment": "pamm.experiment",
     "MultiTaskModel": "pamm.models.model",
-    "Predictor": "pamm.predict",
+    "Predictor": "pamm.prediction",
     "Task": "pamm.tasks",
     "create_model": "pamm.build",
     "create_task": "pamm.tasks",

@@ -208,7 +208,7 @@ def predict(arguments: list[str]) -> int:
     own.add_argument("--compile", action="store_true", help="run the network through torch.compile")
     own.add_argument("--no-sheet", action="store_true", help="no contact sheet")
     plain = own.parse_args(arguments)
-    from pamm.predict import Predictor, expand_inputs, predict_files
+    from pamm.prediction import Predictor, expand_inputs, predict_files
 
     paths = expand_inputs(plain.inputs)
     arguments = {"longest_side": plain.longest_side, "precision": plain.precision, "compile": plain.compile}

@@ -17,7 +17,7 @@ from torch import Tensor
 from pamm.tasks import Task
 
 if TYPE_CHECKING:
-    from pamm.predict import Maps
+    from pamm.prediction import Maps
 
 TILE = 240
 """Longer side of a contact sheet's tiles, pixels."""

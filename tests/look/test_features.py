@@ -20,7 +20,8 @@ from pamm.look.features import (
     shares_text,
 )
 from pamm.look.subjects import Subject
-from pamm.predict import Predictor, pad
+from pamm.prediction import Predictor
+from pamm.prediction.predictor import pad
 
 
 @pytest.mark.parametrize("shape", [(200, 12), (9, 40), (30, 30)], ids=str)

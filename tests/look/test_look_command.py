@@ -17,7 +17,7 @@ from pamm.look.predictions import compare, truth_row
 from pamm.look.scans import orders_of
 from pamm.look.subjects import Subject, choose_tasks, open_models, subjects_for
 from pamm.models.registry import build_model
-from pamm.predict import Predictor
+from pamm.prediction import Predictor
 from pamm.tasks import create_task
 from pamm.tasks.pictures import GREY
 from pamm.training.checkpoint import save_checkpoint

@@ -12,7 +12,7 @@ from torch import Tensor
 from pamm.look import LookError
 from pamm.look.readout import reading
 from pamm.look.router import RouterWeights, draw_weights, router_figure, router_weights
-from pamm.predict import Predictor
+from pamm.prediction import Predictor
 
 IMAGES = [photo(64, 96, seed) for seed in range(3)]
 

@@ -21,7 +21,7 @@ from pamm.models.registry import build_model
 from pamm.models.saved import load_model
 from pamm.official import OfficialError, gradients, intermediates, load
 from pamm.official.mtmamba import layout
-from pamm.predict import Predictor
+from pamm.prediction import Predictor
 from pamm.recipes import get_recipe
 from pamm.tasks import create_task
 from tiny import MTMAMBA, SWIN

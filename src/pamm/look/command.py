@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from pamm.look.subjects import Subject, Subjects
-    from pamm.predict import Maps, Predictor
+    from pamm.prediction import Maps, Predictor
 
 SMALLEST_TILE, LARGEST_TILE = 60, 2000
 FIGURE_IMAGES = 8
@@ -258,7 +258,7 @@ def _save(picture: Image.Image, plain: argparse.Namespace, name: str) -> Path:
 def _inputs(plain: argparse.Namespace) -> list[Path]:
     if not getattr(plain, "images", None):
         return []
-    from pamm.inputs import expand_inputs
+    from pamm.prediction import expand_inputs
 
     return expand_inputs(plain.images)
 

@@ -15,7 +15,7 @@ from pamm.look.predictions import TRUTH, truth_row
 from pamm.look.readout import FUSED, GENERAL, reading
 from pamm.look.subjects import Subject
 from pamm.pictures import fit
-from pamm.predict import Predictor
+from pamm.prediction import Predictor
 
 Sharing = Literal["per-task", "shared"]
 

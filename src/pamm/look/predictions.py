@@ -10,7 +10,7 @@ from PIL import Image
 from pamm.look.figure import TILE, Block, Tile, compose, empty_tile
 from pamm.look.subjects import Subject
 from pamm.pictures import fit, legend
-from pamm.predict import Maps, Predictor
+from pamm.prediction import Maps, Predictor
 
 TRUTH = "ground truth"
 

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from pamm.look import LookError
 from pamm.look.figure import INK, PALE, SOFT, TILE, Block, Scale, Tile, color_bar, compose, font, ramp
 from pamm.look.readout import PARAMETERS, plan_of, reading
-from pamm.predict import Predictor
+from pamm.prediction import Predictor
 
 OUTLIER = 4
 """A weight this many times the median makes the colours of a figure follow the square root, so that the others differ too."""

@@ -14,11 +14,10 @@ from pamm.data import dataset_options, open_dataset
 from pamm.data.sample import Sample
 from pamm.evaluate import measurable_tasks, saved_experiment
 from pamm.experiment import Experiment
-from pamm.inputs import expand_inputs, file_names, to_array
 from pamm.look import LookError
 from pamm.models.backbone import NoBackbone
 from pamm.models.model import MultiTaskModel
-from pamm.predict import Predictor
+from pamm.prediction import Predictor, expand_inputs, file_names, to_array
 from pamm.strict import ConfigError
 from pamm.tasks import Task, create_task
 

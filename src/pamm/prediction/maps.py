@@ -1,0 +1,128 @@
+"""The predictions for one image, and their files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from pamm.prediction.inputs import PredictError
+from pamm.tasks import Task
+
+FORMATS = {"png": "{task}/{stem}.png", "npy": "arrays/{task}/{stem}.npy", "picture": "pictures/{task}/{stem}.png"}
+"""Kind of output → its place in the output folder."""
+
+STRIP_VALUES = 2**24
+"""Values that are resized and decoded, or drawn, at once: what bounds the memory for a large image."""
+
+
+class Maps(Mapping[str, np.ndarray]):
+    """The predictions for one image: task name → array in the task's unit, at the image's size.
+
+    semseg, human_parts: (H, W) uint8 class index. depth: (H, W) float32 metres. normals: (H, W, 3) float32 unit vectors.
+    sal, edge: (H, W) float32 probability. `image` is the (H, W, 3) uint8 RGB they belong to, turned by its EXIF
+    orientation; `name` is its file's stem, or "image".
+    """
+
+    def __init__(
+        self,
+        image: np.ndarray,
+        maps: Mapping[str, np.ndarray],
+        tasks: Mapping[str, Task],
+        *,
+        source: Path | None = None,
+    ):
+        self.image = image
+        self.tasks = {name: tasks[name] for name in maps}
+        self.source = source
+        self.name = source.stem if source else "image"
+        self._maps = dict(maps)
+
+    def __getitem__(self, task: str) -> np.ndarray:
+        if task not in self._maps:
+            raise KeyError(f"no map '{task}'; the model predicts {', '.join(self._maps)}")
+        return self._maps[task]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._maps)
+
+    def __len__(self) -> int:
+        return len(self._maps)
+
+    def __repr__(self) -> str:
+        height, width = self.image.shape[:2]
+        return f"Maps({self.name!r}, {height}×{width}: {', '.join(self._maps)})"
+
+    def draw(self, task: str, *, step: int = 1) -> np.ndarray:
+        """The task's picture, (H, W, 3) uint8; with `step` of every step-th row and column only."""
+        whole = self[task]
+        values = whole[::step, ::step]
+        rows = max(1, STRIP_VALUES // 8 // values.shape[1])
+        strips = [values[top : top + rows] for top in range(0, len(values), rows)]
+        return np.concatenate([self.tasks[task].draw(strip, reference=whole) for strip in strips])
+
+    def save(
+        self, folder: str | Path, *, stem: str | None = None, formats: Sequence[str] = tuple(FORMATS)
+    ) -> list[Path]:
+        """Write every map into `folder` and return the files.
+
+        png: <folder>/<task>/<stem>.png, which the task reads back (the layout of a folder data set).
+        npy: <folder>/arrays/<task>/<stem>.npy, the array as it is. picture: <folder>/pictures/<task>/<stem>.png.
+        Files of an earlier prediction are replaced. Raises PredictError for no or an unknown format, where a file would
+        replace the predicted image or the labels of a data set, and where nothing can be written.
+        """
+        folder, stem = Path(os.path.expanduser(folder)), self.name if stem is None else stem
+        check_formats(formats)
+        check_folder(folder, formats)
+        if stem in ("", ".", "..") or "/" in stem or os.sep in stem:
+            raise PredictError(f"stem is {stem!r}, expected a file name without folders and suffix")
+        targets = [(f, task, folder / FORMATS[f].format(task=task, stem=stem)) for f in formats for task in self]
+        self._protect(folder, [path for _, _, path in targets])
+        for kind, task, path in targets:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._write(kind, task, path)
+            except OSError as error:
+                raise PredictError(
+                    f"{path} cannot be written ({error.strerror or error}); choose another folder"
+                ) from None
+        return [path for _, _, path in targets]
+
+    def _write(self, kind: str, task: str, path: Path) -> None:
+        if kind == "png":
+            self.tasks[task].save_png(self[task], path)
+        elif kind == "npy":
+            np.save(path, self[task])
+        else:
+            Image.fromarray(self.draw(task)).save(path)
+
+    def _protect(self, folder: Path, targets: Iterable[Path]) -> None:
+        """Raise PredictError where saving would replace the image itself."""
+        if self.source is None or not os.path.exists(self.source):
+            return
+        if any(os.path.exists(path) and os.path.samefile(path, self.source) for path in targets):
+            raise PredictError(
+                f"saving into {folder} would replace the image {self.source} itself; choose another folder"
+            )
+
+
+def check_folder(folder: Path, formats: Sequence[str]) -> None:
+    """Raise PredictError where `folder` is no place for predictions."""
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise PredictError(f"{folder} is a file; give a folder for the predictions")
+    if "png" in formats and os.path.isdir(folder / "images"):
+        raise PredictError(
+            f"{folder} holds images/ and is thus a split of a data set: predictions would replace its labels; choose "
+            "another folder, or leave out the format png"
+        )
+
+
+def check_formats(formats: Sequence[str]) -> None:
+    if not formats:
+        raise PredictError(f"no format is given, so nothing would be written; choose some of: {', '.join(FORMATS)}")
+    for kind in [formats] if isinstance(formats, str) else formats:
+        if kind not in FORMATS or isinstance(formats, str):
+            raise PredictError(f"found {formats!r} for the formats, expected a list of some of: {', '.join(FORMATS)}")

@@ -1,0 +1,151 @@
+"""Any image in, maps at its size out."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pamm.data.transforms import normalize
+from pamm.memory import keep_memory
+from pamm.models.model import MultiTaskModel, resize_rows
+from pamm.models.saved import load_model
+from pamm.precision import Precision, choose_precision, prepare
+from pamm.prediction.inputs import ImageLike, PredictError, to_array
+from pamm.prediction.maps import STRIP_VALUES, Maps
+from pamm.tasks import Task
+
+
+class Predictor:
+    """A network that takes any image.
+
+    source: what `pamm.load_model` takes (run folder, saved model, hub repository), or a model. device: "auto" (a given
+    model's own; else CUDA, Apple's MPS or the CPU, the first there is) or a torch device. longest_side: pixels to which
+    an image's longer side is shrunk for the network, default the longer side of the size the network was built for.
+    precision: "float32", which gives the checkpoint's own numbers, "bfloat16", or "auto": bfloat16 on a CPU with units for
+    it. compile: run the network through torch.compile, which pays for many images of one size. A given model is not
+    changed by either.
+
+    An image is shrunk with antialiasing where its longer side exceeds `longest_side`, and never enlarged: a network
+    learns the scale its images have. It is padded to multiples of the patch with the mean colour, itself in the centre;
+    the logits are cropped, resized bilinearly to the image's own size and decoded there. Memory beside the maps does not
+    grow with the image. Raises PredictError for a senseless argument, and what `load_model` raises.
+    """
+
+    def __init__(
+        self,
+        source: str | Path | MultiTaskModel,
+        *,
+        device: str | torch.device = "auto",
+        longest_side: int | None = None,
+        precision: Precision = "float32",
+        compile: bool = False,
+    ):
+        if longest_side is not None and longest_side < 1:
+            raise PredictError(f"longest_side is {longest_side}, expected a number of pixels, e.g. 512")
+        given = isinstance(source, nn.Module)
+        chosen = _choose_device(device, next(source.parameters()).device if given else None)
+        if chosen.type == "cpu":
+            keep_memory()
+        lower = choose_precision(precision, chosen) != torch.float32
+        model = load_model(source) if not given else copy.deepcopy(source) if lower or compile else source
+        self.model = prepare(model.to(chosen), precision=precision, compile=compile)
+        self.device = chosen
+        self.longest_side = longest_side or max(self.model.image_size)
+
+    @property
+    def tasks(self) -> dict[str, Task]:
+        """The tasks the network predicts, in order."""
+        return self.model.tasks
+
+    def __call__(self, image: ImageLike) -> Maps:
+        """One image → its maps. Raises ImageError for a file that is no image, PredictError for other senseless input.
+
+        image: a path or an open file; a PIL image (its EXIF orientation is applied); an (H, W, 3) RGB or (H, W) grey array
+        of uint8 or uint16 (0..65535); a (3, H, W) or (1, H, W) uint8 tensor.
+        """
+        pixels = to_array(image)
+        source = Path(image) if isinstance(image, (str, os.PathLike)) else None
+        return Maps(pixels, self._predict(pixels), self.tasks, source=source)
+
+    def many(self, images: Iterable[ImageLike]) -> Iterator[Maps]:
+        """The maps of one image after the other; an image is read when its maps are asked for."""
+        return map(self, images)
+
+    @torch.no_grad()
+    def logits(self, pixels: np.ndarray) -> tuple[dict[str, Tensor], slice, slice]:
+        """(H, W, 3) uint8 pixels → task → (1, channels, h, w) logits of the padded frame; the image's rows and columns in it."""
+        shown = shrink(pixels, self.longest_side)
+        frame, top, left = pad(normalize(shown.transpose(2, 0, 1))[None], self.model.backbone.patch)
+        with _evaluating(self.model):
+            logits = self.model(frame.to(self.device))
+        return logits, slice(top, top + shown.shape[0]), slice(left, left + shown.shape[1])
+
+    def _predict(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        logits, rows, columns = self.logits(pixels)
+        size = pixels.shape[:2]
+        return {name: decode(task, logits[name][..., rows, columns], size) for name, task in self.tasks.items()}
+
+
+def shrink(pixels: np.ndarray, longest_side: int) -> np.ndarray:
+    """(H, W, 3) uint8 → its longer side at most `longest_side`, in proportion, antialiased; no side below 1 pixel."""
+    height, width = pixels.shape[:2]
+    factor = longest_side / max(height, width)
+    if factor >= 1:
+        return pixels
+    size = max(1, round(width * factor)), max(1, round(height * factor))
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
+
+
+def pad(frame: Tensor, patch: int) -> tuple[Tensor, int, int]:
+    """(1, 3, H, W) → zeros around it up to multiples of `patch`, and the row and column of its first pixel there."""
+    height, width = frame.shape[-2:]
+    top, left = -height % patch // 2, -width % patch // 2
+    sides = (left, -width % patch - left, top, -height % patch - top)
+    return F.pad(frame, sides), top, left
+
+
+def decode(task: Task, logits: Tensor, size: tuple[int, int]) -> np.ndarray:
+    """(1, channels, h, w) logits → the prediction at `size`, in strips of rows, so that the resized logits stay small."""
+    height, width = size
+    rows = max(1, STRIP_VALUES // (logits.shape[1] * width))
+    prediction: np.ndarray | None = None
+    for top in range(0, height, rows):
+        strip = resize_rows(logits, size, range(top, min(top + rows, height)))
+        part = task.decode(strip)[0].cpu().numpy()
+        if prediction is None:
+            prediction = np.empty((height, *part.shape[1:]), part.dtype)
+        prediction[top : top + rows] = part
+    return prediction
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for the time of a prediction, so that a model can be looked at in the middle of its training."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _choose_device(device: str | torch.device, own: torch.device | None) -> torch.device:
+    if device == "auto":
+        kinds = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        return own or torch.device(next(kind for kind, there in kinds.items() if there))
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        told = (str(error).splitlines() or ["no reason given"])[0]
+        raise PredictError(f"device '{device}' cannot be used here ({told}); use --device auto or cpu") from None
+    return chosen
