@@ -1,12 +1,16 @@
 """Optimizers and the learning rate."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from pamm.experiment import TrainConfig
+from pamm.models.registry import build_model
+from pamm.recipes import RECIPES
+from pamm.tasks import create_task
 from pamm.training.optimizer import create_optimizer, learning_rate
 
 
@@ -20,6 +24,35 @@ def test_the_schedule_is_poly_as_torchs():
         schedule.step()
     warm = [learning_rate(TrainConfig(steps=10**9, lr=1.0, warmup=3), step) for step in range(5)]
     assert warm == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_decays_all_but_the_scans_and_the_priors(name):
+    """As the published code (protocol §4), norms and biases included; but not what a decay would pull away from its meaning."""
+    experiment = RECIPES[name]()
+    config = replace(experiment.model, backbone=replace(experiment.model.backbone, pretrained=False))
+    with torch.device("meta"):
+        model = build_model(config, {task: create_task(task) for task in experiment.tasks}, experiment.data.size)
+    kinds = {parameter: key.rsplit(".", 1)[-1] for key, parameter in model.named_parameters()}
+    decays = {
+        kind: {
+            group["weight_decay"]
+            for group in create_optimizer(model, experiment.train).param_groups
+            for p in group["params"]
+            if kinds[p] == kind
+        }
+        for kind in set(kinds.values())
+    }
+    exempt = {kind for kind, values in decays.items() if values == {0.0}}
+    expected = {
+        "pamm": {"A_log", "D", "delta_bias", "prior"},
+        "pamm-released": set(),
+        "mtmamba": {"A_log", "D", "delta_bias"},
+        "mtmamba++": {"A_log", "D", "delta_bias"},
+    }
+    assert exempt == expected[experiment.model.decoder.system]
+    assert all(decays[kind] == {experiment.train.weight_decay} for kind in decays.keys() - exempt)
+    assert {"weight", "bias"} <= decays.keys() - exempt
 
 
 class Layers(nn.Module):

@@ -11,13 +11,16 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pamm.build import create_tasks
 from pamm.cli import main
-from pamm.experiment import TaskConfig, dump
+from pamm.experiment import DataConfig, TaskConfig, dump
 from pamm.models.saved import CheckpointError
 from pamm.strict import ConfigError
 from pamm.tasks import NonFiniteError
@@ -234,6 +237,38 @@ def test_parts_of_a_batch_have_the_loss_of_the_whole(rooms, tmp_path):
     clipped = min(1.0, settings.train.clip / (float(plain_norm) + 1e-6))
     for name, p in loop.network.named_parameters():
         torch.testing.assert_close(p.grad, plain[name] * clipped, rtol=1e-3, atol=1e-6 * float(plain_norm))
+
+
+@pytest.fixture
+def half_labelled(tmp_path) -> DataConfig:
+    """A folder of two images of which one has no depth."""
+    generator = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for kind in ("images", "semseg", "depth"):
+            (tmp_path / "half" / split / kind).mkdir(parents=True)
+        for index in range(2):
+            place = tmp_path / "half" / split
+            Image.fromarray(generator.integers(0, 256, (48, 64, 3), np.uint8)).save(place / f"images/{index}.png")
+            Image.fromarray(generator.integers(0, 3, (48, 64), np.uint8)).save(place / f"semseg/{index}.png")
+        Image.fromarray(np.full((48, 64), 2000, np.uint16)).save(place / "depth/0.png")
+    (tmp_path / "half/dataset.yaml").write_text("tasks: {semseg: {classes: [a, b, c]}, depth: {}}")
+    return DataConfig(name="folder", root=str(tmp_path / "half"), size=(48, 64))
+
+
+@pytest.mark.parametrize(("scheme", "accumulate"), [("sum", 1), ("log_sum", 1), ("log_sum", 2)])
+def test_a_batch_without_a_label_has_no_loss_of_that_task(half_labelled, tmp_path, capsys, scheme, accumulate):
+    """Not one of 0: the log leaves it out, the bar shows a dash; with two parts, one of them unlabelled, it is the other's."""
+    tasks = {"semseg": TaskConfig(), "depth": TaskConfig()}
+    settings = experiment(steps=4, batch=accumulate, accumulate=accumulate, scheme=scheme, lr=1e-9)
+    train(dataclasses.replace(settings, tasks=tasks, data=half_labelled), tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if line["kind"] == "train"]
+    depths = [line["loss/depth"] for line in lines if "loss/depth" in line]
+    assert len(depths) == (2 if accumulate == 1 else 4) and all("loss/semseg" in line for line in lines)
+    assert min(depths) > 1  # some 2 metres; half of that if the part without depth counted as one of no loss
+    board = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    assert len(board.Scalars("train/loss/depth")) == len(depths)
+    assert ("depth –" in capsys.readouterr().err) == ("loss/depth" not in lines[-1])
 
 
 def test_bf16_trains(rooms, tmp_path):

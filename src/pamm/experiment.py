@@ -222,7 +222,8 @@ class TrainConfig:
     lr: float = 2e-5
     """Initial learning rate."""
     weight_decay: float = 1e-6
-    """Weight decay; A_log, D, priors, norms and biases are exempt."""
+    """Weight decay of all weights, normalisations and biases, as in the published code; the scans' A_log, D and bias of Δ and the
+    Parameter Priors are exempt."""
     power: float = 0.9
     """Exponent of the poly schedule lr·(1 − step/steps)^power."""
     warmup: int = 0

@@ -48,7 +48,6 @@ class TaskLayerNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(tasks, channels))
         self.bias = nn.Parameter(torch.zeros(tasks, channels))
-        self.weight._no_weight_decay = True
 
     def forward(self, x: Tensor) -> Tensor:
         shape = (len(x), *[1] * (x.dim() - 2), x.shape[-1])

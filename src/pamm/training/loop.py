@@ -140,7 +140,10 @@ class Loop:
             self.save()
 
     def update(self, parts: list[Batch]) -> tuple[Tensor, bool]:
-        """One optimizer step on the parts of this process's share; returns the joined batch's losses (T,)."""
+        """One optimizer step on the parts of this process's share; returns the joined batch's losses (T,), NaN without a label.
+
+        With "log_sum" they are means over the parts that have labels.
+        """
         fabric, config = self.fabric, self.config
         torch.manual_seed(step_seed(config.seed, self.state["step"]))
         parts = [part.to(fabric.device) for part in parts]
@@ -149,7 +152,7 @@ class Loop:
             per_part = [joint_counts(fabric, self.tasks, [part], False)[0] for part in parts]
         else:
             per_part = [counts] * len(parts)
-        losses = torch.zeros_like(self.weights)
+        losses, labelled_parts = torch.zeros_like(self.weights), torch.zeros_like(self.weights)
         self.optimizer.zero_grad(set_to_none=True)
         for index, (part, part_counts) in enumerate(zip(parts, per_part, strict=True)):
             with fabric.no_backward_sync(self.model, enabled=index < len(parts) - 1):
@@ -160,13 +163,15 @@ class Loop:
                 joined = fabric.all_reduce(local.detach().clone(), reduce_op="sum")
                 labelled = torch.stack([part_counts[n][0] > 0 for n in self.tasks])
                 fabric.backward(self.total(local, joined, labelled, len(parts)) * fabric.world_size)
-            losses += joined if config.scheme == "sum" else joined / len(parts)
+            losses += joined
+            labelled_parts += labelled
         norm = fabric.clip_gradients(
             self.model, self.optimizer, max_norm=config.clip or math.inf, error_if_nonfinite=False
         )
         self._check(losses, norm)
         self.optimizer.step()
-        return losses, stop
+        known = losses.masked_fill(labelled_parts == 0, math.nan)
+        return known if config.scheme == "sum" else known / labelled_parts, stop
 
     def total(self, local: Tensor, joined: Tensor, labelled: Tensor, parts: int) -> Tensor:
         """This process's part of the total loss. Its sum over processes has the gradient of the joined batch's total.
@@ -183,7 +188,7 @@ class Loop:
         now = time.perf_counter()
         rate = self.config.batch * (step - self.reported[0]) / (now - self.reported[1])
         self.reported = step, now
-        shown = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+        shown = ", ".join(f"{name} {'–' if math.isnan(value) else f'{value:.3f}'}" for name, value in values.items())
         self.bar.set_postfix_str(f"{rate:.1f} images/s, lr {lr:.1e}, {shown}", refresh=False)
         if self.log:
             numbers = {"lr": lr, "images_per_second": rate, **{f"loss/{name}": v for name, v in values.items()}}
