@@ -141,7 +141,7 @@ def test_unknown_task(capsys):
 
 def test_missing_data_root(tmp_path, capsys):
     assert "nowhere" in told(capsys, *train_arguments(tmp_path / "nowhere", tmp_path / "run"))
-    assert "nowhere" in told(capsys, "data", "mosaic-pamm", "--root", tmp_path / "nowhere")
+    assert "nowhere" in told(capsys, "data", "folder-pamm", "--root", tmp_path / "nowhere")
 
 
 def test_truncated_jpeg(photographs, tmp_path, capsys):

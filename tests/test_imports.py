@@ -17,7 +17,7 @@ MAY_USE = {
     "nn": {"ops"},
     "data": {"files", "tasks", "experiment", "strict", "strict_yaml"},
     "models": {"nn", "ops", "tasks", "experiment", "strict"},
-    "arguments": set(),
+    "arguments": {"strict", "strict_yaml"},
     "files": set(),
     "experiment": {"files", "strict", "strict_yaml"},
     "strict": set(),
@@ -43,6 +43,7 @@ MAY_USE = {
     "boundaries": {"arguments", "data", "files", "tasks"},
     "build": {"data", "models", "tasks", "experiment", "recipes", "strict"},
     "evaluate": {
+        "build",
         "data",
         "experiment",
         "files",
@@ -60,6 +61,7 @@ MAY_USE = {
     "official": {"data", "experiment", "models", "nn", "tasks", "strict"},
     "look": {
         "arguments",
+        "build",
         "data",
         "evaluate",
         "experiment",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from pamm.data import dataset_options
 from pamm.experiment import Experiment
@@ -10,26 +12,71 @@ from pamm.models.model import MultiTaskModel
 from pamm.models.registry import build_model
 from pamm.recipes import get_recipe
 from pamm.strict import ConfigError
-from pamm.tasks import Task, create_task
+from pamm.tasks import TASKS, Task, create_task, option_defaults
 
 
 def create_tasks(experiment: Experiment) -> dict[str, Task]:
     """The experiment's tasks in order: what the data set determines (classes, unit), then what the experiment sets.
 
-    Raises ConfigError for a task the data set has no labels for, DataError where the data set's description is absent.
+    Raises ConfigError for a task the data set has no labels for and for options that a task does not take, DataError where
+    the data set's description is absent.
+    """
+    check_options(experiment)
+    described = label_options(experiment)
+    absent = [name for name in experiment.tasks if name not in described]
+    if absent:
+        present = ",".join(name for name in experiment.tasks if name in described)
+        remedy = f"; leave it out with --tasks {present}" if present else ""
+        raise ConfigError(
+            f"the data set '{experiment.data.name}' has no labels for the task '{absent[0]}'; it has: "
+            f"{', '.join(described)}{remedy}"
+        )
+    return {name: _create(name, described[name], config.weight) for name, config in experiment.tasks.items()}
+
+
+def label_options(experiment: Experiment) -> dict[str, dict[str, Any]]:
+    """Task → options by which its labels are read and measured, for every task of the data set.
+
+    What the data set determines, then what the experiment sets: whatever reads this experiment's labels takes these.
     """
     described = dataset_options(experiment.data)
-    tasks = {}
+    own = {name: config.options for name, config in experiment.tasks.items()}
+    return {name: options | own.get(name, {}) for name, options in described.items()}
+
+
+def check_options(experiment: Experiment) -> None:
+    """Raises ConfigError for an unknown task, an option that it does not have, and a value that the option does not take."""
     for name, config in experiment.tasks.items():
-        if name not in described:
+        if "weight" in config.options:
             raise ConfigError(
-                f"the data set '{experiment.data.name}' has no labels for the task '{name}'; it has: {', '.join(described)}"
+                f"tasks.{name}.options.weight: the weight of a task's loss is no option of the task; set tasks.{name}.weight"
             )
-        try:
-            tasks[name] = create_task(name, **(described[name] | config.options | {"weight": config.weight}))
-        except ValueError as error:
-            raise ConfigError(f"tasks.{name}: {error}") from error
-    return tasks
+        _create(name, config.options, config.weight)
+
+
+def options_help(experiment: Experiment) -> str:
+    """Every option of the experiment's tasks with the value it has, as text for a terminal."""
+    lines = [
+        "Options of a task, --tasks.TASK.options.OPTION VALUE (in YAML, tasks: {TASK: {options: {OPTION: VALUE}}}):",
+        "",
+    ]
+    for name, config in experiment.tasks.items():
+        if name in TASKS:
+            values = {key: value for key, value in option_defaults(name).items() if key != "weight"} | config.options
+            listed = ", ".join(
+                f"{key} ({'of the data set' if value is None else value})" for key, value in values.items()
+            )
+            lines += [f"{name}: {listed or 'none'}", ""]
+    return "\n".join(
+        [*lines, "What the data set says of its labels (classes, unit, tolerance) holds where nothing is set here."]
+    )
+
+
+def _create(name: str, options: Mapping[str, Any], weight: float) -> Task:
+    try:
+        return create_task(name, **options, weight=weight)
+    except ValueError as error:
+        raise ConfigError(f"tasks.{name}: {error}") from error
 
 
 def create_model(experiment: Experiment | str, *, pretrained: bool | None = None) -> MultiTaskModel:

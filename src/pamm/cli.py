@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -105,9 +104,6 @@ def parse_experiment(name: str, arguments: list[str]) -> tuple[Experiment, argpa
 
     RECIPE is a recipe's name or an experiment.yaml. Raises ConfigError; a wrong override ends the process with code 2.
     """
-    import tyro
-
-    from pamm.experiment import Experiment, check
     from pamm.strict import ConfigError
 
     own = parser(
@@ -123,6 +119,8 @@ def parse_experiment(name: str, arguments: list[str]) -> tuple[Experiment, argpa
     if not arguments or arguments[0].startswith("-"):
         own.error(f"give the recipe first: pamm {name} RECIPE [options]")
     plain, rest = own.parse_known_args(arguments)
+    from pamm.recipes import named_experiment
+
     experiment = named_experiment(plain.recipe)
     if plain.tasks:
         from dataclasses import replace
@@ -134,28 +132,61 @@ def parse_experiment(name: str, arguments: list[str]) -> tuple[Experiment, argpa
                 f"--tasks: '{unknown[0]}' is none of this experiment's tasks: {', '.join(experiment.tasks)}"
             )
         experiment = replace(experiment, tasks={task: experiment.tasks[task] for task in chosen})
-    style = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
-    experiment = tyro.cli(Experiment, default=experiment, args=rest, prog=f"pamm {name} {plain.recipe}", config=style)
-    check(experiment)
+    experiment = with_overrides(experiment, rest, f"pamm {name} {plain.recipe}")
+    is_file = Path(plain.recipe).suffix in (".yaml", ".yml")
+    if experiment.data.name == "folder" and not (plain.tasks or is_file):
+        experiment = with_tasks_of_folder(experiment)
     return experiment, plain
 
 
-def named_experiment(name: str, root: str | None = None) -> Experiment:
-    """A recipe's name or an experiment.yaml, with variants, → the experiment, with another data root if one is given."""
+def with_tasks_of_folder(experiment: Experiment) -> Experiment:
+    """A recipe for anybody's folder with those of its tasks that the folder has labels for; tells which. Raises DataError."""
     from dataclasses import replace
 
-    from pamm.experiment import load
-    from pamm.recipes import get_recipe, with_variants
+    from pamm.build import label_options
+    from pamm.files import shown
 
-    derived = re.fullmatch(r"(.+\.ya?ml)\+(.+)", name)
-    if derived:
-        path, variants = Path(derived[1]), derived[2]
-        experiment = with_variants(load(path), variants.split("+"), str(path))
-        experiment = replace(experiment, name=f"{experiment.name}+{variants}")
-    else:
-        path = Path(name)
-        experiment = load(path) if path.suffix in (".yaml", ".yml") else get_recipe(name)
-    return replace(experiment, data=replace(experiment.data, root=root)) if root else experiment
+    described = label_options(experiment)
+    tasks = {name: task for name, task in experiment.tasks.items() if name in described}
+    absent = [name for name in experiment.tasks if name not in described]
+    if not tasks or not absent:
+        return experiment
+    if is_first_process():
+        print(f"tasks: {', '.join(tasks)} ({shown(experiment.data.root)} has no labels for {', '.join(absent)})")
+    return replace(experiment, tasks=tasks)
+
+
+def with_overrides(experiment: Experiment, arguments: list[str], program: str) -> Experiment:
+    """The experiment with the leaves that `--section.key value ...` set.
+
+    Raises ConfigError; a word that is no override ends the process with code 2.
+    """
+    from dataclasses import replace
+
+    import tyro
+
+    from pamm.arguments import take_task_options
+    from pamm.build import check_options, options_help
+    from pamm.experiment import Experiment, check
+    from pamm.strict import ConfigError
+
+    given, rest = take_task_options(arguments)
+    for task in given:
+        if task not in experiment.tasks:
+            raise ConfigError(
+                f"--tasks.{task}.options: '{task}' is none of this experiment's tasks: {', '.join(experiment.tasks)}"
+            )
+    asks = {"-h", "--help"}.intersection(rest)
+    style = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
+    plain = replace(experiment, tasks={name: replace(task, options={}) for name, task in experiment.tasks.items()})
+    text = options_help(experiment) if asks else None
+    parsed = tyro.cli(Experiment, default=plain, args=rest, prog=program, config=style, description=text)
+    options = {name: task.options | given.get(name, {}) for name, task in experiment.tasks.items()}
+    tasks = {name: replace(task, options=options[name]) for name, task in parsed.tasks.items()}
+    experiment = replace(parsed, tasks=tasks)
+    check(experiment)
+    check_options(experiment)
+    return experiment
 
 
 @command("train a small network on synthetic rooms and write a report, in minutes on a CPU")
@@ -252,14 +283,21 @@ COMMANDS["import"] = COMMANDS.pop("import_checkpoint")
 @command("check a data set, or make the synthetic one")
 def data(arguments: list[str]) -> int:
     own = parser("data")
-    own.add_argument("recipe", help="a recipe's name or an experiment.yaml: its data set is checked")
-    own.add_argument("--root", help="folder of the data set, in place of the configured one")
+    own.add_argument(
+        "source",
+        metavar="FOLDER|RECIPE",
+        help="a folder data set, a recipe's name or an experiment.yaml; of equal names the recipe's is meant, ./NAME the folder",
+    )
+    own.add_argument("--root", help="with a recipe: folder of the data set, in place of the configured one")
     own.add_argument("--deep", action="store_true", help="read every file and list all that is wrong")
     plain = own.parse_args(arguments)
     from pamm.data import DATASETS
     from pamm.data.inspect import format_inspection, inspect_dataset
+    from pamm.files import shown
+    from pamm.recipes import named_data
 
-    config = named_experiment(plain.recipe, plain.root).data
+    config = named_data(plain.source, plain.root)
+    print(f"data set: {config.name}, {shown(config.root) if config.root else 'made here, kept in the cache'}")
     if hasattr(DATASETS[config.name], "prepare"):
         for split in ("train", "val"):
             DATASETS[config.name].open(config, split, {}).prepare(workers=os.cpu_count() or 1)

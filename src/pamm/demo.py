@@ -27,7 +27,7 @@ def run_demo(experiment: Experiment, out: Path, *, progress: bool = True) -> Pat
     """Make the data, measure the untrained network, train, measure again, write the report; returns the report's path."""
     if experiment.data.name != "synthetic":
         raise ConfigError(
-            "pamm demo shows the synthetic rooms; for your own images: pamm train mosaic-pamm --data.root FOLDER"
+            "pamm demo shows the synthetic rooms; for your own images: pamm train folder-pamm --data.root FOLDER"
         )
     started = time.perf_counter()
     tasks = create_tasks(experiment)

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from pamm.data import Batch, Dataset, dataset_options, open_dataset
+from pamm.build import label_options
+from pamm.data import Batch, Dataset, open_dataset
 from pamm.data.loader import eval_loader
 from pamm.data.transforms import EvalTransform, denormalize, seen
 from pamm.experiment import DataConfig, Experiment, load
@@ -28,7 +29,7 @@ from pamm.models.saved import find_checkpoint, load_model
 from pamm.pictures import draw_pair, embedded
 from pamm.precision import Precision, choose_precision, prepare
 from pamm.ranking import Ranking
-from pamm.recipes import get_recipe
+from pamm.recipes import named_experiment
 from pamm.strict import ConfigError
 from pamm.tasks import Task, create_task
 from pamm.tasks.segmentation import numbered_classes
@@ -211,12 +212,12 @@ def evaluate_split(
 ) -> Evaluation:
     """Evaluate `model`, which is on the fabric's device, on a split, sharded over the fabric's processes.
 
-    tasks: what is measured. Labels are read and measured as the data set describes them (unit, tolerance of boundaries),
-    which need not be as the model's. ranked: how many best and how many worst images of each task to find. pictures: keep
-    pictures of them. quick: see `evaluate`.
+    tasks: what is measured. Labels are read and measured as the data set and the experiment's options describe them (unit,
+    tolerance of boundaries), which need not be as the model's. ranked: how many best and how many worst images of each task
+    to find. pictures: keep pictures of them. quick: see `evaluate`.
     """
     config = experiment.data
-    described = dataset_options(config)
+    described = label_options(experiment)
     readers = {name: create_task(name, **described[name]) for name in tasks}
     measured = {name: create_task(name, **(task.options() | described[name])) for name, task in tasks.items()}
     data = open_dataset(config, split, readers)
@@ -294,14 +295,13 @@ def evaluate_saved(
 def saved_experiment(source: str, data: str | None, root: str | None) -> Experiment:
     """The experiment whose data a saved model is measured on: the one named by `data`, or the run's own."""
     if data is not None:
-        path = Path(data)
-        experiment = load(path) if path.suffix in (".yaml", ".yml") else get_recipe(data)
+        experiment = named_experiment(data)
     else:
         folders = [Path(source).expanduser(), Path(source).expanduser().parent]
         found = next((f / "experiment.yaml" for f in folders if (f / "experiment.yaml").is_file()), None)
         if found is None:
             raise ConfigError(
-                f"no experiment.yaml beside {source}: say on which data to measure, e.g. --data mosaic-pamm"
+                f"no experiment.yaml beside {source}: say on which data to measure, e.g. --data folder-pamm --root FOLDER"
             )
         experiment = load(found)
     if root is not None:
@@ -311,7 +311,7 @@ def saved_experiment(source: str, data: str | None, root: str | None) -> Experim
 
 def measurable_tasks(model: MultiTaskModel, experiment: Experiment) -> dict[str, Task]:
     """The model's tasks for which the data set has labels. Raises ConfigError where there is none or the classes differ."""
-    described = dataset_options(experiment.data)
+    described = label_options(experiment)
     tasks = {name: task for name, task in model.tasks.items() if name in described}
     if not tasks:
         raise ConfigError(

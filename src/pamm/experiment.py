@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
@@ -24,8 +24,9 @@ class TaskConfig:
 
     weight: float = 1.0
     """Multiplier of the task's loss."""
-    options: dict[str, float] = field(default_factory=dict)
-    """Arguments of the task itself, e.g. edge: positive_weight."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the task itself: numbers, true or false, texts, lists of texts, e.g. edge: {protocol: seism}. They come before
+    what the data set says of the task; `pamm train RECIPE --help` lists them."""
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,8 @@ def from_dict(kind: type, values: Any, where: str = "") -> Any:
 def _convert(hint: Any, value: Any, where: str) -> Any:
     """One value to the annotated type `hint`, or ConfigError."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return _plain(value, where)
     if dataclasses.is_dataclass(hint):
         return from_dict(hint, value, f"{where}.")
     if origin is Literal:
@@ -71,6 +73,16 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if isinstance(hint, type) and type(value) is hint:
         return value
     raise ConfigError(f"{where}: found {value!r} ({type(value).__name__}), expected {_describe(hint)}")
+
+
+def _plain(value: Any, where: str) -> Any:
+    """A value whose meaning is judged elsewhere: a scalar or a list of scalars."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    kind = type(value).__name__
+    raise ConfigError(f"{where}: found {value!r} ({kind}), expected a number, true or false, a text or a list of them")
 
 
 def _member(members: tuple[type, ...], value: Any, where: str) -> type:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pamm.data import dataset_options, open_dataset
+from pamm.build import label_options
+from pamm.data import open_dataset
 from pamm.data.sample import Sample
 from pamm.evaluate import measurable_tasks, saved_experiment
 from pamm.experiment import Experiment
@@ -64,7 +65,7 @@ def from_dataset(
 
     Raises LookError for an unknown id, DataError.
     """
-    described = dataset_options(experiment.data)
+    described = label_options(experiment)
     readers = {name: create_task(name, **described[name]) for name in tasks if name in described}
     data = open_dataset(experiment.data, split, readers)
     known = {id: index for index, id in enumerate(data.ids)}

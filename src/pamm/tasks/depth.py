@@ -46,6 +46,8 @@ class Depth(Task):
         super().__init__(weight=weight)
         if unit not in UNITS:
             raise ValueError(f"task 'depth': unit is {unit!r}, expected one of {', '.join(map(repr, UNITS))}")
+        if limit is not None and not limit > 0:
+            raise ValueError(f"task 'depth': limit is {limit}, expected a depth above 0")
         self.unit, self.limit = unit, limit
 
     def options(self) -> dict[str, Any]:

@@ -7,7 +7,13 @@ prediction in the task's unit, and how a prediction is drawn and saved. Nothing 
 from __future__ import annotations
 
 import math
+import types
+import typing
 from abc import ABC, abstractmethod
+from contextlib import suppress
+from difflib import get_close_matches
+from inspect import signature
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -178,10 +184,43 @@ class LabelError(ValueError):
 
 
 def create_task(name: str, **options: Any) -> Task:
-    """Build a registered task. Raises ValueError for an unknown name or option, naming the known ones."""
+    """Build a registered task.
+
+    Raises ValueError for an unknown name or option, naming the known ones, and for a value of another kind than the option's.
+    """
     if name not in TASKS:
         raise ValueError(f"unknown task '{name}'; known tasks: {', '.join(sorted(TASKS))}")
-    try:
-        return TASKS[name](**options)
-    except TypeError as error:
-        raise ValueError(f"task '{name}' does not take these options {sorted(options)}: {error}") from error
+    known = option_defaults(name)
+    hints = typing.get_type_hints(TASKS[name].__init__)
+    for option in options:
+        if option not in known:
+            near = get_close_matches(option, known, n=1)
+            hint = f" Did you mean '{near[0]}'?" if near else ""
+            listed = ", ".join(key for key in known if key != "weight") or "none"
+            raise ValueError(f"task '{name}' has no option '{option}'.{hint} Its options: {listed}")
+    return TASKS[name](**{key: _option(name, key, value, hints.get(key)) for key, value in options.items()})
+
+
+def option_defaults(name: str) -> dict[str, Any]:
+    """Option → default value, of a registered task."""
+    return {key: value.default for key, value in signature(TASKS[name]).parameters.items()}
+
+
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "null"}
+
+
+def _option(task: str, name: str, value: Any, hint: Any) -> Any:
+    """The value, as one of the plain kinds that `hint` allows; a hint that allows others leaves it to the task to judge.
+
+    A number that YAML takes for text, as it does with 1e-3, is read as one. Raises ValueError.
+    """
+    kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if float in kinds and str not in kinds and isinstance(value, str):
+        with suppress(ValueError):
+            value = float(value)
+    finite = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    is_kind = {float: finite, int: finite and isinstance(value, Integral)}
+    if any(kind not in _KINDS or is_kind.get(kind, isinstance(value, kind)) for kind in kinds):
+        return value
+    wanted = " or ".join(_KINDS[kind] for kind in kinds)
+    raise ValueError(f"task '{task}': {name} is {value!r}, expected {wanted}")

@@ -1,14 +1,9 @@
-"""Named experiments. Each is a function; each derives from another what it shares with it. This file imports no torch.
-
-A name may be followed by variants: `pascal-pamm-b+no-priors` is the row "no priors" of the paper's Table IV,
-`pascal-pamm-b+s-scan+stages-2` combines two, and `nyud-mtmamba+swin-t` is a row of MTMamba's Table 6.
-"""
+"""Named experiments. Each is a function; each derives from another what it shares with it. This file imports no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from difflib import get_close_matches
 
 from pamm.experiment import (
     BackboneConfig,
@@ -21,7 +16,6 @@ from pamm.experiment import (
     TaskConfig,
     TrainConfig,
 )
-from pamm.strict import ConfigError
 
 RECIPES: dict[str, Callable[[], Experiment]] = {}
 """Recipe name → function that builds it."""
@@ -257,8 +251,8 @@ def rooms_mtmamba_plus() -> Experiment:
 
 
 @recipe
-def mosaic_pamm() -> Experiment:
-    """A small PAMM from random weights on a folder of photographs with partial labels (--data.root), on a CPU."""
+def folder_pamm() -> Experiment:
+    """A small PAMM from random weights on a folder of your own (--data.root), any of six tasks, on a CPU."""
     base = demo()
     return replace(
         base,
@@ -268,98 +262,24 @@ def mosaic_pamm() -> Experiment:
             "sal": TaskConfig(2.0),
             "edge": TaskConfig(10.0, {"positive_weight": 0.95}),
         },
-        data=DataConfig(name="folder", root="../shared/data/mosaic", size=(160, 160), fit=True, scale=(0.75, 1.5)),
+        data=DataConfig(name="folder", size=(160, 160), fit=True, scale=(0.75, 1.5)),
         train=replace(base.train, steps=2000, lr=1e-3, weight_decay=0.05, warmup=100, eval_every=250),
     )
 
 
-def _decoder(**changes: object) -> Callable[[Experiment], Experiment]:
-    return lambda e: replace(e, model=replace(e.model, decoder=replace(e.model.decoder, **changes)))
-
-
-def _experts(**changes: object) -> Callable[[Experiment], Experiment]:
-    return lambda e: _decoder(experts=replace(e.model.decoder.experts, **changes))(e)
-
-
-def _stages(count: int) -> Callable[[Experiment], Experiment]:
-    """The last `count` stages, as in Table VII."""
-    return lambda e: replace(
-        e, model=replace(e.model, backbone=replace(e.model.backbone, taps=e.model.backbone.taps[-count:]))
+@recipe
+def folder_pamm_b() -> Experiment:
+    """PAMM on a folder of your own (--data.root), pretrained ViT-B/16, 512×512, any of six tasks, for a GPU."""
+    return Experiment(
+        tasks={
+            "semseg": TaskConfig(1.0),
+            "depth": TaskConfig(1.0),
+            "human_parts": TaskConfig(2.0),
+            "sal": TaskConfig(5.0),
+            "normals": TaskConfig(10.0),
+            "edge": TaskConfig(50.0, {"positive_weight": 0.95}),
+        },
+        data=DataConfig(name="folder", size=(512, 512), fit=True),
+        model=ModelConfig(VIT_B, PAMMConfig(width=768, state_size=16)),
+        train=TrainConfig(steps=10_000, lr=2e-5, eval_every=500),
     )
-
-
-def _swin(name: str) -> Callable[[Experiment], Experiment]:
-    return lambda e: replace(e, model=replace(e.model, backbone=replace(e.model.backbone, name=name)))
-
-
-Variants = dict[str, tuple[str, Callable[[Experiment], Experiment]]]
-
-VARIANTS: Variants = {
-    "baseline": ("backbone and Task Decoder alone (Table II)", _decoder(task_conv=False, pame=False)),
-    "task-conv": ("Task Convolution without PAME (Table II)", _decoder(pame=False)),
-    "pame": ("PAME without Task Convolution", _decoder(task_conv=False)),
-    "experts-b": ("Parameter Experts on B alone (Table III)", _experts(C=False)),
-    "experts-c": ("Parameter Experts on C alone (Table III)", _experts(B=False)),
-    "no-experts": ("linear projections in place of the experts (Table III)", _experts(B=False, C=False)),
-    "prior-b": ("Parameter Prior on B alone (Table IV)", _decoder(prior_C=False)),
-    "prior-c": ("Parameter Prior on C alone (Table IV)", _decoder(prior_B=False)),
-    "no-priors": ("no Parameter Priors (Table IV)", _decoder(prior_B=False, prior_C=False)),
-    **{f"top-{k}": (f"{k} of 15 experts (Table V)", _experts(top_k=k)) for k in (1, 3, 5, 7, 11, 13, 15)},
-    "s-scan": ("snake scan (Table VI)", _decoder(scan="snake")),
-    "z-scan": ("Morton scan (Table VI)", _decoder(scan="morton")),
-    **{f"stages-{n}": (f"the last {n} of the stages (Table VII)", _stages(n)) for n in (1, 2, 3)},
-    **{f"orders-{n}": (f"{n} scan orders (Table VIII)", _decoder(orders=n)) for n in (1, 2)},
-}
-"""Variant of a PAMM recipe → (what it changes, derivation)."""
-
-MTMAMBA_VARIANTS: Variants = {
-    "stm-1": ("one STM block per stage, no CTM (Table 2)", _decoder(stm=1, ctm=False)),
-    "stm-2": ("two STM blocks per stage, no CTM (Table 2)", _decoder(ctm=False)),
-    "stm-3": ("three STM blocks per stage, no CTM (Table 2)", _decoder(stm=3, ctm=False)),
-    "swin-blocks": ("two Swin blocks per stage, no CTM (Table 2)", _decoder(block="swin", window=12, ctm=False)),
-    "attention": ("attention in windows in place of the Mamba extractors (Table 3)", _decoder(extractor="attention")),
-    "attention-gate": ("gates made by attention in windows (Table 4)", _decoder(gate="attention")),
-    "gate-0": ("CTM gate fixed to 0: each task's own feature (Table 5)", _decoder(ctm_gate=0.0)),
-    "gate-1": ("CTM gate fixed to 1: the shared feature (Table 5)", _decoder(ctm_gate=1.0)),
-    "swin-t": ("Swin-T (Table 6)", _swin("swin_tiny_patch4_window7_224.ms_in22k_ft_in1k")),
-    "swin-s": ("Swin-S (Table 6)", _swin("swin_small_patch4_window7_224.ms_in22k_ft_in1k")),
-    "swin-b": ("Swin-B (Table 6)", _swin("swin_base_patch4_window12_384.ms_in22k_ft_in1k")),
-}
-"""Variant of an MTMamba or MTMamba++ recipe → (what it changes, derivation)."""
-
-
-def variants_of(experiment: Experiment) -> Variants:
-    """The variants that the experiment's decoder has."""
-    return MTMAMBA_VARIANTS if isinstance(experiment.model.decoder, MTMambaConfig) else VARIANTS
-
-
-def get_recipe(name: str) -> Experiment:
-    """The experiment called `name`, e.g. "demo" or "pascal-pamm-b+no-priors". Raises ConfigError naming the nearest."""
-    base, *variants = name.split("+")
-    if base not in RECIPES:
-        raise ConfigError(f"unknown recipe '{base}'.{_nearest(base, RECIPES)} Known recipes: {', '.join(RECIPES)}")
-    return replace(with_variants(RECIPES[base](), variants, base), name=name)
-
-
-def with_variants(experiment: Experiment, variants: Sequence[str], base: str) -> Experiment:
-    """The variants of these names, one after the other, of an experiment called `base`. Raises ConfigError."""
-    known = variants_of(experiment)
-    for variant in variants:
-        if variant not in known:
-            raise ConfigError(
-                f"unknown variant '{variant}' of '{base}'.{_nearest(variant, known)} Known: {', '.join(known)}"
-            )
-        try:
-            changed = known[variant][1](experiment)
-        except TypeError:  # a setting that this decoder does not have
-            system = experiment.model.decoder.system
-            raise ConfigError(f"the variant '{variant}' changes a setting that '{system}' does not have") from None
-        if changed == experiment:
-            raise ConfigError(f"the variant '{variant}' changes nothing in '{base}': it is so already")
-        experiment = changed
-    return experiment
-
-
-def _nearest(name: str, known: dict) -> str:
-    near = get_close_matches(name, known, n=1)
-    return f" Did you mean '{near[0]}'?" if near else ""

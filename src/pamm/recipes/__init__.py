@@ -1,0 +1,20 @@
+"""Named experiments.
+
+A name may be followed by variants: `pascal-pamm-b+no-priors` is the row "no priors" of the paper's Table IV,
+`pascal-pamm-b+s-scan+stages-2` combines two, and `nyud-mtmamba+swin-t` is a row of MTMamba's Table 6.
+"""
+
+from pamm.recipes.experiments import RECIPES
+from pamm.recipes.names import get_recipe, named_data, named_experiment
+from pamm.recipes.variants import MTMAMBA_VARIANTS, VARIANTS, variants_of, with_variants
+
+__all__ = [
+    "MTMAMBA_VARIANTS",
+    "RECIPES",
+    "VARIANTS",
+    "get_recipe",
+    "named_data",
+    "named_experiment",
+    "variants_of",
+    "with_variants",
+]
