@@ -262,7 +262,11 @@ def import_checkpoint(arguments: list[str]) -> int:
     own.add_argument("--image-size", type=int, nargs=2, metavar=("H", "W"), help="pixels (default: the checkpoint's)")
     own.add_argument("--checkpoint-size", type=int, nargs=2, metavar=("H", "W"), help="pixels it was trained at")
     own.add_argument("--num-heads", type=int, help="attention heads of a vision transformer (default: width / 64)")
-    own.add_argument("--scan", default="hilbert", choices=["hilbert", "snake", "morton"])
+    own.add_argument(
+        "--scan",
+        choices=["hilbert", "snake", "morton", "h", "s", "z"],
+        help="scan orders of a PAMM, by our or the published name, which its checkpoint does not tell (default: hilbert)",
+    )
     plain = own.parse_args(arguments)
     from pamm.official import OfficialError, load
     from pamm.training.checkpoint import save_checkpoint

@@ -193,9 +193,9 @@ class ReleasedConfig:
     projection_bias: bool = False
     """Bias of the linear projection in place of B's or C's experts where those are off."""
     scan: Literal["hilbert", "snake", "morton"] = "hilbert"
-    """Scan curve."""
+    """Scan curve, as the published code orders it: its S-scan (snake) and Z-scan (morton) are not those of `pamm`."""
     orders: int = 4
-    """Number of scan orders."""
+    """Number of scan orders; snake and morton have four."""
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,15 @@ import pytest
 
 from pamm.look import LookError
 from pamm.look.scans import KNOWN, MARGIN, cell_side, draw_scan, jumps, name_of, orders_of, rank_colours, scan_figure
-from pamm.nn.serialize import CURVES, row_column_orders, scan_orders
+from pamm.nn.serialize import CURVES, MOST_ORDERS, row_column_orders, scan_orders
 
 GRIDS = [(8, 8), (5, 3), (7, 12)]
 
 
 def test_orders_are_those_of_the_networks():
     for curve in CURVES:
-        assert np.array_equal(orders_of(curve, 5, 7, 8), scan_orders(curve, 5, 7, 8).numpy())
+        count = MOST_ORDERS[curve]
+        assert np.array_equal(orders_of(curve, 5, 7, count), scan_orders(curve, 5, 7, count).numpy())
     assert np.array_equal(orders_of("cross", 5, 7), row_column_orders(5, 7).numpy())
 
 
@@ -85,6 +86,7 @@ def test_odd_grids_are_drawn(grid):
         (("hilbert", 0, 4), "a grid of 0 x 4 tokens: expected sides of 1 to 256, e.g. --grid 32 32"),
         (("hilbert", 4, 300), "expected sides of 1 to 256"),
         (("hilbert", 4, 4, 9), "found 9 orders, expected 1 to 8"),
+        (("morton-released", 4, 4, 5), "found 5 orders, expected 1 to 4 for 'morton-released'"),
         (("cross", 4, 4, 5), "found 5 orders, expected 1 to 4 for 'cross'"),
     ],
 )

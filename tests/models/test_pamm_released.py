@@ -15,6 +15,7 @@ from pamm.models.backbone import create_backbone
 from pamm.models.pamm_released import ReleasedDecoder, ReleasedExperts, ReleasedRouter, resize_positions
 from pamm.models.registry import build_model
 from pamm.models.saved import load_model
+from pamm.nn.serialize import scan_orders
 from pamm.recipes import VARIANTS, get_recipe
 from pamm.strict import ConfigError, from_dict, to_dict
 from pamm.tasks import create_task
@@ -194,6 +195,23 @@ def test_saved_and_loaded_it_gives_the_same_maps(switch, tmp_path):
         assert torch.equal(value, run(loaded)[name])
 
 
+@pytest.mark.parametrize("scan", ["s-scan", "z-scan", ""])
+def test_variants_of_the_recipes_scan_as_the_published_code_does(scan):
+    """On the decoder's own grid, seen from outside; PAMM's recipes keep the paper's orders."""
+    curve = {"s-scan": "snake", "z-scan": "morton", "": "hilbert"}[scan]
+    released = "hilbert" if curve == "hilbert" else f"{curve}-released"
+    variant = get_recipe("+".join(filter(None, ["nyud-pamm-released-l", scan]))).model.decoder.scan
+    model, maps = build(scan=variant, size=(48, 80)), {}
+    handles = model.decoder.observe(maps)
+    run(model, (48, 80))
+    for handle in handles:
+        handle.remove()
+    height, width = (side // BACKBONE.patch for side in (48, 80))
+    found = torch.stack([maps[f"order/{k}"] for k in range(4)])
+    assert torch.equal(found, scan_orders(released, height, width))
+    assert curve == "hilbert" or not torch.equal(found, scan_orders(curve, height, width))
+
+
 def test_settings_tell_the_decoders_apart():
     released, paper = ModelConfig(decoder=DECODER), ModelConfig()
     assert from_dict(ModelConfig, to_dict(released)) == released
@@ -212,6 +230,11 @@ def test_settings_tell_the_decoders_apart():
     [
         ({"width": 40}, "multiple of 32"),
         ({"kernel": 4}, "found 4, expected an odd number"),
+        (
+            {"scan": "snake", "orders": 5},
+            r"decoder\.orders: found 5, expected 1 to 4: the published code's snake has no more",
+        ),
+        ({"scan": "morton", "orders": 8}, r"decoder\.orders: found 8, expected 1 to 4"),
         ({"experts": ExpertsConfig(count=5, top_k=9)}, r"found 9, expected 1 to decoder\.experts\.count = 5"),
     ],
 )

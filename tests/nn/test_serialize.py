@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pamm.nn.serialize import CURVES, row_column_orders, scan_orders
+from pamm.nn.serialize import CURVES, MOST_ORDERS, row_column_orders, scan_orders
 
 HILBERT_4X4 = [
     [0, 1, 5, 4, 8, 12, 13, 9, 10, 14, 15, 11, 7, 6, 2, 3],
@@ -61,23 +61,75 @@ def test_hilbert_equals_the_published_implementation(shared, case):
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (7, 1), (5, 3), (8, 8), (9, 17)], ids=lambda s: f"{s[0]}x{s[1]}")
 @pytest.mark.parametrize("name", sorted(CURVES))
 def test_every_order_visits_every_position_once(name, size):
-    orders = scan_orders(name, *size, count=8)
+    count = MOST_ORDERS[name]
+    orders = scan_orders(name, *size, count=count)
     assert orders.dtype == torch.int64
-    assert orders.shape == (8, size[0] * size[1])
-    assert torch.equal(orders.sort(1).values, torch.arange(size[0] * size[1]).expand(8, -1))
+    assert orders.shape == (count, size[0] * size[1])
+    assert torch.equal(orders.sort(1).values, torch.arange(size[0] * size[1]).expand(count, -1))
 
 
 @pytest.mark.parametrize("size", [(4, 4), (5, 3), (8, 8), (28, 36)], ids=lambda s: f"{s[0]}x{s[1]}")
 @pytest.mark.parametrize("name", sorted(CURVES))
-def test_eight_orders_are_distinct(name, size):
-    assert len(scan_orders(name, *size, count=8).unique(dim=0)) == 8
+def test_orders_are_distinct(name, size):
+    count = MOST_ORDERS[name]
+    assert len(scan_orders(name, *size, count=count).unique(dim=0)) == count
 
 
 @pytest.mark.parametrize("name", sorted(CURVES))
 def test_fewer_orders_are_the_first_ones(name):
-    eight = scan_orders(name, 5, 6, count=8)
-    for count in range(1, 8):
-        assert torch.equal(scan_orders(name, 5, 6, count=count), eight[:count])
+    every = scan_orders(name, 5, 6, count=MOST_ORDERS[name])
+    for count in range(1, MOST_ORDERS[name]):
+        assert torch.equal(scan_orders(name, 5, 6, count=count), every[:count])
+
+
+GRIDS = [(28, 36), (36, 28), (5, 7), (7, 5), (1, 1), (1, 9), (9, 1), (2, 3), (8, 8), (32, 32), (6, 6), (4, 6), (17, 3)]
+
+
+def interleaved(row: int, column: int) -> int:
+    """The Morton code by its definition: binary digits of row and column in turn, the column's last."""
+    return int("".join(r + c for r, c in zip(f"{row:012b}", f"{column:012b}", strict=True)), 2)
+
+
+def published_ranks(curve: str, side: int) -> list[list[int]]:
+    """The published code's square of ranks, position by position."""
+    if curve == "morton-released":
+        return [[interleaved(row, column) for column in range(side)] for row in range(side)]
+    lines = [list(range(row * side, (row + 1) * side)) for row in range(side)]
+    return [line if row % 2 == 0 else line[::-1] for row, line in enumerate(lines)]
+
+
+@pytest.mark.parametrize("size", GRIDS, ids=lambda s: f"{s[0]}x{s[1]}")
+@pytest.mark.parametrize("curve", ["snake-released", "morton-released"])
+def test_released_orders_follow_the_published_construction(curve, size):
+    """A square as large as the longer side, quarter turns counter-clockwise, the top left corner, sorted by rank."""
+    height, width = size
+    ranks = published_ranks(curve, max(size))
+    for order in scan_orders(curve, height, width).tolist():
+        places = [(ranks[row][column], row * width + column) for row in range(height) for column in range(width)]
+        assert order == [position for _, position in sorted(places)]
+        ranks = [list(column) for column in zip(*ranks, strict=True)][::-1]  # what was the right side is the top
+
+
+def test_released_orders_by_hand():
+    assert scan_orders("snake-released", 2, 3).tolist() == [
+        [0, 1, 2, 5, 4, 3],
+        [3, 0, 1, 4, 5, 2],
+        [3, 4, 5, 2, 1, 0],
+        [2, 5, 4, 1, 0, 3],
+    ]
+    assert scan_orders("morton-released", 2, 3)[1].tolist() == [3, 4, 0, 1, 5, 2]
+
+
+@pytest.mark.parametrize("side", [1, 2, 8, 32])
+def test_released_z_is_the_papers_on_squares_of_a_power_of_two_alone(side):
+    assert torch.equal(scan_orders("morton-released", side, side), scan_orders("morton", side, side))
+    assert not torch.equal(scan_orders("morton-released", 28, 36), scan_orders("morton", 28, 36))
+
+
+def test_released_z_equals_the_published_implementation(shared):
+    golden = np.load(shared / "golden" / "pamm_released_pascal_z.npz")
+    for k, order in enumerate(scan_orders("morton-released", 5, 7)):
+        np.testing.assert_array_equal(order, golden[f"order/{k}"])
 
 
 def test_snake_walks_rows_then_columns_then_both_backwards():
@@ -121,8 +173,9 @@ def test_orders_made_under_inference_mode_serve_training_later():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("peano", 4, 4, 4), "unknown scan curve 'peano'; known curves: hilbert, morton, snake"),
+        (("peano", 4, 4, 4), "unknown scan curve 'peano'; known curves: hilbert, morton, morton-released, snake"),
         (("hilbert", 4, 4, 9), "found 9 scan orders, expected 1 to 8"),
+        (("snake-released", 4, 4, 5), "found 5 scan orders, expected 1 to 4, which the curve 'snake-released' has"),
         (("hilbert", 0, 4, 4), "found a map of 0×4"),
     ],
 )

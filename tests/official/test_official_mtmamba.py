@@ -379,6 +379,8 @@ def test_other_tasks_and_arguments_are_told():
         load(foreign, image_size=(64, 128))
     with pytest.raises(OfficialError, match="extras: found A_log0, but"):
         load(state, image_size=(64, 128), extras={"A_log0": torch.zeros(1)})
+    told = load(state, image_size=(64, 128), scan="s", num_heads=3).load_report.notices
+    assert any("num_heads, scan: given and not used" in notice for notice in told)
     with pytest.raises(OfficialError, match=r"at 60×128 pixels: .*multiples of the patch, 32"):
         load(state, image_size=(60, 128))
 

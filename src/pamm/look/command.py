@@ -70,7 +70,11 @@ def arguments_parser() -> argparse.ArgumentParser:
         "--grid", type=int, nargs=2, default=(16, 16), metavar=("H", "W"), help="tokens (default: 16 16)"
     )
     scans.add_argument(
-        "--curve", nargs="+", default=["hilbert", "snake", "morton"], help="hilbert, snake, morton, cross (MTMamba's)"
+        "--curve",
+        nargs="+",
+        default=["hilbert", "snake", "morton"],
+        help="hilbert, snake, morton; snake-released, morton-released (of pamm-released, whose hilbert is the same); cross "
+        "(MTMamba's)",
     )
     scans.add_argument(
         "--orders", type=at_least(1), default=4, help="orders of each curve (default: 4, as in the papers)"

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 
 from pamm.look import LookError
 from pamm.look.figure import TILE, Block, Tile, compose
-from pamm.nn.serialize import CURVES, MAX_ORDERS, row_column_orders, scan_orders
+from pamm.nn.serialize import CURVES, MOST_ORDERS, row_column_orders, scan_orders
 from pamm.tasks.pictures import colour_map
 
 CROSS = "cross"
@@ -27,6 +27,8 @@ NAMES = {
     "hilbert": (*TURNS, *(f"{turn}, backwards" for turn in TURNS)),
     "morton": (*TURNS, *(f"mirrored, {turn}" for turn in TURNS)),
     "snake": (*LINES, *(f"mirrored {line}" for line in LINES)),
+    "snake-released": TURNS,
+    "morton-released": TURNS,
     CROSS: LINES,
 }
 """What each order of a curve is; turns are counter-clockwise."""
@@ -50,7 +52,7 @@ def orders_of(curve: str, height: int, width: int, count: int = 4) -> np.ndarray
         raise LookError(f"unknown scan curve '{curve}'; choose among {', '.join(KNOWN)}")
     if not (1 <= height <= LARGEST and 1 <= width <= LARGEST):
         raise LookError(f"a grid of {height} x {width} tokens: expected sides of 1 to {LARGEST}, e.g. --grid 32 32")
-    most = len(LINES) if curve == CROSS else MAX_ORDERS
+    most = len(LINES) if curve == CROSS else MOST_ORDERS[curve]
     if not 1 <= count <= most:
         raise LookError(f"found {count} orders, expected 1 to {most} for '{curve}'")
     if curve == CROSS:
@@ -135,7 +137,9 @@ def scan_figure(
         "ring); thin red lines are jumps to a token that is no neighbour. "
     )
     if {"hilbert", "morton"} & set(curves):
-        caption += "Hilbert and Morton curves are turned counter-clockwise and cropped from the covering power of two."
+        caption += "Hilbert and Morton curves are turned counter-clockwise and cropped from the covering power of two. "
+    if {"snake-released", "morton-released"} & set(curves):
+        caption += "Released curves are turned and cropped likewise from the square of the grid's longer side."
     return compose([Block(rows)], caption=caption, tile=tile), orders
 
 

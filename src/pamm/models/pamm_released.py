@@ -2,7 +2,7 @@
 
 Where it leaves the paper (see `pamm.models.pamm` for that): the experts are 9×9 convolutions with two BatchNorms and a
 general path that sends no gradient back, the router also reads a weighted sum over the positions of one token grid, A, D and
-the priors are constants, and no convolution precedes the scanned signal.
+the priors are constants, no convolution precedes the scanned signal, and the S- and Z-scan turn and crop another square.
 
 Letters in shapes: B batch, T tasks, S stages, d width, e expanded width, h×w tokens, L = h·w, N state size, E experts.
 """
@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from pamm.experiment import ReleasedConfig
 from pamm.nn.joined import JoinedBatchNorm2d, joined_draw
 from pamm.nn.recompute import call, recomputed
-from pamm.nn.serialize import scan_orders
+from pamm.nn.serialize import MOST_ORDERS, scan_orders
 from pamm.nn.ssm import init_A_log, init_D
 from pamm.ops import selective_scan
 from pamm.ops.mixed_convolution import mixed_convolution
@@ -29,6 +29,9 @@ from pamm.strict import ConfigError
 
 GROUPS = 32
 """Groups of every GroupNorm."""
+
+CURVES = {"hilbert": "hilbert", "snake": "snake-released", "morton": "morton-released"}
+"""The setting `scan` → the published code's curve among `pamm.nn.serialize.CURVES`."""
 
 
 def per_task(tasks: list[str], build: Callable[[], nn.Module]) -> nn.ModuleDict:
@@ -239,7 +242,7 @@ class ReleasedDecoder(nn.Module):
         check(config)
         width = config.width
         self.tasks = tasks
-        self.scan, self.orders = config.scan, config.orders
+        self.scan, self.orders = CURVES[config.scan], config.orders
         self.stages = nn.ModuleList(ReleasedStage(config, channels, grid, tasks) for _ in range(stages))
         self.fuse = per_task(
             tasks,
@@ -294,6 +297,11 @@ def check(config: ReleasedConfig) -> None:
         raise ConfigError(f"decoder.width: found {config.width}, expected a multiple of {GROUPS} (GroupNorm's groups)")
     if config.kernel % 2 == 0:
         raise ConfigError(f"decoder.kernel: found {config.kernel}, expected an odd number")
+    most = MOST_ORDERS[CURVES[config.scan]]
+    if not 1 <= config.orders <= most:
+        raise ConfigError(
+            f"decoder.orders: found {config.orders}, expected 1 to {most}: the published code's {config.scan} has no more"
+        )
     experts = config.experts
     if (experts.B or experts.C) and not 1 <= experts.top_k <= experts.count:
         raise ConfigError(

@@ -12,19 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MAX_ORDERS = 8
-"""Largest number of orders a curve offers."""
-
 ScanCurve = Callable[[int, int], list[np.ndarray]]
 CURVES: dict[str, ScanCurve] = {}
-"""Every scan curve, by name: (height, width) → its eight orders."""
+"""Every scan curve, by name: (height, width) → its orders."""
+
+MOST_ORDERS: dict[str, int] = {}
+"""Scan curve → how many orders it offers."""
 
 
-def curve(name: str) -> Callable[[ScanCurve], ScanCurve]:
-    """Decorator that makes a scan curve available under `name`."""
+def curve(name: str, *, orders: int) -> Callable[[ScanCurve], ScanCurve]:
+    """Decorator that makes a scan curve of so many orders available under `name`."""
 
     def register(function: ScanCurve) -> ScanCurve:
-        CURVES[name] = function
+        CURVES[name], MOST_ORDERS[name] = function, orders
         return function
 
     return register
@@ -35,16 +35,19 @@ def scan_orders(name: str, height: int, width: int, count: int = 4) -> Tensor:
     """The first `count` scan orders of a curve over a height×width map: LongTensor (count, height·width).
 
     "hilbert" (H-scan): the Hilbert curve of the smallest power of two that covers the map, turned by 0°, 90°, 180° and
-    270° counter-clockwise and cropped to the map (PAMM, paper eq. 17). "morton" (Z-scan): turned and cropped
+    270° counter-clockwise and cropped to the map's top left (PAMM, paper eq. 17). "morton" (Z-scan): turned and cropped
     likewise. "snake" (S-scan): along rows, along columns, and both backwards. Orders 5 to 8 of Hilbert are its first four
     backwards; Morton and snake hold their reversals among the first four and continue with the mirrored curves.
+    "snake-released" and "morton-released": the S- and Z-scan of PAMM's published code, which turns and crops a square as
+    large as the map's longer side, whatever that is; they have four orders. Its Hilbert orders are "hilbert".
 
-    A compiled graph holds them as a constant. Raises ValueError for an unknown curve, an empty map, or a count outside 1 to 8.
+    A compiled graph holds them as a constant. Raises ValueError for an unknown curve, an empty map, or a count outside 1 to
+    what the curve offers.
     """
     if name not in CURVES:
         raise ValueError(f"unknown scan curve '{name}'; known curves: {', '.join(sorted(CURVES))}")
-    if not 1 <= count <= MAX_ORDERS:
-        raise ValueError(f"found {count} scan orders, expected 1 to {MAX_ORDERS}")
+    if not 1 <= count <= MOST_ORDERS[name]:
+        raise ValueError(f"found {count} scan orders, expected 1 to {MOST_ORDERS[name]}, which the curve '{name}' has")
     if height < 1 or width < 1:
         raise ValueError(f"found a map of {height}×{width} positions, expected at least 1×1")
     return torch.from_numpy(_all_orders(name, height, width)[:count].copy())
@@ -59,7 +62,7 @@ def row_column_orders(height: int, width: int) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _all_orders(name: str, height: int, width: int) -> np.ndarray:
-    """The curve's eight orders, (8, height·width) int64. An array, so that no tensor mode leaks into the cache."""
+    """All orders of the curve, (K, height·width) int64. An array, so that no tensor mode leaks into the cache."""
     return np.stack(CURVES[name](height, width)).astype(np.int64)
 
 
@@ -79,19 +82,19 @@ def _turned(square: np.ndarray, height: int, width: int) -> list[np.ndarray]:
     return [np.argsort(np.rot90(square, turns)[:height, :width], axis=None, kind="stable") for turns in range(4)]
 
 
-@curve("hilbert")
+@curve("hilbert", orders=8)
 def _hilbert(height: int, width: int) -> list[np.ndarray]:
     orders = _turned(_hilbert_rank(*_square(height, width)), height, width)
     return [*orders, *(order[::-1] for order in orders)]
 
 
-@curve("morton")
+@curve("morton", orders=8)
 def _morton(height: int, width: int) -> list[np.ndarray]:
     square = _morton_rank(*_square(height, width))
     return [*_turned(square, height, width), *_turned(np.fliplr(square), height, width)]
 
 
-@curve("snake")
+@curve("snake", orders=8)
 def _snake(height: int, width: int) -> list[np.ndarray]:
     index = _index(height, width)
 
@@ -103,6 +106,20 @@ def _snake(height: int, width: int) -> list[np.ndarray]:
     first = [walk(index), walk(index.T)]
     opposite = [walk(index[:, ::-1]), walk(index.T[:, ::-1])]
     return [*first, *(o[::-1] for o in first), *opposite, *(o[::-1] for o in opposite)]
+
+
+@curve("snake-released", orders=4)
+def _snake_released(height: int, width: int) -> list[np.ndarray]:
+    side = max(height, width)
+    rank = _index(side, side)
+    rank[1::2] = rank[1::2, ::-1].copy()
+    return _turned(rank, height, width)
+
+
+@curve("morton-released", orders=4)
+def _morton_released(height: int, width: int) -> list[np.ndarray]:
+    side = max(height, width)
+    return _turned(_morton_rank(*_square(height, width))[:side, :side], height, width)
 
 
 def _hilbert_rank(x: np.ndarray, y: np.ndarray, bits: int) -> np.ndarray:

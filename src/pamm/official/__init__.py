@@ -33,7 +33,7 @@ def load(
     *,
     image_size: tuple[int, int] | None = None,
     num_heads: int | None = None,
-    scan: str = "hilbert",
+    scan: str | None = None,
     extras: Mapping[str, Tensor] | None = None,
     checkpoint_size: tuple[int, int] | None = None,
 ) -> MultiTaskModel:
@@ -47,7 +47,8 @@ def load(
             either (`torch.save` or safetensors; nothing in a file is executed). A prefix `module.` is taken off.
         image_size: height and width, pixels, the network is built for; default the checkpoint's own, where it is square.
         num_heads: attention heads of a vision transformer; default its width / 64.
-        scan: "hilbert", "snake" or "morton" (published names: h, s, z).
+        scan: PAMM's scan orders, those of its published code: "hilbert" (default), "snake" or "morton", which are h, s and z
+            there.
         extras: tensors that the training held and the checkpoint lacks, under the checkpoint's naming (released PAMM: A_log0,
             D0, task_prompt_B, task_prompt_C; without them −(1..N), 1, 0, 0).
         checkpoint_size: height and width the checkpoint was trained at, where it differs from `image_size` and cannot be
@@ -57,11 +58,12 @@ def load(
     argument that does not fit.
     """
     state = read_state(state_dict_or_path)
-    options = {"image_size": image_size, "num_heads": num_heads, "extras": extras, "checkpoint_size": checkpoint_size}
+    options = {"image_size": image_size, "num_heads": num_heads, "scan": scan, "extras": extras}
+    options["checkpoint_size"] = checkpoint_size
     for module in SYSTEMS.values():
         if module.matches(state):
             given = {name: value for name, value in options.items() if value is not None}
-            return module.read(state, scan=scan, **given).eval()
+            return module.read(state, **given).eval()
     raise OfficialError(
         f"these {len(state)} tensors are of no published system known here ({', '.join(SYSTEMS)}); they begin with "
         f"{', '.join(list(state)[:3]) or 'nothing'}. A network of this package loads with pamm.load_model"

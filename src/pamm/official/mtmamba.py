@@ -78,21 +78,25 @@ def read(
     *,
     image_size: tuple[int, int] | None = None,
     num_heads: int | None = None,
-    scan: str = "hilbert",
+    scan: str | None = None,
     extras: Mapping[str, Tensor] | None = None,
     checkpoint_size: tuple[int, int] | None = None,
 ) -> MultiTaskModel:
     """The network with these weights and its `load_report`. Errors: see `pamm.official.load`.
 
     Keys and shapes tell all of it, the heads of attention and the scan as well, and no tensor is tied to a size: num_heads,
-    scan and checkpoint_size are not needed. Without `backbone.*` the network has no backbone, and `model.decode(stages, size)`
-    takes the stage maps.
+    scan and checkpoint_size are not needed, and the report says so of those given. Without `backbone.*` the network has no
+    backbone, and `model.decode(stages, size)` takes the stage maps.
     """
     if extras:
         raise OfficialError(
             f"extras: found {', '.join(extras)}, but a checkpoint of {SYSTEM} is complete; leave extras out"
         )
     report = LoadReport(SYSTEM)
+    options = {"num_heads": num_heads, "scan": scan, "checkpoint_size": checkpoint_size}
+    unneeded = ", ".join(name for name, value in options.items() if value is not None)
+    if unneeded:
+        report.notices.append(f"{unneeded}: given and not used, since keys and shapes tell it")
     if image_size is None:
         image_size = DEFAULT_SIZE
         report.notices.append(

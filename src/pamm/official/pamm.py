@@ -214,7 +214,7 @@ def decoder_config(layout: Layout, scan: str) -> ReleasedConfig:
     """The decoder, with its scan curve. Raises OfficialError for an unknown one."""
     name = SCANS.get(scan, scan)
     if name not in SCANS.values():
-        raise OfficialError(f"scan: found {scan!r}, expected one of {', '.join(SCANS.values())}")
+        raise OfficialError(f"scan: found {scan!r}, expected one of {', '.join(SCANS.values())}, or {', '.join(SCANS)}")
     return replace(layout.decoder, scan=name)
 
 
