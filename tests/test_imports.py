@@ -12,10 +12,11 @@ import pamm
 SOURCE = Path(pamm.__file__).parent
 
 MAY_USE = {
-    "tasks": set(),
+    "images": set(),
+    "tasks": {"images"},
     "ops": {"files"},
     "nn": {"ops"},
-    "data": {"files", "tasks", "experiment", "strict", "strict_yaml"},
+    "data": {"files", "images", "tasks", "experiment", "strict", "strict_yaml"},
     "models": {"nn", "ops", "tasks", "experiment", "strict"},
     "arguments": {"strict", "strict_yaml"},
     "files": set(),

@@ -9,7 +9,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from data.packages import as_user
-from pamm.data.images import ImageError
+from pamm.images import ImageError
 from pamm.models.registry import build_model
 from pamm.pictures import contact_sheet, save_sheet
 from pamm.prediction import Maps, PredictError, Predictor, expand_inputs, file_names, predict_files

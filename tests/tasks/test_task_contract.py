@@ -303,7 +303,7 @@ def test_an_implausibly_large_file_is_refused_before_it_is_decoded(task: Task, t
     label = random_label(task, batch=1, size=(8, 8))
     task.save_png(task.decode(random_logits(task, label))[0].numpy(), path)
     data = bytearray(path.read_bytes())
-    for side in (12_000, 60_000):
+    for side in (16_000, 60_000):
         data[16:24] = side.to_bytes(4, "big") * 2
         data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
         path.write_bytes(data)

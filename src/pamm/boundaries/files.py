@@ -11,7 +11,7 @@ import numpy as np
 from pamm.boundaries import BoundaryError
 from pamm.data.files import files_by_stem, is_folder, preview, read_ids
 from pamm.tasks.metrics.correspondence import label_boundaries, thin
-from pamm.tasks.pictures import read_png
+from pamm.tasks.pictures import INDICES, open_png, read_png
 
 MAPS = (".png", ".npy")
 TRUTHS = (".mat", ".png", ".npy")
@@ -68,13 +68,12 @@ def read_map(path: Path) -> np.ndarray:
                 "sigmoid to logits, divide levels of grey by their largest"
             )
         return values.astype(np.float64)
-    values = read_png(path, ("L", "I;16", "I", "1"), "a grey map of 8 or 16 bits")
-    if values.dtype == np.bool_:
-        return values.astype(np.float64)
-    low, full = (1, 255) if values.dtype == np.uint8 else (255, 65535)
-    if 0 < values.max() <= low:
+    with open_png(path, {"grey": (1, 2, 4, 8, 16)}, "a grey map of 8 or 16 bits") as label:
+        values, bits = label.values(), label.bits
+    full = 2**bits - 1
+    if 0 < values.max() <= {16: 255, 1: 0}.get(bits, 1):
         raise BoundaryError(
-            f"{path} holds values up to {values.max()} only, expected 0 to {full} in a PNG of {8 if full == 255 else 16} bits; "
+            f"{path} holds values up to {values.max()} only, expected 0 to {full} in a PNG of {bits} bits; "
             "write it again with probabilities times that number"
         )
     return values / full
@@ -95,7 +94,7 @@ def read_truths(path: Path, *, outline: bool) -> list[np.ndarray]:
         values = read_array(path)
         maps = list(values) if values.ndim == 3 else [values]
     else:
-        maps = [read_png(path, ("L", "1", "P", "I;16", "I"), "a picture of lines or labels, one channel")]
+        maps = [read_png(path, {**INDICES, "grey": (1, 2, 4, 8, 16)}, "a picture of lines or labels, one channel")]
     if not maps or any(values.ndim != 2 or not values.size or values.dtype.kind not in "biu" for values in maps):
         raise BoundaryError(
             f"{path} holds {values.dtype} values of shape {values.shape}, expected whole numbers or booleans, "

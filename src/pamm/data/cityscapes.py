@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from pamm.data.files import PackagedDataset, check_tasks, names_in, nearest, package_root, plane
-from pamm.data.images import read_values
 from pamm.data.sample import DataError, register_dataset
+from pamm.images import read_values
 from pamm.tasks import Task
 
 if TYPE_CHECKING:

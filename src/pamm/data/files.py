@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pamm.data.images import ImageError, read_image, read_values
 from pamm.data.sample import DataError, Dataset, Sample
+from pamm.images import ImageError, read_image, read_values
 from pamm.tasks import LabelError, Task
 from pamm.tasks.task import nearest_index
 

@@ -19,8 +19,8 @@ import yaml
 from torch import Tensor
 
 from pamm.data.files import FileDataset, check_tasks, files_by_stem, is_folder, names_in, preview, reading, root_of
-from pamm.data.images import IMAGE_SUFFIXES, read_image
 from pamm.data.sample import DataError, Sample, register_dataset
+from pamm.images import IMAGE_SUFFIXES, read_image
 from pamm.strict_yaml import load_yaml
 from pamm.tasks import TASKS, Task, create_task
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pamm.data.files import FileDataset, PackagedDataset
-from pamm.data.images import ImageError, image_size
 from pamm.data.sample import DATASETS, DataError, Dataset
 from pamm.data.synthetic import SyntheticDataset
+from pamm.images import ImageError, image_size
 from pamm.tasks import create_task
 
 if TYPE_CHECKING:

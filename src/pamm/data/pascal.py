@@ -40,9 +40,9 @@ from pamm.data.files import (
     plane,
     read_mask,
 )
-from pamm.data.images import ImageError, read_values
 from pamm.data.sample import DataError, register_dataset
 from pamm.files import cache_folder, keep
+from pamm.images import ImageError, read_values
 from pamm.tasks import Task
 
 if TYPE_CHECKING:

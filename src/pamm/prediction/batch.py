@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from pamm.data.images import ImageError
+from pamm.images import ImageError
 from pamm.pictures import SheetRow, compose_sheet, save_sheet, sheet_row
 from pamm.prediction.inputs import PredictError, file_names
 from pamm.prediction.maps import FORMATS, check_folder, check_formats

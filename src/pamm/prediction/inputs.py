@@ -12,10 +12,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from pamm.data.images import IMAGE_SUFFIXES, ImageError, read_image, to_rgb
+from pamm.images import IMAGE_SUFFIXES, ImageError, read_image, to_rgb
 
 ImageLike = str | os.PathLike[str] | BinaryIO | Image.Image | np.ndarray | Tensor
 
@@ -55,7 +55,7 @@ def _from_picture(picture: Image.Image) -> np.ndarray:
             f"found a PIL image of {picture.height} x {picture.width} pixels, expected at least one pixel"
         )
     try:
-        return np.array(to_rgb(ImageOps.exif_transpose(picture), "the image"))
+        return to_rgb(picture, "the image")
     except ImageError:
         raise
     except Exception as error:  # Pillow decodes only now, and its decoders raise many kinds

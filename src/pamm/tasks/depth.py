@@ -61,9 +61,7 @@ class Depth(Task):
         """
         if Path(path).suffix.lower() == ".npy":
             return torch.from_numpy(read_array(Path(path)))[None]
-        steps = read_png(
-            path, ("I;16", "I;16B", "I"), f"a 16-bit grey PNG of depth, one step a {self.unit}, 0 = unknown"
-        )
+        steps = read_png(path, {"grey": (16,)}, f"a 16-bit grey PNG of depth, one step a {self.unit}, 0 = unknown")
         return torch.from_numpy((steps / UNITS[self.unit]).astype(np.float32))[None]
 
     def rescale(self, label: Tensor, factor: float) -> Tensor:

@@ -46,7 +46,7 @@ class Normals(Task):
 
     def read(self, path: Path) -> Tensor:
         """8-bit RGB PNG, n = v / 127.5 − 1, (0, 0, 0) unknown → (3, H, W) float32. Raises LabelError."""
-        values = torch.from_numpy(read_png(path, ("RGB",), "an 8-bit RGB PNG of normals, (0, 0, 0) = unknown"))
+        values = torch.from_numpy(read_png(path, {"RGB": (8,)}, "an 8-bit RGB PNG of normals, (0, 0, 0) = unknown"))
         known = (values != 0).any(-1)
         return torch.where(known, values.permute(2, 0, 1) / 127.5 - 1, self.ignore)
 

@@ -3,50 +3,58 @@
 from __future__ import annotations
 
 import os
-import threading
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from types import MappingProxyType
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from pamm.images import MAX_PIXELS, ImageError, LabelPicture, open_label
 from pamm.tasks.task import LabelError
-
-MAX_PIXELS = 100_000_000
-"""Pictures with more pixels, images and labels alike, are refused before they are decoded."""
-
-_GLOBALS = threading.Lock()
-"""Held while a global of Pillow or of Python's warnings is changed."""
 
 GREY = 128
 """Level of pixels that are not drawn."""
 
 
-def read_png(path: Path, modes: tuple[str, ...], expected: str) -> np.ndarray:
-    """Pixels of a PNG, (H, W) or (H, W, 3); a palette's indices, not its colours.
+INDICES = MappingProxyType({"grey": (1, 2, 4, 8), "palette": (1, 2, 4, 8)})
+"""Kinds of PNG, each with the bits of a value, that hold class indices."""
 
-    modes: the Pillow modes accepted. expected: what the file should hold, for the message.
-    Raises LabelError for a file that is absent, empty, damaged, not a PNG, of another mode or implausibly large.
+
+def read_png(path: Path, kinds: Mapping[str, Sequence[int]], expected: str) -> np.ndarray:
+    """Values that a label PNG stores, (H, W) or (H, W, channels), see `LabelPicture.values`.
+
+    kinds: the kinds of PNG accepted and the bits of their values. expected: what the file should hold, for the message.
+    Raises LabelError for a file that is absent, empty, damaged, not a PNG, of another kind or implausibly large.
     """
+    with open_png(path, kinds, expected) as label:
+        return label.values()
+
+
+@contextmanager
+def open_png(path: Path, kinds: Mapping[str, Sequence[int]], expected: str) -> Iterator[LabelPicture]:
+    """The header of a label PNG, checked as `read_png` says."""
     path = Path(path)
     check_readable(path, f"expected {expected}; write it, or leave the image without this label")
     try:
-        with open_picture(path) as image:
-            check_png(image, path, modes, expected)
-            return np.array(image)
-    except LabelError:
-        raise
-    except Exception as error:  # Pillow's decoders raise many kinds; every one means an unreadable file
-        size = path.stat().st_size
+        with open_label(path) as label:
+            _check_label(label, kinds, expected)
+            yield label
+    except ImageError as error:
+        raise LabelError(f"{error} Expected {expected}.") from None
+
+
+def _check_label(label: LabelPicture, kinds: Mapping[str, Sequence[int]], expected: str) -> None:
+    if label.bits not in kinds.get(label.kind, ()):
+        raise LabelError(f"{label.path} is a {label} PNG, expected {expected}; convert the label")
+    if label.width * label.height > MAX_PIXELS:
         raise LabelError(
-            f"{path} ({size} bytes) is empty or damaged: reading it as an image ends in {type(error).__name__}: {error}; "
-            f"write it again as {expected}"
-        ) from None
+            f"{label.path} is implausibly large for a label: {label.height} x {label.width} pixels, the limit is "
+            f"{MAX_PIXELS:,}; shrink it together with its image"
+        )
 
 
 def check_readable(path: Path, remedy: str) -> None:
@@ -63,56 +71,14 @@ def check_readable(path: Path, remedy: str) -> None:
         raise LabelError(f"{path} cannot be opened ({getattr(error, 'strerror', None) or error}): {remedy}") from None
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without Pillow's warnings, and alone: for what reads or changes a global of Pillow or of Python's warnings."""
-    with _GLOBALS, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-@contextmanager
-def open_picture(source: str | os.PathLike[str] | BinaryIO) -> Iterator[Image.Image]:
-    """Read a picture's header, not its pixels, whatever size it tells; the caller judges the size (`MAX_PIXELS`).
-
-    Pillow's own limit is a global of its module, which warns below its double; it is lifted while the header is parsed,
-    in one thread at a time. Raises what Pillow raises.
-    """
-    with quiet():
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-        try:
-            picture = Image.open(source)
-        finally:
-            Image.MAX_IMAGE_PIXELS = limit
-    with picture:
-        yield picture
-
-
-def check_png(image: Image.Image, path: Path, modes: tuple[str, ...], expected: str) -> None:
-    """Raise LabelError unless `image` is a PNG of one of the modes and of at most `MAX_PIXELS`, by its header."""
-    if image.format != "PNG":
-        raise LabelError(f"{path} is a {image.format} file, expected {expected}; convert the original label to PNG")
-    if image.mode not in modes:
-        raise LabelError(
-            f"{path} has Pillow mode {image.mode} ({', '.join(image.getbands())}), expected {expected} "
-            f"(mode {' or '.join(modes)}); convert the label"
-        )
-    if image.width * image.height > MAX_PIXELS:
-        raise LabelError(
-            f"{path} is implausibly large for a label: {image.height} x {image.width} pixels, the limit is "
-            f"{MAX_PIXELS:,}; shrink it together with its image"
-        )
-
-
 def read_mask(path: Path) -> Tensor:
     """8-bit or 1-bit grey PNG → (1, H, W) uint8 mask: 1 where the value is above 127. Raises LabelError."""
     expected = "an 8-bit grey PNG, 0 = no, 255 = yes"
-    values = read_png(path, ("L", "1"), expected)
-    if values.dtype == np.bool_:
-        return torch.from_numpy(values.astype(np.uint8))[None]
-    if values.max() == 1:
+    with open_png(path, {"grey": (1, 2, 4, 8)}, expected) as label:
+        values, full = label.values(), 2**label.bits - 1
+    if full > 1 and values.max() == 1:
         raise LabelError(f"{path} holds the values 0 and 1 only, expected {expected}; multiply it by 255")
-    return torch.from_numpy((values > 127).astype(np.uint8))[None]
+    return torch.from_numpy((values > full // 2).astype(np.uint8))[None]
 
 
 def save_grey(probability: np.ndarray, path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pamm.tasks.metrics import Sums, sum_metric
-from pamm.tasks.pictures import class_palette, paint, read_png
+from pamm.tasks.pictures import INDICES, class_palette, paint, read_png
 from pamm.tasks.scores import full_precision, mean_over
 from pamm.tasks.task import LabelError, Task, register
 
@@ -53,8 +53,8 @@ class ClassMap(Task):
         return {"classes": list(self.classes), "weight": self.weight}
 
     def read(self, path: Path) -> Tensor:
-        """8-bit grey or palette PNG of class indices → (1, H, W) uint8. Raises LabelError."""
-        index = read_png(path, ("L", "P"), "an 8-bit grey or palette PNG of class indices, 255 = ignored")
+        """Grey or palette PNG of up to 8 bits, class indices as stored → (1, H, W) uint8. Raises LabelError."""
+        index = read_png(path, INDICES, "an 8-bit grey or palette PNG of class indices, 255 = ignored")
         wrong = (index >= self.channels) & (index != self.ignore)
         if wrong.any():
             row, column = np.argwhere(wrong)[0]
