@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pamm.data.sample import DataError, Dataset, Sample
-from pamm.images import ImageError, read_image, read_values
+from pamm.images import ImageError, read_image
 from pamm.tasks import LabelError, Task
 from pamm.tasks.task import nearest_index
 
@@ -222,22 +222,6 @@ def plane(values: np.ndarray, path: Path, highest: int, *extra: int) -> np.ndarr
         also = "".join(f" or {value}" for value in extra)
         raise DataError(f"{path} holds the value {values[wrong][0]}, expected 0..{highest}{also}. Unpack it again.")
     return values.astype(np.uint8)
-
-
-def read_mask(path: Path) -> np.ndarray:
-    """Mask picture → (H, W) bool: a 1-bit picture as it is, of 8 bits the values above 127. Raises DataError.
-
-    8-bit values of 0 and 1 alone are refused: as levels of grey they would all be black.
-    """
-    values = read_values(path)
-    if values.dtype == np.bool_:
-        return values
-    mask = plane(values, path, 255)
-    if mask.max() == 1:
-        raise DataError(
-            f"{path} holds the values 0 and 1 only, expected 0..255. Unpack it again, or multiply it by 255."
-        )
-    return mask > 127
 
 
 def is_folder(path: Path) -> bool:

@@ -20,11 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pamm.data.files import PackagedDataset, check_tasks, decode_normals, nearest, package_root, plane, read_mask
+from pamm.data.files import PackagedDataset, check_tasks, decode_normals, nearest, package_root, plane
 from pamm.data.sample import DataError, register_dataset
 from pamm.images import read_values
 from pamm.tasks import Task
 from pamm.tasks.depth import read_array
+from pamm.tasks.pictures import read_mask
 
 if TYPE_CHECKING:
     from pamm.experiment import DataConfig
@@ -92,7 +93,7 @@ def _read_semseg(path: Path, size: tuple[int, int]) -> Tensor:
 
 
 def _read_edge(path: Path, size: tuple[int, int]) -> Tensor:
-    return torch.from_numpy(nearest(read_mask(path), size).astype(np.uint8))[None]
+    return torch.from_numpy(nearest(read_mask(path), size))[None]
 
 
 def _read_normals(path: Path, size: tuple[int, int]) -> Tensor:

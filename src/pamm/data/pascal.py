@@ -38,12 +38,12 @@ from pamm.data.files import (
     nearest,
     package_root,
     plane,
-    read_mask,
 )
 from pamm.data.sample import DataError, register_dataset
 from pamm.files import cache_folder, keep
 from pamm.images import ImageError, read_values
 from pamm.tasks import Task
+from pamm.tasks.pictures import read_mask
 
 if TYPE_CHECKING:
     from pamm.experiment import DataConfig
@@ -192,7 +192,8 @@ def _read_semseg(path: Path) -> np.ndarray:
 
 
 def _read_saliency(path: Path) -> np.ndarray:
-    return read_mask(path).astype(np.uint8)
+    """Above half is salient, as the papers read these maps, which are soft."""
+    return read_mask(path, soft=True)
 
 
 def _read_human_parts(path: Path) -> np.ndarray:

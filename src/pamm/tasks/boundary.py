@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from pamm.tasks.metrics import Sums, image_metric, sum_metric
 from pamm.tasks.pictures import grey_picture, read_mask, save_grey
 from pamm.tasks.scores import best_f_measure, full_precision, mean_over, threshold_counts
-from pamm.tasks.task import Task, register
+from pamm.tasks.task import Task, check_switch, register
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -194,7 +194,8 @@ class Boundary(Task):
     `positive_weight` w in (0, 1): the loss is −[w·y·log σ(x) + (1 − w)·(1 − y)·log(1 − σ(x))].
     `protocol`: name of a boundary benchmark, see `PROTOCOLS`. `max_distance`: how far a predicted pixel may lie from the
     true one, as a fraction of the image's diagonal. `outline`: the benchmark takes the outline of the regions that the
-    label's values form (as on NYUD-v2), not the label itself.
+    label's values form (as on NYUD-v2), not the label itself. `soft`: label files are maps of probabilities, of which more
+    than half is a boundary.
     """
 
     name = "edge"
@@ -213,6 +214,7 @@ class Boundary(Task):
         protocol: str = "bdet",
         max_distance: float = 0.0075,
         outline: bool = False,
+        soft: bool = False,
     ):
         super().__init__(weight=weight)
         if not 0 < positive_weight < 1:
@@ -225,6 +227,7 @@ class Boundary(Task):
             )
         self.positive_weight = float(positive_weight)
         self.protocol, self.max_distance, self.outline = protocol, float(max_distance), bool(outline)
+        self.soft = check_switch(self.name, "soft", soft)
 
     def options(self) -> dict[str, Any]:
         return {
@@ -233,11 +236,11 @@ class Boundary(Task):
             "protocol": self.protocol,
             "max_distance": self.max_distance,
             "outline": self.outline,
-        }
+        } | ({"soft": True} if self.soft else {})
 
     def read(self, path: Path) -> Tensor:
-        """8-bit grey PNG → (1, H, W) uint8, 1 where the value is above 127. Raises LabelError."""
-        return read_mask(path)
+        """Grey PNG of 0 and 255 → (1, H, W) uint8, 1 where it is 255, see `read_mask`. Raises LabelError."""
+        return torch.from_numpy(read_mask(path, soft=self.soft))[None]
 
     def loss(self, logits: Tensor, label: Tensor, counts: Tensor | None = None) -> Tensor:
         logits, positive = full_precision(logits), label == 1

@@ -9,11 +9,10 @@ from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
+from PIL.PngImagePlugin import PngInfo
 
-from pamm.images import MAX_PIXELS, ImageError, LabelPicture, open_label
+from pamm.images import MAX_PIXELS, NOTE, ImageError, LabelPicture, open_label
 from pamm.tasks.task import LabelError
 
 GREY = 128
@@ -71,19 +70,42 @@ def check_readable(path: Path, remedy: str) -> None:
         raise LabelError(f"{path} cannot be opened ({getattr(error, 'strerror', None) or error}): {remedy}") from None
 
 
-def read_mask(path: Path) -> Tensor:
-    """8-bit or 1-bit grey PNG → (1, H, W) uint8 mask: 1 where the value is above 127. Raises LabelError."""
-    expected = "an 8-bit grey PNG, 0 = no, 255 = yes"
+def read_mask(path: Path, *, soft: bool = False) -> np.ndarray:
+    """Grey PNG of 1 to 8 bits → (H, W) uint8 mask: 0 where the value is 0, 1 where it is the largest of its bits.
+
+    Other values are refused: a third value may mean that a pixel is unknown, and 0 and 1, 2 or 100 in 8 bits would all
+    be black. soft: the file is a map of probabilities, of which more than half is a yes; so is a file that this library
+    wrote as such (`PROBABILITY`). Raises LabelError.
+    """
+    expected = "a grey PNG, 0 = no, 255 = yes"
     with open_png(path, {"grey": (1, 2, 4, 8)}, expected) as label:
-        values, full = label.values(), 2**label.bits - 1
-    if full > 1 and values.max() == 1:
-        raise LabelError(f"{path} holds the values 0 and 1 only, expected {expected}; multiply it by 255")
-    return torch.from_numpy((values > full // 2).astype(np.uint8))[None]
+        values, full, soft = label.values(), 2**label.bits - 1, soft or label.note == PROBABILITY
+    found = np.unique(values).tolist()
+    if full > 1 and found[-1] == 1:
+        raise LabelError(f"{path} holds the values {listed(found)} only, expected {expected}; multiply it by {full}")
+    if not soft and not set(found) <= {0, full}:
+        raise LabelError(
+            f"{path} holds the values {listed(found)}, expected {expected.replace('255', str(full))}. Write a mask of these two "
+            "values; for a map of probabilities, of which more than half is a yes, set the task's option soft: true"
+        )
+    return (values > full // 2).astype(np.uint8)
+
+
+def listed(values: Sequence[object], most: int = 8) -> str:
+    """The first few values as text, and how many more there are."""
+    more = f" and {len(values) - most} more" if len(values) > most else ""
+    return (", " if more or len(values) > 2 else " and ").join(map(str, values[:most])) + more
+
+
+PROBABILITY = "probability"
+"""Note of a PNG whose levels of grey are probabilities, 255 = 1."""
 
 
 def save_grey(probability: np.ndarray, path: Path) -> None:
-    """(H, W) in [0, 1] → 8-bit grey PNG, rounded, so that 0.5 and more reads back as 1."""
-    Image.fromarray(to_byte(probability)).save(path, format="PNG")
+    """(H, W) in [0, 1] → 8-bit grey PNG, rounded, so that 0.5 and more reads back as 1; noted as probabilities."""
+    note = PngInfo()
+    note.add_text(NOTE, PROBABILITY)
+    Image.fromarray(to_byte(probability)).save(path, format="PNG", pnginfo=note)
 
 
 def to_byte(values: np.ndarray) -> np.ndarray:

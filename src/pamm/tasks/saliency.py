@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from pamm.tasks.metrics import Sums, sum_metric
 from pamm.tasks.pictures import grey_picture, read_mask, save_grey
 from pamm.tasks.scores import best_f_measure, full_precision, mean_over, threshold_counts
-from pamm.tasks.task import Task, register
+from pamm.tasks.task import Task, check_switch, register
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -30,6 +30,7 @@ BETA2 = 0.3
 class Saliency(Task):
     """Whether a pixel belongs to the salient object. Label 1 or 0, 255 ignored; prediction (H, W) probability.
 
+    `soft`: label files are maps of probabilities, of which more than half is a yes.
     Loss: cross entropy of a two-way softmax in which each class weighs the share of the other one in the joined batch.
     """
 
@@ -39,12 +40,16 @@ class Saliency(Task):
     ignore = 255
     channels = 2
 
+    def __init__(self, *, soft: bool = False, weight: float = 1.0):
+        super().__init__(weight=weight)
+        self.soft = check_switch(self.name, "soft", soft)
+
     def options(self) -> dict[str, Any]:
-        return {"weight": self.weight}
+        return {"weight": self.weight} | ({"soft": True} if self.soft else {})
 
     def read(self, path: Path) -> Tensor:
-        """8-bit grey PNG → (1, H, W) uint8, 1 where the value is above 127. Raises LabelError."""
-        return read_mask(path)
+        """Grey PNG of 0 and 255 → (1, H, W) uint8, 1 where it is 255, see `read_mask`. Raises LabelError."""
+        return torch.from_numpy(read_mask(path, soft=self.soft))[None]
 
     def counts(self, label: Tensor) -> Tensor:
         """(valid pixels, negative pixels): the second gives the class weights."""

@@ -170,6 +170,13 @@ class Task(ABC):
         """Write the prediction as a PNG which `read` reads back (the folder layout's own encoding)."""
 
 
+def check_switch(task: str, option: str, value: Any) -> bool:
+    """The value of an option that is true or false. Raises ValueError for anything else."""
+    if not isinstance(value, bool):
+        raise ValueError(f"task '{task}': {option} is {value!r}, expected true or false")
+    return value
+
+
 def nearest_index(old: int, new: int) -> np.ndarray:
     """Source index ⌊i·old/new⌋ of each of `new` positions, in whole numbers: (new,) int64."""
     return np.arange(new) * old // new
