@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,7 @@ class MultiTaskModel(nn.Module, ModelHubMixin, library_name="pamm", tags=["multi
         settings: dict[str, Any],
     ):
         super().__init__()
+        _one_thread_in_forked_children()
         self.backbone = backbone
         self.decoder = decoder
         self.heads = nn.ModuleDict(heads)
@@ -53,8 +56,11 @@ class MultiTaskModel(nn.Module, ModelHubMixin, library_name="pamm", tags=["multi
     def forward(self, image: Tensor, size: tuple[int, int] | None = None) -> dict[str, Tensor]:
         """(B, 3, H, W) normalised image, sides multiples of the patch → task name → (B, channels, *size) logits.
 
-        size: height and width of the logits, by default the image's.
+        size: height and width of the logits, by default the image's. The image is brought to the weights' dtype, so that
+        a model after `.half()`, `.bfloat16()` or `.double()` takes it as well; the logits are float32.
         """
+        if not self.bfloat16:
+            image = image.to(self.dtype)
         with self._arithmetic(image):
             stages = self.backbone(image)
         return self.decode(stages, image.shape[-2:] if size is None else size)
@@ -88,6 +94,11 @@ class MultiTaskModel(nn.Module, ModelHubMixin, library_name="pamm", tags=["multi
         return torch.autocast(x.device.type, torch.bfloat16) if self.bfloat16 else nullcontext()
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights: float32, unless the whole network was converted."""
+        return next(self.parameters()).dtype
+
+    @property
     def image_size(self) -> tuple[int, int]:
         """Height and width the network was built for; it takes any other multiple of the patch as well."""
         return tuple(self.settings["image_size"])
@@ -104,6 +115,16 @@ class MultiTaskModel(nn.Module, ModelHubMixin, library_name="pamm", tags=["multi
         from pamm.models.saved import load_model
 
         return load_model(model_id, revision=revision, token=token)
+
+
+@cache
+def _one_thread_in_forked_children() -> None:
+    """From now on a forked child computes on one thread.
+
+    The threads of OpenMP, which computed here or will, do not live on in it: its first product would wait for them for ever.
+    """
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:

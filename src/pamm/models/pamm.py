@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pamm.experiment import ExpertsConfig, PAMMConfig
+from pamm.nn.group_norm import GroupNorm
 from pamm.nn.joined import joined_draw
 from pamm.nn.recompute import call, recomputed
 from pamm.nn.serialize import scan_orders
@@ -103,7 +104,7 @@ class TaskConvolution(nn.Module):
     def __init__(self, channels: int, width: int, tasks: int):
         super().__init__()
         self.shared = nn.Conv2d(channels, width, 3, padding=1, bias=False)
-        self.norm = nn.GroupNorm(GROUPS, width)
+        self.norm = GroupNorm(GROUPS, width)
         self.tasks = nn.Conv2d(width, tasks * width, 3, padding=1)
         self.width = width
 
@@ -131,7 +132,7 @@ class PAME(nn.Module):
     def __init__(self, config: PAMMConfig, tasks: int):
         super().__init__()
         width, expanded, rank = config.width, 2 * config.width, math.ceil(config.width / 16)
-        self.norm = nn.GroupNorm(GROUPS * tasks, width * tasks)  # 32 groups in each task's channels
+        self.norm = GroupNorm(GROUPS * tasks, width * tasks)  # 32 groups in each task's channels
         self.dwconv = nn.Conv2d(width * tasks, width * tasks, 3, padding=1, groups=width * tasks)
         self.gate = TaskLinear(tasks, width, width)
         self.expand = TaskLinear(tasks, width, expanded)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pamm.experiment import ReleasedConfig
+from pamm.nn.group_norm import GroupNorm
 from pamm.nn.joined import JoinedBatchNorm2d, joined_draw
 from pamm.nn.recompute import call, recomputed
 from pamm.nn.serialize import MOST_ORDERS, scan_orders
@@ -58,8 +59,9 @@ def resize_positions(weight: Tensor, size: tuple[int, int]) -> Tensor:
     """(H, W) weights of a sum over positions → `size`, bilinear, in proportion to the area: the sum keeps its scale."""
     if weight.shape == size:
         return weight
-    resized = F.interpolate(weight[None, None], size=size, mode="bilinear", align_corners=False, antialias=True)
-    return resized[0, 0] * (weight.numel() / resized.numel())
+    wide = weight.float()[None, None]  # torch has no antialiasing in 16 bits
+    resized = F.interpolate(wide, size=size, mode="bilinear", align_corners=False, antialias=True)
+    return (resized[0, 0] * (weight.numel() / resized.numel())).to(weight.dtype)
 
 
 class ReleasedRouter(nn.Module):
@@ -136,7 +138,9 @@ class ReleasedExperts(nn.Module):
         shared, private = hidden.split([self.reduce_bias.numel(), len(own.bias)], dim=1)
         scale = weights.repeat_interleave(self.reduce.shape[1], 1)[:, :, None, None].to(x.dtype)
         restore = self.restore.transpose(0, 1).flatten(1)[:, :, None, None]
-        chosen = F.conv2d(shared * scale, restore) + (weights @ self.restore_bias)[:, :, None, None].to(x.dtype)
+        chosen = F.conv2d(shared * scale, restore) + (weights @ self.restore_bias.to(weights.dtype))[
+            :, :, None, None
+        ].to(x.dtype)
         mixed = mix[:, :, None, None].to(x.dtype) * self.task_restore[task](private)
         return self.norm[task](self.norm_experts[task](chosen) + mixed + self.general(x.detach()))
 
@@ -190,9 +194,9 @@ class ReleasedStage(nn.Module):
         width, expanded = config.width, config.expand * config.width
         rank = config.delta_rank or math.ceil(width / 16)
         self.shared = nn.Conv2d(channels, width, 3, padding=1, bias=config.shared_bias)
-        self.shared_norm = nn.GroupNorm(GROUPS, width)
+        self.shared_norm = GroupNorm(GROUPS, width)
         self.conv = per_task(tasks, lambda: nn.Conv2d(width, width, 3, padding=1)) if config.task_conv else None
-        self.norm = per_task(tasks, lambda: nn.GroupNorm(GROUPS, width))
+        self.norm = per_task(tasks, lambda: GroupNorm(GROUPS, width))
         self.gate = per_task(tasks, lambda: nn.Conv2d(width, width, 1))
         self.expand = per_task(tasks, lambda: nn.Conv2d(width, expanded, 1))
         self.delta_reduce = per_task(tasks, lambda: create_linear(expanded, rank, bias=False))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from pamm.experiment import ModelConfig, MTMambaConfig, PAMMConfig, ReleasedConfig
@@ -63,17 +65,32 @@ DECODERS: dict[type, Callable[[Any, nn.Module, Mapping[str, Task]], Decoder]] = 
 
 
 def build_model(config: ModelConfig, tasks: Mapping[str, Task], image_size: tuple[int, int]) -> MultiTaskModel:
-    """The configured network for these tasks, with random or the backbone's pretrained weights. Raises ConfigError."""
+    """The configured network for these tasks, with random or the backbone's pretrained weights. Raises ConfigError.
+
+    Its weights are float32 on the CPU, whatever torch's default dtype and device are.
+    """
     if not tasks:
         raise ConfigError("no tasks: an experiment needs at least one, e.g. tasks: {depth: {weight: 1.0}}")
-    backbone = create_backbone(config.backbone, image_size)
-    decoder, heads = DECODERS[type(config.decoder)](config.decoder, backbone, tasks)
+    with _float32(), torch.device("cpu"):
+        backbone = create_backbone(config.backbone, image_size)
+        decoder, heads = DECODERS[type(config.decoder)](config.decoder, backbone, tasks)
     settings = {
         "model": to_dict(config),
         "tasks": {name: task.options() for name, task in tasks.items()},
         "image_size": list(image_size),
     }
     return MultiTaskModel(backbone, decoder, heads, tasks=tasks, settings=settings)
+
+
+@contextmanager
+def _float32() -> Iterator[None]:
+    """torch's default dtype is float32 inside."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 def rebuild_model(settings: Mapping[str, Any]) -> MultiTaskModel:

@@ -68,11 +68,20 @@ class _ContiguousGradient(torch.autograd.Function):
         return gradient.contiguous()
 
 
+class BatchError(ValueError):
+    """A batch that cannot be normalised; the message tells what it holds and the remedy."""
+
+
 class JoinedBatchNorm2d(nn.BatchNorm2d):
     """Batch normalisation over (B, H, W) of the joined batch, on any device (torch's SyncBatchNorm refuses a CPU)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) → (B, C, H, W); computed in float32 whatever the autocast."""
+        if self.training and x[:, 0].numel() * world_size() == 1:
+            raise BatchError(
+                "a batch of one image whose feature map is one pixel: training normalises each channel by the batch's mean and "
+                "variance, which needs two values or more. Give larger images (data.size) or more of them (train.batch)"
+            )
         again = self.training and not torch.compiler.is_compiling() and computing_again()
         if not self.training or world_size() == 1:
             # torch (2.15, CPU) mistakes the layout of a single image's gradient whose channels come last: wrong numbers.

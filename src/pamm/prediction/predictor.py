@@ -57,8 +57,11 @@ class Predictor:
             keep_memory()
         lower = choose_precision(precision, chosen) != torch.float32
         model = load_model(source) if not given else copy.deepcopy(source) if lower or compile else source
+        if not model.bfloat16 and model.dtype != torch.float32:  # after .half(), .double(): its values, in float32
+            model = (copy.deepcopy(model) if model is source else model).float()
         self.model = prepare(model.to(chosen), precision=precision, compile=compile)
         self.device = chosen
+        self._process = os.getpid()
         self.longest_side = longest_side or max(self.model.image_size)
 
     @property
@@ -83,6 +86,11 @@ class Predictor:
     @torch.no_grad()
     def logits(self, pixels: np.ndarray) -> tuple[dict[str, Tensor], slice, slice]:
         """(H, W, 3) uint8 pixels → task → (1, channels, h, w) logits of the padded frame; the image's rows and columns in it."""
+        if self.device.type != "cpu" and os.getpid() != self._process:
+            raise PredictError(
+                f"the predictor was loaded on {self.device} before this process was forked, and {self.device} does not work in a "
+                "forked process; load it in each worker (gunicorn: without --preload), or on the CPU (device='cpu')"
+            )
         shown = shrink(pixels, self.longest_side)
         frame, top, left = pad(normalize(shown.transpose(2, 0, 1))[None], self.model.backbone.patch)
         with _evaluating(self.model):
