@@ -73,7 +73,7 @@ def _devices() -> None:
 
 
 def _kernels() -> None:
-    from pamm.ops import attention, head, mixed_convolution, product, winograd
+    from pamm.ops import attention, head, kernel_cache, mixed_convolution, product, winograd
 
     print("  C kernels for layers of networks on the CPU:")
     for name, reason in (
@@ -84,6 +84,9 @@ def _kernels() -> None:
         ("heads behind their taps, float32", head.KERNEL.unavailable()),
     ):
         print(f"    {name}: {f'torch runs it ({reason})' if reason else 'available'}")
+    not_kept = kernel_cache.objection()
+    if not_kept:
+        print(f"    compiled anew by every process: {not_kept}")
 
 
 def _engines() -> None:

@@ -86,13 +86,14 @@ def cache_folder(name: str) -> Path:
             continue
         folder = Path(base) / "pamm" / name
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            for part in (folder.parents[1], folder.parent, folder):  # new ones are the user's alone
+                part.mkdir(0o700, parents=True, exist_ok=True)
         except OSError:
             continue
         if os.access(folder, os.W_OK | os.X_OK):
             return folder
     folder = _temporary_folder() / name
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(0o700, parents=True, exist_ok=True)
     return folder
 
 

@@ -1,4 +1,4 @@
-"""C kernels for CPUs, compiled on first use with the system's C compiler and kept in a cache folder.
+"""C kernels for CPUs, compiled on first use with the system's C compiler and kept in a cache folder (`pamm.ops.kernel_cache`).
 
 A kernel needs no header of torch and no OpenMP: it is called through ctypes with data pointers and runs on
 `torch.get_num_threads()` threads: those of the OpenMP runtime that torch has loaded, or POSIX threads where it has none.
@@ -7,14 +7,7 @@ A kernel needs no header of torch and no OpenMP: it is called through ctypes wit
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
-import platform
-import re
-import shlex
-import shutil
-import subprocess
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,11 +19,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from pamm.files import cache_folder
+from pamm.files import shown
+from pamm.ops import kernel_cache
 
-FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-pthread", "-Wno-psabi")
-NATIVE = ("-march=native", "-mcpu=native")
-"""Flags for this very processor; the first that the compiler takes is used."""
 LARGE_PAGE = 2**21
 
 VARIABLE = "PAMM_KERNELS"
@@ -108,11 +99,15 @@ class Kernel:
         if os.environ.get(VARIABLE) == "off":
             return None, f"switched off by {VARIABLE}=off"
         try:
-            library = ctypes.CDLL(str(_built(self.source)))
-        except (_BuildError, OSError) as error:
-            return None, str(error)
-        library.use_large_pages.argtypes, library.use_large_pages.restype = [ctypes.c_void_p, ctypes.c_int64], None
-        self.declare(library)
+            library = kernel_cache.load(self.source)
+            library.use_large_pages.argtypes, library.use_large_pages.restype = [ctypes.c_void_p, ctypes.c_int64], None
+            self.declare(library)
+        except (
+            kernel_cache.BuildError,
+            OSError,
+            AttributeError,
+        ) as error:  # AttributeError: a function that is not there
+            return None, shown(error, 400)
         return library, None
 
 
@@ -127,61 +122,3 @@ def openmp() -> int | None:
 
 def _page_start(held: Tensor) -> int:
     return -(-held.data_ptr() // LARGE_PAGE) * LARGE_PAGE
-
-
-# -- building ------------------------------------------------------------------------------------------------------------
-
-
-class _BuildError(RuntimeError):
-    """Why a kernel could not be built."""
-
-
-def _built(source: Path) -> Path:
-    """Path of the shared library, from the cache or freshly compiled. Raises _BuildError."""
-    if os.name != "posix":
-        raise _BuildError(f"the C kernel needs POSIX threads, this is {platform.system()}")
-    compiler = shlex.split(os.environ.get("CC", "cc"))
-    if not compiler or shutil.which(compiler[0]) is None:
-        raise _BuildError(f"no C compiler '{' '.join(compiler)}' found; install gcc or clang, or set CC")
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    sources = _texts(source)
-    key = hashlib.sha256("\0".join([*sources, *compiler, *FLAGS, version, _processor()]).encode()).hexdigest()
-    try:
-        folder = cache_folder("kernels")
-    except OSError as error:
-        raise _BuildError(f"no folder to compile in ({error}); set TMPDIR to one that can be written") from None
-    target = folder / f"{source.stem}-{key[:20]}.so"
-    if not target.exists():
-        _compile(compiler, source, target)
-    return target
-
-
-def _texts(source: Path) -> list[str]:
-    """A C file's text and those of all it includes from here."""
-    text = source.read_text()
-    included = re.findall(r'#include "(.+)"', text)
-    return [text, *(part for name in included for part in _texts(source.parent / name))]
-
-
-def _compile(compiler: list[str], source: Path, target: Path) -> None:
-    """Compile in a folder of this call's own, then rename: another process sees a whole library or none."""
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        made = Path(folder) / target.name
-        for native in (*NATIVE, None):
-            command = [*compiler, *FLAGS, *([native] if native else []), "-o", str(made), str(source)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode == 0:
-                made.replace(target)
-                return
-    lines = done.stderr.strip().splitlines() or ["no message"]
-    raise _BuildError(f"'{shlex.join(command)}' failed: {next((line for line in lines if 'error' in line), lines[0])}")
-
-
-def _processor() -> str:
-    """What tells processors with different instructions apart: a home folder may be shared by several machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    flags = (line for line in lines if line.lower().startswith(("flags", "features", "model name", "cpu part")))
-    return "\n".join([platform.machine(), platform.processor(), *sorted(set(flags))])
