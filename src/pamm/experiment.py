@@ -56,6 +56,8 @@ class DataConfig:
     """Synthetic data: number of training and validation images."""
     seed: int = 0
     """Synthetic data: seed of the scenes."""
+    val_fraction: float = 0.0
+    """Folder data without val/: share of train's images that is the validation split, chosen by their names alone."""
 
     @property
     def frame(self) -> tuple[int, int]:
@@ -296,6 +298,7 @@ def load(path: Path) -> Experiment:
 LIMITS: dict[str, tuple[float, float]] = {
     "data.flip": (0, 1),
     "data.largest_class": (0, 1),
+    "data.val_fraction": (0, 1),
     "model.backbone.drop_path": (0, 0.99),
     "model.decoder.width": (1, math.inf),
     "model.decoder.state_size": (1, math.inf),
@@ -334,6 +337,11 @@ def check(experiment: Experiment) -> None:
         if value is not None and not low <= value <= high:
             wanted = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
             raise ConfigError(f"{leaf}: found {value}, expected a number {wanted}")
+    if experiment.data.val_fraction and experiment.data.name != "folder":
+        raise ConfigError(
+            f"data.val_fraction is {experiment.data.val_fraction:g}, but data sets of the kind '{experiment.data.name}' have a "
+            "validation split of their own: set it to 0"
+        )
     if experiment.train.compile and experiment.train.recompute:
         raise ConfigError(
             "train.compile and train.recompute are both on: a compiled network chooses itself what it computes again; turn "

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pamm.boundaries import BoundaryError
-from pamm.data.files import files_by_stem, is_folder, preview, read_ids
+from pamm.data.listing import check_all_read, is_folder, list_folder, preview, read_ids
 from pamm.tasks.metrics.correspondence import label_boundaries, thin
 from pamm.tasks.pictures import INDICES, open_png, read_png
 
@@ -27,7 +27,12 @@ def pair_files(predictions: Path, truths: Path, ids: Path | None = None) -> dict
     for folder in (predictions, truths):
         if not is_folder(folder):
             raise BoundaryError(f"no folder {folder}: give the folder of the maps, then the folder of the truths")
-    maps, marked = files_by_stem(predictions, MAPS), files_by_stem(truths, TRUTHS)
+    listings = list_folder(predictions, MAPS), list_folder(truths, TRUTHS)
+    if ids is None:  # else the list says what is measured
+        for listing, what, suffixes in zip(listings, ("maps", "truths"), (MAPS, TRUTHS), strict=True):
+            remedy = "Write them again so, list the names to measure in a file for --ids"
+            check_all_read(listing, what, suffixes, remedy)
+    maps, marked = (listing.files for listing in listings)
     for folder, found, suffixes in ((predictions, maps, MAPS), (truths, marked, TRUTHS)):
         if not found:
             raise BoundaryError(

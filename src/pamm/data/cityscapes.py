@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pamm.data.files import PackagedDataset, check_tasks, names_in, nearest, package_root, plane
+from pamm.data.files import PackagedDataset, check_tasks, nearest, package_root, plane
+from pamm.data.listing import files_ending, names_in, preview
 from pamm.data.sample import DataError, register_dataset
 from pamm.images import read_values
 from pamm.tasks import Task
@@ -85,24 +86,29 @@ class Cityscapes(PackagedDataset):
             )
         return ids
 
-    def files(self, folder: str, suffix: str) -> set[str]:
+    def list_files(self, folder: str, suffix: str) -> dict[str, Path]:
         root = self.root / folder / self.split
-        names = (f"{city}/{name}" for city in names_in(root) for name in names_in(root / city))
-        return {name.removesuffix(suffix) for name in names if name.endswith(suffix)}
+        return {
+            f"{city}/{id}": path for city in names_in(root) for id, path in files_ending(root / city, suffix).items()
+        }
 
-    def image_path(self, index: int) -> Path:
-        return self._path(*self.images, self.ids[index])
+    def notes(self) -> list[str]:
+        root = self.root / self.source
+        listed = {path.relative_to(root).as_posix() for path in self.files(*self.images).values()}
+        names = [f"{city}/{name}" for city in names_in(root) for name in names_in(root / city) or [""]]
+        others = [name.rstrip("/") for name in names if name not in listed]
+        told = (
+            f"not read, since {'their names do' if len(others) > 1 else 'its name does'} not end in {self.images[1]}: "
+        )
+        return super().notes() + ([f"in {root}, {told}{preview(others)}"] if others else [])
 
     def read_label(self, name: str, id: str, size: tuple[int, int]) -> Tensor:
-        path = self._path(*_LABEL_IDS, id)
+        path = self.path_of(id, *_LABEL_IDS)
         label_ids = nearest(plane(read_values(path), path, 255), size)
         if name == "semseg":
             return torch.from_numpy(_INDEX[label_ids])[None]
-        disparity = nearest(read_disparity(self._path(*_FILES["depth"], id)), size)
+        disparity = nearest(read_disparity(self.path_of(id, *_FILES["depth"])), size)
         return torch.from_numpy(np.where(label_ids == SKY, np.float32(0), disparity))[None]
-
-    def _path(self, folder: str, suffix: str, id: str) -> Path:
-        return self.root / folder / self.split / f"{id}{suffix}"
 
 
 def read_disparity(path: Path) -> np.ndarray:

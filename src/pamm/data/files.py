@@ -1,10 +1,8 @@
-"""What data sets of files have in common: finding, listing and checking files."""
+"""What data sets of files have in common: finding and checking files."""
 
 from __future__ import annotations
 
 import os
-import stat
-import unicodedata
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pamm.data.listing import files_ending, is_folder, names_in, near_name, preview, read_ids
 from pamm.data.sample import DataError, Dataset, Sample
+from pamm.files import shown
 from pamm.images import ImageError, read_image
 from pamm.tasks import LabelError, Task
 from pamm.tasks.task import nearest_index
@@ -59,6 +59,7 @@ class PackagedDataset(FileDataset):
 
     def __init__(self, root: Path, split: str, tasks: Mapping[str, Task]):
         self.root, self.split, self.tasks = root, split, tasks
+        self._files: dict[tuple[str, str], dict[str, Path]] = {}
         self.ids = self.list_ids()
         self.check_packaging()
         self.require(*self.images)
@@ -79,31 +80,53 @@ class PackagedDataset(FileDataset):
             )
         return read_ids(path)
 
-    def files(self, folder: str, suffix: str) -> set[str]:
-        """The ids that have a file in `folder`."""
-        return {name.removesuffix(suffix) for name in names_in(self.root / folder) if name.endswith(suffix)}
+    def files(self, folder: str, suffix: str) -> dict[str, Path]:
+        """Id → file, of those in `folder` (listed once) whose names end in `suffix`, in any letter case."""
+        place = (folder, suffix)
+        if place not in self._files:
+            self._files[place] = self.list_files(*place)
+        return self._files[place]
+
+    def list_files(self, folder: str, suffix: str) -> dict[str, Path]:
+        """See `files`."""
+        return files_ending(self.root / folder, suffix)
+
+    def path_of(self, id: str, *places: str) -> Path:
+        """The file of an id in the first of the places that has one: folder, suffix, folder, suffix, ..."""
+        pairs = list(zip(places[::2], places[1::2], strict=True))
+        found = (self.files(*pair).get(id) for pair in pairs)
+        return next((path for path in found if path), self.root / pairs[0][0] / f"{id}{pairs[0][1]}")
 
     def check_packaging(self) -> None:
         """Raise DataError for other packagings of the same images."""
 
     def require(self, *places: str) -> None:
         """Raise DataError unless every id has a file in one of the places: folder, suffix, folder, suffix, ..."""
-        found: set[str] = set()
-        for folder, suffix in zip(places[::2], places[1::2], strict=True):
-            found |= self.files(folder, suffix)
+        pairs = list(zip(places[::2], places[1::2], strict=True))
+        found = {id for pair in pairs for id in self.files(*pair)}
         absent = [id for id in self.ids if id not in found]
         if absent:
-            expected = " or ".join(f"{a}/{absent[0]}{b}" for a, b in zip(places[::2], places[1::2], strict=True))
+            expected = " or ".join(f"{a}/{shown(absent[0])}{b}" for a, b in pairs)
+            written = any(absent[0].lower().endswith(suffix) for _, suffix in pairs)
+            hint = " Leave the suffixes out of the list." if written else near_name(absent[0], found)
             raise DataError(
                 f"{self.root}: {len(absent)} of the {len(self.ids)} ids in {self.source} have no file, "
-                f"e.g. {expected}. Unpack the whole archive again, or keep only the ids you have there."
+                f"e.g. {expected}. Unpack the whole archive again, or keep only the ids you have there.{hint}"
             )
 
     def image_path(self, index: int) -> Path:
-        return self.root / self.images[0] / f"{self.ids[index]}{self.images[1]}"
+        return self.path_of(self.ids[index], *self.images)
 
     def labelled(self) -> dict[str, int]:
         return {name: len(self.ids) for name in self.tasks}
+
+    def notes(self) -> list[str]:
+        published = self.published.get(self.split, len(self))
+        if published == len(self):
+            return []
+        return [
+            f"{len(self)} images listed, {published} were published: scores of this split cannot be compared with papers"
+        ]
 
     def __getitem__(self, index: int) -> Sample:
         id = self.ids[index]
@@ -157,44 +180,6 @@ def check_tasks(tasks: Iterable[str], known: Iterable[str], where: object) -> No
             raise DataError(f"{where} has no labels for task '{name}'; it has: {', '.join(known)}. Choose among them.")
 
 
-def read_ids(path: Path) -> list[str]:
-    """The ids of a split list, one per line. Raises DataError where the file is absent, empty or repeats an id."""
-    try:
-        ids = path.read_text().split()
-    except FileNotFoundError:
-        raise DataError(f"no split list {path}. Unpack the archive again: it holds the lists of its images.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not a readable text file ({error}). Unpack the archive again.") from None
-    if not ids:
-        raise DataError(f"{path} lists no image. Unpack the archive again, or write one id per line.")
-    if len(set(ids)) != len(ids):
-        raise DataError(f"{path} lists {len(ids) - len(set(ids))} ids twice. Remove the repeated lines.")
-    return ids
-
-
-def files_by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
-    """Stem → file, sorted, of files with one of `suffixes`. Raises DataError where two files share a stem.
-
-    Stems are in Unicode's composed form: systems write the same accent as one character or as two.
-    """
-    files: dict[str, Path] = {}
-    for name in names_in(folder):
-        path = folder / name
-        if path.suffix.lower() in suffixes and not name.startswith("."):
-            stem = unicodedata.normalize("NFC", path.stem)
-            if stem in files:
-                raise DataError(f"{folder} holds both {files[stem].name} and {name}. Keep one of the two files.")
-            files[stem] = path
-    return files
-
-
-def preview(names: Iterable[str], count: int = 5) -> str:
-    """The first few names, and how many more there are."""
-    names = list(names)
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more
-
-
 def nearest(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """(h, w, ...) → (H, W, ...) by nearest neighbour, source index ⌊i·h/H⌋."""
     rows, columns = (nearest_index(values.shape[i], size[i]) for i in (0, 1))
@@ -224,27 +209,3 @@ def plane(values: np.ndarray, path: Path, highest: int, *extra: int) -> np.ndarr
     return values.astype(np.uint8)
 
 
-def is_folder(path: Path) -> bool:
-    """Whether a folder is there. Raises DataError where that cannot be told: a forbidden path, an over-long name."""
-    try:
-        return stat.S_ISDIR(os.stat(path).st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from None
-
-
-def names_in(folder: Path) -> list[str]:
-    """Sorted names in a folder; none where it is absent. Raises DataError where it may not be read."""
-    try:
-        return sorted(os.listdir(folder))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except (OSError, ValueError) as error:
-        raise _unreadable(folder, error) from None
-
-
-def _unreadable(path: Path, error: OSError | ValueError) -> DataError:
-    if isinstance(error, PermissionError):
-        return DataError(f"{path} may not be read: change its permissions, or those of the folders it lies in.")
-    return DataError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}). Correct the path.")

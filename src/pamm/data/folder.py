@@ -3,12 +3,17 @@
 <root>/dataset.yaml                      optional; see `Description`
 <root>/<split>/images/<id>.jpg           or .png, .webp, ...; <split> is train or val
 <root>/<split>/<task>/<id>.png           or .npy for depth; any subset of the images, for any subset of the tasks
+
+With `data.val_fraction`, the validation split is a part of train's images, chosen by their ids alone.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +23,11 @@ import torch
 import yaml
 from torch import Tensor
 
-from pamm.data.files import FileDataset, check_tasks, files_by_stem, is_folder, names_in, preview, reading, root_of
-from pamm.data.sample import DataError, Sample, register_dataset
+from pamm.data.files import FileDataset, check_tasks, reading, root_of
 from pamm.images import IMAGE_SUFFIXES, read_image
+from pamm.data.listing import check_all_read, composed, is_folder, list_folder, names_in, near_name, preview, read_text
+from pamm.data.sample import DataError, Sample, register_dataset
+from pamm.files import shown
 from pamm.strict_yaml import load_yaml
 from pamm.tasks import TASKS, Task, create_task
 
@@ -55,11 +62,32 @@ class FolderDataset(FileDataset):
 
     name = "folder"
 
-    def __init__(self, root: Path, split: str, tasks: Mapping[str, Task]):
+    def __init__(self, root: Path, split: str, tasks: Mapping[str, Task], val_fraction: float = 0.0):
         self.root, self.split, self.tasks = root, split, tasks
-        self._images = files_by_stem(root / split / "images", IMAGE_SUFFIXES)
+        divided = val_fraction > 0 and split in _SPLITS
+        self.folder = root / ("train" if divided else split)
+        images = list_folder(self.folder / "images", IMAGE_SUFFIXES)
+        check_all_read(images, "images", IMAGE_SUFFIXES, "Convert them to PNG or JPEG")
+        self._images, self._companions = images.files, list(images.companions)
         self._labels = {name: self._list_labels(name) for name in tasks}
+        self.stored = len(self._images), self.labelled()
+        if divided:
+            self._keep({id for id in self._images if (position(id) < val_fraction) == (split == "val")}, val_fraction)
         self.ids = list(self._images)
+
+    def _keep(self, ids: set[str], val_fraction: float) -> None:
+        """Leave out all other images and their labels. Raises DataError where none is left."""
+        if self._images and not ids:
+            positions = sorted(map(position, self._images))
+            bound = f"more than {positions[0]:.3g}" if self.split == "val" else f"at most {positions[-1]:.3g}"
+            raise DataError(
+                f"data.val_fraction is {val_fraction:g}, which leaves no image to {self.split} of the {len(positions)} in "
+                f"{self.folder / 'images'}. Set --data.val-fraction to {bound}, or make {self.root / 'val'} by hand."
+            )
+        self._images = {id: path for id, path in self._images.items() if id in ids}
+        self._labels = {
+            name: {id: path for id, path in files.items() if id in ids} for name, files in self._labels.items()
+        }
 
     @classmethod
     def options(cls, config: DataConfig) -> dict[str, dict[str, Any]]:
@@ -92,19 +120,18 @@ class FolderDataset(FileDataset):
         root = _root(config)
         description = _describe(root)
         check_tasks(tasks, description.tasks, root)
-        folder = root / split / "images"
-        if not is_folder(folder):
-            present = preview(name for name in names_in(root) if is_folder(root / name / "images")) or "none"
-            raise DataError(f"no folder {folder}: the {split} split's images belong there. Splits found: {present}")
-        dataset = cls(root, split, tasks)
+        _check_division(root, config.val_fraction)
+        dataset = cls(root, split, tasks, config.val_fraction)
+        folder = dataset.folder / "images"
         if not dataset.ids:
-            raise DataError(f"no image in {folder}. Put files ending in {', '.join(IMAGE_SUFFIXES)} there.")
-        _at_least(len(dataset), description.splits.get(split, 0), f"{folder}: images", root)
-        for name, count in dataset.labelled().items():
-            stated = description.labelled.get(split, {}).get(name, 0)
-            _at_least(count, stated, f"{root / split / name}: labels", root)
-            if split == "train" and not count:
-                raise _no_label(root / split, name, tasks)
+            raise _no_images(root, dataset.folder, split)
+        images, labelled = dataset.stored
+        _at_least(images, description.splits.get(dataset.folder.name, 0), f"{folder}: images", root)
+        for name, count in labelled.items():
+            stated = description.labelled.get(dataset.folder.name, {}).get(name, 0)
+            _at_least(count, stated, f"{dataset.folder / name}: labels", root)
+            if split == "train" and not dataset.labelled()[name]:
+                raise _no_label(dataset.folder, name, tasks)
         return dataset
 
     def image_path(self, index: int) -> Path:
@@ -112,6 +139,33 @@ class FolderDataset(FileDataset):
 
     def labelled(self) -> dict[str, int]:
         return {name: len(files) for name, files in self._labels.items()}
+
+    def notes(self) -> list[str]:
+        found = []
+        if self.folder.name != self.split:
+            found.append(
+                f"a part of the {self.stored[0]} images of {self.folder}, chosen by their names (data.val_fraction)"
+            )
+        elif self.split == "train" and (stray := _unused_folders(self.folder, _describe(self.root).tasks)):
+            found.append(stray)
+        if self._companions:
+            found.append(
+                f"in {self.folder / 'images'}, not read, since they are no pictures: {preview(self._companions)}"
+            )
+        unlabelled = [name for name, files in self._labels.items() if not files]
+        if unlabelled and len(unlabelled) == len(self._labels):
+            found.append(
+                f"no image of the {self.split} split has a label of any task, so that nothing can be measured on it and the "
+                f"best weights cannot be told from the latest. Put labels into {self.folder}, beside images/"
+            )
+        elif unlabelled:
+            found.append(f"no image of the {self.split} split has a label of {', '.join(unlabelled)}: not measured")
+        return found
+
+    def problems(self) -> list[str]:
+        paths = [path for files in self._labels.values() for path in files.values()]
+        empty = [path for path in paths if os.path.isfile(path) and os.path.getsize(path) == 0]
+        return [f"{path} is empty (0 bytes). Write it again, or remove it." for path in empty]
 
     def __getitem__(self, index: int) -> Sample:
         id, path = self.ids[index], self.image_path(index)
@@ -136,28 +190,28 @@ class FolderDataset(FileDataset):
         return stored
 
     def _list_labels(self, task: str) -> dict[str, Path]:
-        folder = self.root / self.split / task
         suffixes = self.tasks[task].suffixes
-        others = [
-            n for n in names_in(folder) if n[0] != "." and Path(n).suffix.lower() in _FOREIGN.difference(suffixes)
-        ]
-        if others:
-            raise DataError(
-                f"{folder} holds {preview(others)}: labels of '{task}' must be {' or '.join(suffixes)} files, which keep "
-                "their values exactly. Export them again so, or move these files elsewhere."
-            )
-        files = files_by_stem(folder, suffixes)
-        strays = [path.name for id, path in files.items() if id not in self._images]
+        remedy = "They keep their values exactly: export the labels again so"
+        listing = list_folder(self.folder / task, suffixes)
+        notes = [name for name in listing.companions if composed(Path(name).stem) in self._images]
+        listing = replace(listing, unread=(*listing.unread, *notes))  # annotations of other tools, one for each image
+        check_all_read(listing, f"labels of '{task}'", suffixes, remedy)
+        strays = [id for id in listing.files if id not in self._images]
         if strays:
             raise DataError(
-                f"{len(strays)} labels in {folder} have no image of the same name in "
-                f"{self.root / self.split / 'images'}: {preview(strays)}. Add the images or remove the labels."
+                f"{len(strays)} labels in {listing.folder} have no image of the same name in {self.folder / 'images'}: "
+                f"{preview(listing.files[id].name for id in strays)}. Add the images or remove the labels."
+                f"{near_name(strays[0], self._images)}"
             )
-        return files
+        return listing.files
 
 
-_FOREIGN = frozenset((*IMAGE_SUFFIXES, ".npy", ".npz"))
-"""Suffixes of files that somebody meant to be labels, whether or not the task reads them."""
+def position(id: str) -> float:
+    """Place of an image in [0, 1), by its id alone: those below `data.val_fraction` are the validation split.
+
+    The first 8 bytes of the SHA-256 of the id in UTF-8, over 2^64: the same on every machine, whatever else is there.
+    """
+    return int.from_bytes(hashlib.sha256(id.encode("utf-8", "surrogateescape")).digest()[:8], "big") / 2**64
 
 
 def _root(config: DataConfig) -> Path:
@@ -182,10 +236,61 @@ def _no_label(folder: Path, task: str, tasks: Iterable[str]) -> DataError:
     )
 
 
+def _no_images(root: Path, folder: Path, split: str) -> DataError:
+    present = preview(name for name in names_in(root) if is_folder(root / name / "images")) or "none"
+    divide = ", or split a part of train off with --data.val-fraction 0.1" if split == "val" else ""
+    if is_folder(folder / "images"):
+        return DataError(
+            f"no image in {folder / 'images'}. Put files ending in {', '.join(IMAGE_SUFFIXES)} there{divide}."
+        )
+    inside = preview(names_in(folder))
+    holds = f" {folder} holds {inside}." if inside else ""
+    return DataError(
+        f"no folder {folder / 'images'}: the {split} split's images belong there{divide}. Splits found: {present}.{holds}"
+    )
+
+
+def _check_division(root: Path, val_fraction: float) -> None:
+    """Raise DataError where validation images would come from two places."""
+    if val_fraction > 0 and names_in(root / "val" / "images"):
+        raise DataError(
+            f"data.val_fraction is {val_fraction:g}, which makes the validation split of train's images, but "
+            f"{root / 'val' / 'images'} holds files too. Set --data.val-fraction 0, or move that folder elsewhere."
+        )
+
+
+def _unused_folders(folder: Path, tasks: Mapping[str, Any]) -> str:
+    """A note on the folders beside images/ that are no label folder of the tasks, "" where there is none."""
+    others = [name for name in names_in(folder) if name != "images" and name not in tasks]
+    if not others:
+        return ""
+    near = [(name, match) for name in others for match in get_close_matches(name.lower(), TASKS, n=1)]
+    hint = f". Did you mean to call '{shown(near[0][0])}' '{near[0][1]}'?" if near else ""
+    return f"in {folder}, not read, since dataset.yaml lists no such task: {preview(others)}{hint}"
+
+
+_NAMED_LIKE = re.compile(r"dataset[ _-]?\.ya?ml(\.txt|\.ya?ml)?|dataset\.txt", re.IGNORECASE)
+
+
+def _check_name(root: Path) -> bool:
+    """Whether dataset.yaml is there. Raises DataError for a file that somebody meant to be it."""
+    names = names_in(root)
+    there = "dataset.yaml" in names
+    like = [name for name in names if _NAMED_LIKE.fullmatch(name) and name != "dataset.yaml"]
+    if not there:
+        like += [name for name in names if name.lower().endswith((".yaml", ".yml", ".yaml.txt", ".yml.txt"))]
+    if like:
+        remedy = "Remove it, or dataset.yaml" if there else "Rename it to dataset.yaml"
+        raise DataError(
+            f"{root} holds {shown(like[0])}, which is not read: the description is called dataset.yaml. {remedy}."
+        )
+    return there
+
+
 def _describe(root: Path) -> Description:
     """dataset.yaml, or what the folder names tell. Raises DataError."""
     path = root / "dataset.yaml"
-    if path.name not in names_in(root):
+    if not _check_name(root):
         folders = {name for split in _SPLITS for name in names_in(root / split)}
         tasks: dict[str, dict[str, Any]] = {name: {} for name in TASKS if name in folders}
         if not tasks:
@@ -195,8 +300,8 @@ def _describe(root: Path) -> Description:
             )
         return Description(tasks)
     try:
-        content = load_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = load_yaml(read_text(path))
+    except (OSError, yaml.YAMLError) as error:
         raise DataError(f"{path} is not a readable YAML file: {error}") from None
     if not isinstance(content, dict) or not isinstance(content.get("tasks"), dict):
         raise DataError(

@@ -6,10 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from pamm.data.files import FileDataset, PackagedDataset
-from pamm.data.sample import DATASETS, DataError, Dataset
-from pamm.data.synthetic import SyntheticDataset
 from pamm.images import ImageError, image_size
+from pamm.data.sample import DATASETS, DataError, Dataset
 from pamm.tasks import create_task
 
 if TYPE_CHECKING:
@@ -47,19 +45,12 @@ def inspect_dataset(
         except DataError as error:
             report.problems.append(str(error))
             continue
-        absent = set(dataset.absent()) if isinstance(dataset, SyntheticDataset) else set()
+        absent = set(dataset.absent())
         present = [index for index in range(len(dataset)) if index not in absent]
         report.images = len(present)
-        report.labels = dataset.labelled() if isinstance(dataset, FileDataset) else dict.fromkeys(tasks, len(present))
-        if absent:
-            report.notes.append(
-                f"{len(absent)} of {len(dataset)} images are not made yet; each is made when it is first asked for"
-            )
-        if isinstance(dataset, PackagedDataset) and len(dataset) != dataset.published.get(report.split):
-            report.notes.append(
-                f"{len(dataset)} images listed, {dataset.published.get(report.split)} were published: scores of this "
-                "split cannot be compared with papers"
-            )
+        report.labels, report.notes = dataset.labelled(), dataset.notes()
+        if not deep:
+            report.problems += dataset.problems()
         sizes = list((_read_all if deep else _read_headers)(dataset, present, report))
         report.smallest = min(sizes, key=_area, default=None)
         report.largest = max(sizes, key=_area, default=None)
@@ -91,11 +82,12 @@ def _read_all(dataset: Dataset, present: Iterable[int], report: SplitReport) -> 
 
 
 def _read_headers(dataset: Dataset, present: Iterable[int], report: SplitReport) -> Iterator[tuple[int, int]]:
-    if not isinstance(dataset, FileDataset):
-        return
     for index in present:
+        path = dataset.image_path(index)
+        if path is None:
+            return
         try:
-            yield image_size(dataset.image_path(index))
+            yield image_size(path)
         except ImageError as error:
             report.problems.append(str(error))
 

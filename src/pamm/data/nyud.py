@@ -10,7 +10,6 @@ NYUDv2/edge/<id>.png                0 or 255
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -75,16 +74,15 @@ class NYUD(PackagedDataset):
         return dataset
 
     def check_packaging(self) -> None:
-        first = self.root / "images" / f"{self.ids[0]}.jpg"
-        if os.path.isfile(first) and not os.path.isfile(first.with_suffix(".png")):
+        first = self.ids[0]
+        if first in self.files("images", ".jpg") and first not in self.files("images", ".png"):
             raise DataError(
-                f"{self.root} is another packaging of NYUD-v2 (NYUD_MT.tgz, with {first.name} and .npy edges and "
+                f"{self.root} is another packaging of NYUD-v2 (NYUD_MT.tgz, with {first}.jpg and .npy edges and "
                 "normals), whose images and sizes differ. Use NYUDv2.tar.gz, with images/<id>.png."
             )
 
     def read_label(self, name: str, id: str, size: tuple[int, int]) -> Tensor:
-        folder, suffix = _FILES[name]
-        return _READERS[name](self.root / folder / f"{id}{suffix}", size)
+        return _READERS[name](self.path_of(id, *_FILES[name]), size)
 
 
 def _read_semseg(path: Path, size: tuple[int, int]) -> Tensor:

@@ -19,7 +19,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -135,7 +134,8 @@ class PascalContext(PackagedDataset):
             cached = cache_folder("pascal") / "objects" / f"{key}.json"
             objects = _read_json(cached)
             if not all(isinstance(objects.get(id), list) for id in self.ids):
-                objects = {id: [category for category, _ in read_objects(folder / f"{id}.mat")] for id in self.ids}
+                people = ((id, self.path_of(id, *_FILES["human_parts"])) for id in self.ids)
+                objects = {id: [category for category, _ in read_objects(path)] for id, path in people}
                 keep(cached, json.dumps(objects).encode())
         ids = [id for id in self.ids if PERSON in objects[id]]
         if not ids:
@@ -143,15 +143,14 @@ class PascalContext(PackagedDataset):
         return ids
 
     def read_label(self, name: str, id: str, size: tuple[int, int]) -> Tensor:
-        files = [self.root / a / f"{id}{b}" for a, b in zip(_FILES[name][::2], _FILES[name][1::2], strict=True)]
-        path = next((file for file in files if os.path.isfile(file)), files[0])
+        path = self.path_of(id, *_FILES[name])
         if name == "normals":
             return self._read_normals(path, id, size)
         return torch.from_numpy(nearest(_READERS[name](path), size))[None]
 
     def _read_normals(self, path: Path, id: str, size: tuple[int, int]) -> Tensor:
         normals = decode_normals(read_values(path), size, path)
-        context = nearest(read_label_map(self.root / _CONTEXT[0] / f"{id}{_CONTEXT[1]}"), size)
+        context = nearest(read_label_map(self.path_of(id, *_CONTEXT)), size)
         trusted = torch.from_numpy(np.isin(context, list(NORMALS_LABELS)))
         return torch.where(trusted, normals, torch.tensor(self.tasks["normals"].ignore, dtype=normals.dtype))
 

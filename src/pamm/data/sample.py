@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -123,6 +124,26 @@ class Dataset(ABC, torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def absent(self) -> list[int]:
+        """Indices of the samples that are not made yet, which asking for them does."""
+        return []
+
+    def image_path(self, index: int) -> Path | None:
+        """File of image number `index`, where it is one."""
+        return None
+
+    def labelled(self) -> dict[str, int]:
+        """Task name → number of images that have its label, without reading them."""
+        return dict.fromkeys(self.tasks, len(self) - len(self.absent()))
+
+    def notes(self) -> list[str]:
+        """What is worth knowing about the split's files and no mistake, without reading them."""
+        return []
+
+    def problems(self) -> list[str]:
+        """What is wrong with files, as far as it is seen without reading them."""
+        return []
 
     @abstractmethod
     def __getitem__(self, index: int) -> Sample:

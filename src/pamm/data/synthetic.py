@@ -121,6 +121,11 @@ class SyntheticDataset(Dataset):
         labels = {name: torch.from_numpy(maps[name].copy()) for name in self.tasks}
         return Sample(self.ids[index], torch.from_numpy(maps["image"].copy()), labels, self._key.size)
 
+    def notes(self) -> list[str]:
+        absent = len(self.absent())
+        told = f"{absent} of {len(self)} images are not made yet; each is made when it is first asked for"
+        return [told] if absent else []
+
     def prepare(self, progress: bool = True, workers: int = 0) -> None:
         """Compute every sample that is not in the cache.
 

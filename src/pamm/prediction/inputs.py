@@ -6,6 +6,7 @@ import glob
 import os
 import stat
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,6 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from pamm.images import IMAGE_SUFFIXES, ImageError, read_image, to_rgb
+from pamm.data.listing import is_skipped, kind_of, preview, visible
+from pamm.files import shown
 
 ImageLike = str | os.PathLike[str] | BinaryIO | Image.Image | np.ndarray | Tensor
 
@@ -62,21 +65,45 @@ def _from_picture(picture: Image.Image) -> np.ndarray:
         raise ImageError(f"the image cannot be decoded ({error}); its file is damaged") from None
 
 
-def expand_inputs(patterns: Sequence[str | Path]) -> list[Path]:
-    """Files, folders and globs → the images they mean, each once, in the order given.
+@dataclass
+class Inputs:
+    """What files, folders and globs mean: each file once, in the order given."""
+
+    images: list[Path] = field(default_factory=list)
+    unread: list[Path] = field(default_factory=list)
+    """Files that may be pictures, of suffixes that are not read."""
+    passed_over: list[Path] = field(default_factory=list)
+    """Folders in the folders given, and files that are no pictures: notes, films."""
+
+    def told(self) -> list[tuple[Path, str]]:
+        """The unread files, each with the remedy."""
+        return [(path, _unread_remedy(path)) for path in self.unread]
+
+
+def list_inputs(patterns: Sequence[str | Path]) -> Inputs:
+    """Files, folders and globs → what they mean.
 
     A folder means the images directly in it, sorted; "photos/**/*.jpg" reaches into subfolders. Of a glob's files those
-    with an image's suffix are taken; a file given by its name is taken whatever its suffix. Raises PredictError for a
-    pattern that matches no image.
+    with an image's suffix are taken; a file given by its name is taken whatever its suffix. Hidden files are not listed.
+    Raises PredictError for a pattern that matches no image.
     """
-    found: dict[str, Path] = {}
+    found: list[dict[str, Path]] = [{}, {}, {}]
     for pattern in patterns:
-        for path in _expand(os.path.expanduser(pattern)):
-            found.setdefault(os.path.realpath(path), path)
-    return list(found.values())
+        inputs = _expand(os.path.expanduser(pattern))
+        for known, paths in zip(found, (inputs.images, inputs.unread, inputs.passed_over), strict=True):
+            for path in paths:
+                known.setdefault(os.path.realpath(path), path)
+    images, unread, passed_over = found
+    left = [[path for key, path in others.items() if key not in images] for others in (unread, passed_over)]
+    return Inputs(list(images.values()), *left)
 
 
-def _expand(pattern: str) -> list[Path]:
+def expand_inputs(patterns: Sequence[str | Path]) -> list[Path]:
+    """The images of `list_inputs`."""
+    return list_inputs(patterns).images
+
+
+def _expand(pattern: str) -> Inputs:
     path = Path(pattern)
     try:
         kind = os.stat(path).st_mode
@@ -87,24 +114,52 @@ def _expand(pattern: str) -> list[Path]:
             raise _unreadable(path, error) from None
         kind = 0
     if stat.S_ISREG(kind):
-        return [path]
+        return Inputs([path])
     is_folder = stat.S_ISDIR(kind)
     try:
-        listed = (
-            [path / name for name in os.listdir(path)] if is_folder else map(Path, glob.iglob(pattern, recursive=True))
-        )
-        files = sorted(p for p in listed if _is_image(p))
+        inputs = _in_folder(path) if is_folder else _in_glob(pattern)
     except OSError as error:
         raise _unreadable(path, error) from None
-    if files:
-        return files
+    if inputs.images:
+        return inputs
     known = ", ".join(IMAGE_SUFFIXES)
+    instead = f"; it holds {preview(p.name for p in inputs.unread)}" if inputs.unread else ""
     if is_folder:
-        raise PredictError(f"no image in the folder {path} ({known}); for its subfolders write '{path}/**/*.jpg'")
+        raise PredictError(
+            f"no image in the folder {path} ({known}){instead}; for its subfolders write '{path}/**/*.jpg'"
+        )
     if glob.has_magic(pattern):
         _check_searchable(path)
-        raise PredictError(f"no image ({known}) matches '{pattern}'; correct the pattern, or give a file or a folder")
+        raise PredictError(
+            f"no image ({known}) matches '{pattern}'{instead}; correct the pattern, or give a file or a folder"
+        )
     raise PredictError(f"no file, folder or glob '{pattern}'; give images, folders of images, or e.g. 'photos/*.jpg'")
+
+
+def _in_folder(folder: Path) -> Inputs:
+    kinds = [(folder / entry.name, kind_of(entry.name, entry, IMAGE_SUFFIXES)) for entry in visible(folder)]
+    return _by_kind(kinds, folders=True)
+
+
+def _in_glob(pattern: str) -> Inputs:
+    paths = [path for path in map(Path, sorted(glob.iglob(pattern, recursive=True))) if not is_skipped(path.name)]
+    return _by_kind([(path, kind_of(path.name, path, IMAGE_SUFFIXES)) for path in paths], folders=False)
+
+
+def _by_kind(kinds: Iterable[tuple[Path, str]], *, folders: bool) -> Inputs:
+    """folders: folders are told of; a glob matches them on its way."""
+    inputs = Inputs()
+    places = {"read": inputs.images, "unread": inputs.unread, "companion": inputs.passed_over}
+    places |= {"folder": inputs.passed_over if folders else []}
+    for path, kind in kinds:
+        places[kind].append(path)
+    return inputs
+
+
+def _unread_remedy(path: Path) -> str:
+    if not path.suffix:
+        return "its name does not end as an image's (.jpg, ...); rename it, or give it by its name"
+    return f"files ending in {shown(path.suffix)} are not read; convert it to PNG or JPEG"
 
 
 def _check_searchable(pattern: Path) -> None:
@@ -116,10 +171,6 @@ def _check_searchable(pattern: Path) -> None:
         return
     except OSError as error:
         raise _unreadable(start, error) from None
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "." and not os.path.isdir(path)
 
 
 def _unreadable(path: Path, error: OSError) -> PredictError:
