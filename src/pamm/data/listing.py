@@ -19,8 +19,11 @@ _HARMLESS = frozenset(
 """Names, in lower case, that systems leave in folders; hidden ones (.DS_Store, ._a.png) are passed over by their dot."""
 
 _COMPANIONS = frozenset(
-    ".txt .md .rst .json .jsonl .xml .csv .tsv .yaml .yml .toml .html .htm .pdf .log .xmp .aae .url .sha256 .md5 "
-    ".mov .mp4 .m4v .avi .mkv .webm .mp3 .wav .m4a .py .sh".split()
+    (
+        *(".txt", ".md", ".rst", ".json", ".jsonl", ".xml", ".csv", ".tsv", ".yaml", ".yml", ".toml", ".html", ".htm"),
+        *(".pdf", ".log", ".xmp", ".aae", ".url", ".sha256", ".md5", ".py", ".sh"),
+        *(".mov", ".mp4", ".m4v", ".avi", ".mkv", ".webm", ".mp3", ".wav", ".m4a"),
+    )
 )
 """Suffixes of what people keep beside pictures: notes, annotations of other tools, films."""
 
