@@ -239,17 +239,20 @@ def predict(arguments: list[str]) -> int:
     own.add_argument("--compile", action="store_true", help="run the network through torch.compile")
     own.add_argument("--no-sheet", action="store_true", help="no contact sheet")
     plain = own.parse_args(arguments)
-    from pamm.prediction import Predictor, expand_inputs, predict_files
+    from pamm.prediction import Predictor, list_inputs, predict_files
 
-    paths = expand_inputs(plain.inputs)
+    inputs = list_inputs(plain.inputs)
+    paths = inputs.images
     arguments = {"longest_side": plain.longest_side, "precision": plain.precision, "compile": plain.compile}
     predictor = Predictor(plain.source, device=plain.device, **arguments)
     formats = tuple(part for part in plain.formats.split(",") if part)
     summary = predict_files(predictor, paths, plain.out, formats=formats, sheet=not plain.no_sheet)
-    print(f"{len(summary.done)} of {len(paths)} images predicted into {plain.out}")
-    for path, reason in summary.failed:
+    print(f"{len(summary.done)} of {len(paths) + len(inputs.unread)} images predicted into {plain.out}")
+    for path, reason in [*summary.failed, *inputs.failures()]:
         print(f"  failed: {path}: {reason}", file=sys.stderr)
-    return 1 if summary.failed else 0
+    for note in inputs.notes():
+        print(f"  {note}")
+    return 1 if summary.failed or inputs.unread else 0
 
 
 @command("turn a published PAMM or MTMamba checkpoint into a model of this package")

@@ -1,7 +1,7 @@
 """Any image in, maps at its size out; and the files of a whole batch of images."""
 
 from pamm.prediction.batch import Summary, predict_files
-from pamm.prediction.inputs import ImageLike, PredictError, expand_inputs, file_names, to_array
+from pamm.prediction.inputs import ImageLike, PredictError, expand_inputs, file_names, list_inputs, to_array
 from pamm.prediction.maps import FORMATS, Maps
 from pamm.prediction.predictor import Predictor
 
@@ -14,6 +14,7 @@ __all__ = [
     "Summary",
     "expand_inputs",
     "file_names",
+    "list_inputs",
     "predict_files",
     "to_array",
 ]

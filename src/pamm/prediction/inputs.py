@@ -6,7 +6,7 @@ import glob
 import os
 import stat
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pamm.data import DataError
 from pamm.images import IMAGE_SUFFIXES, ImageError, read_image, to_rgb
 from pamm.data.listing import is_skipped, kind_of, preview, visible
 from pamm.files import shown
@@ -72,12 +73,20 @@ class Inputs:
     images: list[Path] = field(default_factory=list)
     unread: list[Path] = field(default_factory=list)
     """Files that may be pictures, of suffixes that are not read."""
-    passed_over: list[Path] = field(default_factory=list)
-    """Folders in the folders given, and files that are no pictures: notes, films."""
+    folders: list[Path] = field(default_factory=list)
+    """Folders in the folders given, in which nothing is read."""
+    companions: list[Path] = field(default_factory=list)
+    """Files that are no pictures: notes, films."""
 
-    def told(self) -> list[tuple[Path, str]]:
-        """The unread files, each with the remedy."""
+    def failures(self) -> list[tuple[Path, str]]:
+        """The unread files, each with the reason and the remedy."""
         return [(path, _unread_remedy(path)) for path in self.unread]
+
+    def notes(self) -> list[str]:
+        """What was passed over though it is no picture, in words."""
+        inside = f"folders, in which nothing is read (write '{self.folders[0]}/*.jpg')" if self.folders else ""
+        passed_over = ((self.folders, inside), (self.companions, "files that are no pictures"))
+        return [f"passed over {what}: {preview(map(str, paths))}" for paths, what in passed_over if paths]
 
 
 def list_inputs(patterns: Sequence[str | Path]) -> Inputs:
@@ -87,15 +96,15 @@ def list_inputs(patterns: Sequence[str | Path]) -> Inputs:
     with an image's suffix are taken; a file given by its name is taken whatever its suffix. Hidden files are not listed.
     Raises PredictError for a pattern that matches no image.
     """
-    found: list[dict[str, Path]] = [{}, {}, {}]
-    for pattern in patterns:
-        inputs = _expand(os.path.expanduser(pattern))
-        for known, paths in zip(found, (inputs.images, inputs.unread, inputs.passed_over), strict=True):
-            for path in paths:
-                known.setdefault(os.path.realpath(path), path)
-    images, unread, passed_over = found
-    left = [[path for key, path in others.items() if key not in images] for others in (unread, passed_over)]
-    return Inputs(list(images.values()), *left)
+    found = [_expand(os.path.expanduser(pattern)) for pattern in patterns]
+    taken: set[str] = set()
+    merged = Inputs()
+    for kind in fields(Inputs):  # the images first: a file that one pattern reads is not unread for another
+        for path in (path for inputs in found for path in getattr(inputs, kind.name)):
+            if (key := os.path.realpath(path)) not in taken:
+                taken.add(key)
+                getattr(merged, kind.name).append(path)
+    return merged
 
 
 def expand_inputs(patterns: Sequence[str | Path]) -> list[Path]:
@@ -120,6 +129,8 @@ def _expand(pattern: str) -> Inputs:
         inputs = _in_folder(path) if is_folder else _in_glob(pattern)
     except OSError as error:
         raise _unreadable(path, error) from None
+    except DataError as error:
+        raise PredictError(str(error)) from None
     if inputs.images:
         return inputs
     known = ", ".join(IMAGE_SUFFIXES)
@@ -137,20 +148,18 @@ def _expand(pattern: str) -> Inputs:
 
 
 def _in_folder(folder: Path) -> Inputs:
-    kinds = [(folder / entry.name, kind_of(entry.name, entry, IMAGE_SUFFIXES)) for entry in visible(folder)]
-    return _by_kind(kinds, folders=True)
+    return _by_kind((folder / entry.name, kind_of(entry.name, entry, IMAGE_SUFFIXES)) for entry in visible(folder))
 
 
 def _in_glob(pattern: str) -> Inputs:
     paths = [path for path in map(Path, sorted(glob.iglob(pattern, recursive=True))) if not is_skipped(path.name)]
-    return _by_kind([(path, kind_of(path.name, path, IMAGE_SUFFIXES)) for path in paths], folders=False)
+    inputs = _by_kind((path, kind_of(path.name, path, IMAGE_SUFFIXES)) for path in paths)
+    return replace(inputs, folders=[])  # a glob matches folders on its way
 
 
-def _by_kind(kinds: Iterable[tuple[Path, str]], *, folders: bool) -> Inputs:
-    """folders: folders are told of; a glob matches them on its way."""
+def _by_kind(kinds: Iterable[tuple[Path, str]]) -> Inputs:
     inputs = Inputs()
-    places = {"read": inputs.images, "unread": inputs.unread, "companion": inputs.passed_over}
-    places |= {"folder": inputs.passed_over if folders else []}
+    places = {"read": inputs.images, "unread": inputs.unread, "folder": inputs.folders, "companion": inputs.companions}
     for path, kind in kinds:
         places[kind].append(path)
     return inputs
