@@ -207,5 +207,3 @@ def plane(values: np.ndarray, path: Path, highest: int, *extra: int) -> np.ndarr
         also = "".join(f" or {value}" for value in extra)
         raise DataError(f"{path} holds the value {values[wrong][0]}, expected 0..{highest}{also}. Unpack it again.")
     return values.astype(np.uint8)
-
-

@@ -24,10 +24,10 @@ import yaml
 from torch import Tensor
 
 from pamm.data.files import FileDataset, check_tasks, reading, root_of
-from pamm.images import IMAGE_SUFFIXES, read_image
 from pamm.data.listing import check_all_read, composed, is_folder, list_folder, names_in, near_name, preview, read_text
 from pamm.data.sample import DataError, Sample, register_dataset
 from pamm.files import shown
+from pamm.images import IMAGE_SUFFIXES, read_image
 from pamm.strict_yaml import load_yaml
 from pamm.tasks import TASKS, Task, create_task
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from pamm.images import ImageError, image_size
 from pamm.data.sample import DATASETS, DataError, Dataset
+from pamm.images import ImageError, image_size
 from pamm.tasks import create_task
 
 if TYPE_CHECKING:

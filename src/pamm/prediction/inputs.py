@@ -17,9 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from pamm.data import DataError
-from pamm.images import IMAGE_SUFFIXES, ImageError, read_image, to_rgb
 from pamm.data.listing import is_skipped, kind_of, preview, visible
 from pamm.files import shown
+from pamm.images import IMAGE_SUFFIXES, ImageError, read_image, to_rgb
 
 ImageLike = str | os.PathLike[str] | BinaryIO | Image.Image | np.ndarray | Tensor
 
