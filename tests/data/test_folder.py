@@ -174,7 +174,7 @@ BROKEN = {
     "no tasks": (text("splits: {train: 3}"), "no mapping 'tasks'"),
     "misspelt key": (text(YAML.replace("splits", "split")), "unknown key 'split'.*Did you mean 'splits'"),
     "unknown task": (text("tasks: {sky: {}}"), "unknown task 'sky'; known tasks"),
-    "unknown option": (text("tasks: {sal: {colour: 1}}"), "no option .colour.. Its options: none"),
+    "unknown option": (text("tasks: {sal: {colour: 1}}"), "no option .colour.. Its options: "),
     "options no mapping": (text("tasks: {sal: 3}"), "must be mappings"),
     "count no number": (text("tasks: {sal: {}}\nsplits: {train: many}"), "whole numbers"),
     "count left empty": (text("tasks: {sal: {}}\nlabelled: {train: {sal: }}"), "whole numbers"),
