@@ -53,7 +53,8 @@ def run(tmp_path_factory) -> Path:
             for name, label in sample.labels.items():
                 if index in LABELS.get(name, range(len(IDS))):
                     values = tasks[name].truth(label[:, :height, :width]).numpy()
-                    tasks[name].save_png(values, folder / "mixed" / split / name / f"{id}.png")
+                    suffix, content = tasks[name].label_file(values)
+                    (folder / "mixed" / split / name / f"{id}{suffix}").write_bytes(content)
     (folder / "mixed/dataset.yaml").write_text(yaml.safe_dump({"tasks": {name: options[name] for name in tasks}}))
     mixed = DataConfig(name="folder", root=str(folder / "mixed"), size=(48, 64), fit=True)
     train(replace(experiment(steps=2), data=mixed), folder / "run", progress=False)

@@ -95,7 +95,8 @@ def test_disparities_of_80_and_more_are_trained_on_and_not_measured(root):
 def test_disparity_grows_where_an_image_is_enlarged_and_saves_as_sixteen_bits(root, tmp_path):
     task = open_split(root).tasks["depth"]
     assert task.rescale(torch.tensor([[[3.0, 0.0]]]), 2.0).tolist() == [[[6.0, 0.0]]]
-    task.save_png(np.array([[0.0, 1.5, 126.0]], np.float32), tmp_path / "a.png")
+    suffix, content = task.label_file(np.array([[0.0, 1.5, 126.0]], np.float32))
+    (tmp_path / f"a{suffix}").write_bytes(content)
     assert task.read(tmp_path / "a.png").tolist() == [[[0.0, 1.5, 126.0]]]
     near, far = create_task("depth").draw(np.array([[1.0, 9.0]]))[0]
     assert np.array_equal(task.draw(np.array([[9.0, 1.0]]))[0], [near, far])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -49,6 +52,14 @@ def random_logits(task: Task, label: Tensor, seed: int = 1) -> Tensor:
         3 * torch.randn(label.shape[0], task.channels, *label.shape[-2:], generator=generator)
         + (task.name == "depth") * 4
     )
+
+
+def write_label(task: Task, prediction: np.ndarray, path: Path) -> Path:
+    """The prediction as the task's label file, under the path's name."""
+    suffix, content = task.label_file(prediction)
+    path = path.with_suffix(suffix)
+    path.write_bytes(content)
+    return path
 
 
 def perfect_logits(task: Task, label: Tensor) -> Tensor:

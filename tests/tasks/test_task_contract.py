@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from task_cases import PERFECT, SLACK, perfect_logits, random_label, random_logits
+from task_cases import PERFECT, SLACK, perfect_logits, random_label, random_logits, write_label
 
 from data.packages import as_user
 from pamm.tasks import TASKS, LabelError, NonFiniteError, Task, create_task
@@ -240,9 +240,7 @@ def test_decode_of_perfect_logits_is_the_truth(task: Task) -> None:
 def test_saved_prediction_reads_back(task: Task, tmp_path) -> None:
     label = random_label(task, batch=1)
     prediction = task.decode(random_logits(task, label))[0].numpy()
-    path = tmp_path / "label.png"
-    task.save_png(prediction, path)
-    back = task.read(path)
+    back = task.read(write_label(task, prediction, tmp_path / "label"))
     assert back.shape == (task.label_channels, *label.shape[-2:]) and back.dtype == task.label_dtype
     if task.name in ("sal", "edge"):
         assert np.array_equal(back[0].numpy() == 1, prediction >= 0.5)
@@ -292,7 +290,7 @@ def test_bad_files_are_label_errors_that_name_the_file(task: Task, damage: str, 
         good.save(path)
     elif damage == "truncated":
         label = random_label(task, batch=1, size=(64, 64))
-        task.save_png(task.decode(random_logits(task, label))[0].numpy(), path)
+        write_label(task, task.decode(random_logits(task, label))[0].numpy(), path)
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(LabelError, match=r"label\.png"):
         task.read(path)
@@ -301,7 +299,7 @@ def test_bad_files_are_label_errors_that_name_the_file(task: Task, damage: str, 
 def test_an_implausibly_large_file_is_refused_before_it_is_decoded(task: Task, tmp_path) -> None:
     path = tmp_path / "label.png"
     label = random_label(task, batch=1, size=(8, 8))
-    task.save_png(task.decode(random_logits(task, label))[0].numpy(), path)
+    write_label(task, task.decode(random_logits(task, label))[0].numpy(), path)
     data = bytearray(path.read_bytes())
     for side in (16_000, 60_000):
         data[16:24] = side.to_bytes(4, "big") * 2
@@ -315,8 +313,8 @@ def test_labels_of_real_images(task: Task, shared, tmp_path) -> None:
     labels = map(task.read, sorted((shared / "data" / "mosaic" / "val" / task.name).iterdir()))
     for label in islice((label for label in labels if task.valid(label).any()), 2):
         assert label.dtype == task.label_dtype
-        task.save_png(task.truth(label).numpy(), tmp_path / "again.png")
-        difference = (task.read(tmp_path / "again.png").double() - label.double()).abs()
+        again = task.read(write_label(task, task.truth(label).numpy(), tmp_path / "again"))
+        difference = (again.double() - label.double()).abs()
         assert difference[task.valid(label).expand_as(label)].max() <= 1e-6
         found = scores(task, [(perfect_logits(task, label[None]), label[None])])[task.score]
         assert found == pytest.approx(perfect_score(task, label), abs=SLACK.get(task.name, 1e-4))

@@ -108,7 +108,8 @@ class Cityscapes(PackagedDataset):
         if name == "semseg":
             return torch.from_numpy(_INDEX[label_ids])[None]
         disparity = nearest(read_disparity(self.path_of(id, *_FILES["depth"])), size)
-        return torch.from_numpy(np.where(label_ids == SKY, np.float32(0), disparity))[None]
+        label = torch.from_numpy(np.where(label_ids == SKY, np.float32(0), disparity))[None]
+        return self.tasks[name].without_far(label)
 
 
 def read_disparity(path: Path) -> np.ndarray:

@@ -82,7 +82,8 @@ class NYUD(PackagedDataset):
             )
 
     def read_label(self, name: str, id: str, size: tuple[int, int]) -> Tensor:
-        return _READERS[name](self.path_of(id, *_FILES[name]), size)
+        label = _READERS[name](self.path_of(id, *_FILES[name]), size)
+        return self.tasks[name].without_far(label) if name == "depth" else label
 
 
 def _read_semseg(path: Path, size: tuple[int, int]) -> Tensor:

@@ -69,7 +69,8 @@ class Maps(Mapping[str, np.ndarray]):
     ) -> list[Path]:
         """Write every map into `folder` and return the files.
 
-        png: <folder>/<task>/<stem>.png, which the task reads back (the layout of a folder data set).
+        png: <folder>/<task>/<stem>.png, which the task reads back as a label (the layout of a folder data set); a .npy in its
+        place where a PNG would round or cut the values (`Task.label_file`).
         npy: <folder>/arrays/<task>/<stem>.npy, the array as it is. picture: <folder>/pictures/<task>/<stem>.png.
         Files of an earlier prediction are replaced. Raises PredictError for no or an unknown format, where a file would
         replace the predicted image or the labels of a data set, and where nothing can be written.
@@ -81,23 +82,35 @@ class Maps(Mapping[str, np.ndarray]):
             raise PredictError(f"stem is {stem!r}, expected a file name without folders and suffix")
         targets = [(f, task, folder / FORMATS[f].format(task=task, stem=stem)) for f in formats for task in self]
         self._protect(folder, [path for _, _, path in targets])
+        written = []
         for kind, task, path in targets:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                self._write(kind, task, path)
+                written.append(self._write(kind, task, path))
             except OSError as error:
                 raise PredictError(
                     f"{path} cannot be written ({error.strerror or error}); choose another folder"
                 ) from None
-        return [path for _, _, path in targets]
+        return written
 
-    def _write(self, kind: str, task: str, path: Path) -> None:
+    def _write(self, kind: str, task: str, path: Path) -> Path:
         if kind == "png":
-            self.tasks[task].save_png(self[task], path)
-        elif kind == "npy":
+            return self._write_label(task, path)
+        if kind == "npy":
             np.save(path, self[task])
         else:
             Image.fromarray(self.draw(task)).save(path)
+        return path
+
+    def _write_label(self, task: str, path: Path) -> Path:
+        """The label file, in place of an earlier one of whatever suffix: two of one stem are no data set."""
+        suffix, content = self.tasks[task].label_file(self[task])
+        written = path.with_name(path.name.removesuffix(path.suffix) + suffix)
+        written.write_bytes(content)
+        for other in self.tasks[task].suffixes:
+            if other != suffix:
+                path.with_name(path.name.removesuffix(path.suffix) + other).unlink(missing_ok=True)
+        return written
 
     def _protect(self, folder: Path, targets: Iterable[Path]) -> None:
         """Raise PredictError where saving would replace the image itself."""

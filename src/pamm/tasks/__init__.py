@@ -3,9 +3,27 @@
 import importlib
 import pkgutil
 
-from pamm.tasks.task import TASKS, LabelError, NonFiniteError, Task, create_task, option_defaults, register
+from pamm.tasks.task import (
+    TASKS,
+    LabelError,
+    LabelStatistics,
+    NonFiniteError,
+    Task,
+    create_task,
+    option_defaults,
+    register,
+)
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["TASKS", "LabelError", "NonFiniteError", "Task", "create_task", "option_defaults", "register"]
+__all__ = [
+    "TASKS",
+    "LabelError",
+    "LabelStatistics",
+    "NonFiniteError",
+    "Task",
+    "create_task",
+    "option_defaults",
+    "register",
+]

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pamm.tasks.metrics import Sums, image_metric, sum_metric
-from pamm.tasks.pictures import grey_picture, read_mask, save_grey
+from pamm.tasks.pictures import grey_picture, mask_pixels, probability_png, read_mask
 from pamm.tasks.scores import best_f_measure, full_precision, mean_over, threshold_counts
-from pamm.tasks.task import Task, check_switch, register
+from pamm.tasks.task import Task, register
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -227,7 +227,7 @@ class Boundary(Task):
             )
         self.positive_weight = float(positive_weight)
         self.protocol, self.max_distance, self.outline = protocol, float(max_distance), bool(outline)
-        self.soft = check_switch(self.name, "soft", soft)
+        self.soft = bool(soft)
 
     def options(self) -> dict[str, Any]:
         return {
@@ -241,6 +241,9 @@ class Boundary(Task):
     def read(self, path: Path) -> Tensor:
         """Grey PNG of 0 and 255 → (1, H, W) uint8, 1 where it is 255, see `read_mask`. Raises LabelError."""
         return torch.from_numpy(read_mask(path, soft=self.soft))[None]
+
+    def class_pixels(self, label: Tensor) -> dict[str, int]:
+        return mask_pixels(label)
 
     def loss(self, logits: Tensor, label: Tensor, counts: Tensor | None = None) -> Tensor:
         logits, positive = full_precision(logits), label == 1
@@ -301,6 +304,6 @@ class Boundary(Task):
         """Boundaries dark on white."""
         return grey_picture(1 - np.asarray(prediction, np.float32), valid)
 
-    def save_png(self, prediction: np.ndarray, path: Path) -> None:
-        """8-bit grey PNG, 255 times the probability."""
-        save_grey(prediction, path)
+    def label_file(self, prediction: np.ndarray) -> tuple[str, bytes]:
+        """8-bit grey PNG, 255 times the probability, noted as such, so that it reads back as a mask (`read_mask`)."""
+        return ".png", probability_png(prediction)

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import io
+import math
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from pamm.tasks.metrics import Sums, sum_metric
-from pamm.tasks.pictures import check_readable, colour_map, paint, read_png
+from pamm.tasks.pictures import check_readable, colour_map, paint, png_bytes, read_png
 from pamm.tasks.scores import full_precision, mean_over
-from pamm.tasks.task import LabelError, Task, register
+from pamm.tasks.task import LabelError, LabelStatistics, Task, register
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
 UNITS = {"metre": 1.0, "millimetre": 1000.0, "disparity": 256.0}
-"""Unit of a depth PNG → its steps per metre, of disparity per pixel."""
+"""Name of a unit → the steps of a depth PNG in a metre, of disparity in a pixel."""
+
+COARSEST = 100
+"""Steps per metre; with fewer, a prediction is not written as a PNG, which would round it."""
 
 NEAREST = 1e-9
 """Metres; the metrics take a prediction of zero or less for this one."""
@@ -29,9 +35,11 @@ NEAREST = 1e-9
 class Depth(Task):
     """Distance of every pixel, metres, 0 where unknown; prediction (H, W) metres. Loss: mean absolute error.
 
-    `unit`: what one step of a 16-bit depth PNG is, "millimetre" or "metre"; or "disparity": all values are shifts between the
-    two images of a stereo camera, pixels, which are larger where the scene is nearer, 256 steps of a PNG each.
-    `limit`: the metrics leave out pixels whose truth is this or more.
+    `unit`: of the values in a 16-bit depth PNG, "millimetre", "metre" or the steps of a metre as a number (256 in KITTI's
+    files, 5000 in TUM's); or "disparity": all values are no distances but shifts between the two images of a stereo camera,
+    pixels, which are larger where the scene is nearer, 256 steps of a PNG each. A `.npy` holds metres, or pixels.
+    `maximum`: depths of this or more, e.g. 1e10 or 65.535 of a sky, are unknown, in the loss and in the metrics.
+    `limit`: the metrics leave out pixels whose truth is this or more; the loss does not, as published for Cityscapes.
     """
 
     name = "depth"
@@ -42,17 +50,27 @@ class Depth(Task):
     label_dtype = torch.float32
     channels = 1
 
-    def __init__(self, *, unit: str = "millimetre", limit: float | None = None, weight: float = 1.0):
+    def __init__(
+        self,
+        *,
+        unit: str | float = "millimetre",
+        maximum: float | None = None,
+        limit: float | None = None,
+        weight: float = 1.0,
+    ):
         super().__init__(weight=weight)
-        if unit not in UNITS:
-            raise ValueError(f"task 'depth': unit is {unit!r}, expected one of {', '.join(map(repr, UNITS))}")
-        if limit is not None and not limit > 0:
-            raise ValueError(f"task 'depth': limit is {limit}, expected a depth above 0")
-        self.unit, self.limit = unit, limit
+        unit = _unit(unit)
+        for name, value in (("maximum", maximum), ("limit", limit)):
+            if value is not None and not (_is_number(value) and value > 0):
+                raise ValueError(f"task 'depth': {name} is {value!r}, expected metres as a number above 0, e.g. 80")
+        self.unit, self.maximum, self.limit = unit, maximum, limit
+        self.steps = UNITS[unit] if isinstance(unit, str) else float(unit)
+        """Of a PNG, in a metre (of disparity: in a pixel)."""
 
     def options(self) -> dict[str, Any]:
-        limit = {} if self.limit is None else {"limit": self.limit}
-        return {"unit": self.unit, "weight": self.weight} | limit
+        bounds = {"maximum": self.maximum, "limit": self.limit}
+        known = {name: value for name, value in bounds.items() if value is not None}
+        return {"unit": self.unit, "weight": self.weight} | known
 
     def read(self, path: Path) -> Tensor:
         """16-bit grey PNG in `unit`, or `.npy` of floats in metres → (1, H, W) float32 metres. Raises LabelError.
@@ -60,9 +78,19 @@ class Depth(Task):
         In a `.npy` every value that is not a positive finite number is unknown.
         """
         if Path(path).suffix.lower() == ".npy":
-            return torch.from_numpy(read_array(Path(path)))[None]
-        steps = read_png(path, {"grey": (16,)}, f"a 16-bit grey PNG of depth, one step a {self.unit}, 0 = unknown")
-        return torch.from_numpy((steps / UNITS[self.unit]).astype(np.float32))[None]
+            return self.without_far(torch.from_numpy(read_array(Path(path)))[None])
+        unit = f"one step a {self.unit}" if self.unit in UNITS else f"{self.unit:g} steps a metre"
+        values = read_png(path, {"grey": (16,)}, f"a 16-bit grey PNG of depth, {unit}, 0 = unknown")
+        return self.without_far(torch.from_numpy((values / self.steps).astype(np.float32))[None])
+
+    def without_far(self, label: Tensor) -> Tensor:
+        """Depths of `maximum` and more become unknown."""
+        return label if self.maximum is None else torch.where(label < self.maximum, label, self.ignore)
+
+    def statistics(self, label: Tensor) -> LabelStatistics:
+        known = label[self.valid(label)]
+        lowest, highest = (known.min().item(), known.max().item()) if known.numel() else (math.inf, -math.inf)
+        return replace(super().statistics(label), lowest=lowest, highest=highest)
 
     def rescale(self, label: Tensor, factor: float) -> Tensor:
         """An image zoomed by `factor` shows the scene that much nearer."""
@@ -128,10 +156,37 @@ class Depth(Task):
             return paint(colour_map((np.asarray(prediction, np.float64) - near) / max(far - near, 1e-6)), valid)
         return paint(colour_map((far - np.asarray(prediction, np.float64)) / max(far - near, 1e-6)), valid)
 
-    def save_png(self, prediction: np.ndarray, path: Path) -> None:
-        """16-bit PNG in `unit`, rounded; depths beyond its 65535 steps become 65535."""
-        steps = np.rint(np.clip(np.nan_to_num(prediction).astype(np.float64) * UNITS[self.unit], 0, 65535))
-        Image.fromarray(steps.astype(np.uint16)).save(path, format="PNG")
+    def label_file(self, prediction: np.ndarray) -> tuple[str, bytes]:
+        """16-bit PNG in `unit`, rounded to its steps; `.npy`, in which nothing is rounded or cut, where the unit is coarser
+        than a centimetre or a depth is beyond the PNG's 65535 steps.
+        """
+        values = np.nan_to_num(np.asarray(prediction, np.float32), posinf=0).clip(min=0)
+        steps = np.rint(values.astype(np.float64) * self.steps)
+        if self.steps >= COARSEST and steps.max(initial=0) <= 65535:
+            return ".png", png_bytes(steps.astype(np.uint16))
+        buffer = io.BytesIO()
+        np.save(buffer, values)
+        return ".npy", buffer.getvalue()
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _unit(unit: str | float) -> str | float:
+    """A known name, or a number of steps, which may be written as text. Raises ValueError for anything else."""
+    if isinstance(unit, str) and unit in UNITS:
+        return unit
+    if isinstance(unit, str):
+        with suppress(ValueError):
+            unit = float(unit)
+    if _is_number(unit) and unit >= 1:
+        return int(unit) if unit == int(unit) else unit
+    hint = f"; steps of {unit:g} m each are {1 / unit:g} a metre" if _is_number(unit) and 0 < unit < 1 else ""
+    raise ValueError(
+        f"task 'depth': unit is {unit!r}, expected 'millimetre', 'metre', the steps of a metre as a number (256 in KITTI's "
+        f"PNG, 5000 in TUM's){hint}; or 'disparity', pixels of a stereo camera in 256 steps each, which are no distances"
+    )
 
 
 def read_array(path: Path, *, remedy: str = "write it again, or leave the image without this label") -> np.ndarray:

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from pamm.tasks.metrics import Sums, sum_metric
-from pamm.tasks.pictures import paint, read_png, to_byte
+from pamm.tasks.pictures import paint, png_bytes, read_png, to_byte
 from pamm.tasks.scores import full_precision, mean_over
 from pamm.tasks.task import Task, register
 
@@ -24,6 +23,13 @@ BIN = 0.01
 
 BOUNDS = (11.25, 22.5, 30.0)
 """Degrees; errors below these are counted."""
+
+TOLERANCE = 0.2
+"""A pixel of a label whose vector is longer or shorter than 1 by more is unknown: (0, 0, 0), white, and grey (127 or 128).
+
+Unit vectors in 8 bits are off by 0.007, by 0.014 where the values were cut off and not rounded; the mean of two directions
+less than 73° apart, as resizing a map makes it, is shorter than 1 by less than the tolerance.
+"""
 
 
 @register
@@ -45,10 +51,11 @@ class Normals(Task):
         return {"weight": self.weight}
 
     def read(self, path: Path) -> Tensor:
-        """8-bit RGB PNG, n = v / 127.5 − 1, (0, 0, 0) unknown → (3, H, W) float32. Raises LabelError."""
+        """8-bit RGB PNG, n = v / 127.5 − 1, unknown as `TOLERANCE` says → (3, H, W) float32. Raises LabelError."""
         values = torch.from_numpy(read_png(path, {"RGB": (8,)}, "an 8-bit RGB PNG of normals, (0, 0, 0) = unknown"))
-        known = (values != 0).any(-1)
-        return torch.where(known, values.permute(2, 0, 1) / 127.5 - 1, self.ignore)
+        normals = values.permute(2, 0, 1) / 127.5 - 1
+        known = (normals.norm(dim=0) - 1).abs() <= TOLERANCE
+        return torch.where(known, normals, self.ignore)
 
     def flip(self, label: Tensor) -> Tensor:
         """Mirror the label; x changes its sign."""
@@ -108,9 +115,9 @@ class Normals(Task):
         """The components (x, y, z) as (red, green, blue), −1 black to 1 bright."""
         return paint(encode(prediction), valid)
 
-    def save_png(self, prediction: np.ndarray, path: Path) -> None:
+    def label_file(self, prediction: np.ndarray) -> tuple[str, bytes]:
         """8-bit RGB PNG, v = 127.5·(n + 1), rounded."""
-        Image.fromarray(encode(prediction)).save(path, format="PNG")
+        return ".png", png_bytes(encode(prediction))
 
 
 def encode(normals: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
+import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -80,12 +82,12 @@ def read_mask(path: Path, *, soft: bool = False) -> np.ndarray:
     expected = "a grey PNG, 0 = no, 255 = yes"
     with open_png(path, {"grey": (1, 2, 4, 8)}, expected) as label:
         values, full, soft = label.values(), 2**label.bits - 1, soft or label.note == PROBABILITY
-    found = np.unique(values).tolist()
-    if full > 1 and found[-1] == 1:
-        raise LabelError(f"{path} holds the values {listed(found)} only, expected {expected}; multiply it by {full}")
-    if not soft and not set(found) <= {0, full}:
+    expected = expected.replace("255", str(full))
+    if full > 1 and values.max() == 1:
+        raise LabelError(f"{path} holds the values 0 and 1 only, expected {expected}; multiply it by {full}")
+    if not soft and not ((values == 0) | (values == full)).all():
         raise LabelError(
-            f"{path} holds the values {listed(found)}, expected {expected.replace('255', str(full))}. Write a mask of these two "
+            f"{path} holds the values {listed(np.unique(values).tolist())}, expected {expected}. Write a mask of these two "
             "values; for a map of probabilities, of which more than half is a yes, set the task's option soft: true"
         )
     return (values > full // 2).astype(np.uint8)
@@ -101,11 +103,24 @@ PROBABILITY = "probability"
 """Note of a PNG whose levels of grey are probabilities, 255 = 1."""
 
 
-def save_grey(probability: np.ndarray, path: Path) -> None:
-    """(H, W) in [0, 1] → 8-bit grey PNG, rounded, so that 0.5 and more reads back as 1; noted as probabilities."""
-    note = PngInfo()
-    note.add_text(NOTE, PROBABILITY)
-    Image.fromarray(to_byte(probability)).save(path, format="PNG", pnginfo=note)
+def mask_pixels(label: torch.Tensor) -> dict[str, int]:
+    """Pixels of a (1, H, W) mask that are a no and a yes."""
+    return {"no": int((label == 0).sum()), "yes": int((label == 1).sum())}
+
+
+def png_bytes(values: np.ndarray, note: str = "") -> bytes:
+    """(H, W) uint8 or uint16 or (H, W, 3) uint8 → a PNG file; `note` tells what its values mean."""
+    text = PngInfo()
+    if note:
+        text.add_text(NOTE, note)
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, format="PNG", pnginfo=text)
+    return buffer.getvalue()
+
+
+def probability_png(probability: np.ndarray) -> bytes:
+    """(H, W) in [0, 1] → 8-bit grey PNG, rounded, so that 0.5 and more reads back as 1."""
+    return png_bytes(to_byte(probability), PROBABILITY)
 
 
 def to_byte(values: np.ndarray) -> np.ndarray:

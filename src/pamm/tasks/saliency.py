@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pamm.tasks.metrics import Sums, sum_metric
-from pamm.tasks.pictures import grey_picture, read_mask, save_grey
+from pamm.tasks.pictures import grey_picture, mask_pixels, probability_png, read_mask
 from pamm.tasks.scores import best_f_measure, full_precision, mean_over, threshold_counts
-from pamm.tasks.task import Task, check_switch, register
+from pamm.tasks.task import Task, register
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -42,7 +42,7 @@ class Saliency(Task):
 
     def __init__(self, *, soft: bool = False, weight: float = 1.0):
         super().__init__(weight=weight)
-        self.soft = check_switch(self.name, "soft", soft)
+        self.soft = bool(soft)
 
     def options(self) -> dict[str, Any]:
         return {"weight": self.weight} | ({"soft": True} if self.soft else {})
@@ -50,6 +50,9 @@ class Saliency(Task):
     def read(self, path: Path) -> Tensor:
         """Grey PNG of 0 and 255 → (1, H, W) uint8, 1 where it is 255, see `read_mask`. Raises LabelError."""
         return torch.from_numpy(read_mask(path, soft=self.soft))[None]
+
+    def class_pixels(self, label: Tensor) -> dict[str, int]:
+        return mask_pixels(label)
 
     def counts(self, label: Tensor) -> Tensor:
         """(valid pixels, negative pixels): the second gives the class weights."""
@@ -101,6 +104,6 @@ class Saliency(Task):
         """Salient pixels white on black."""
         return grey_picture(prediction, valid)
 
-    def save_png(self, prediction: np.ndarray, path: Path) -> None:
-        """8-bit grey PNG, 255 times the probability."""
-        save_grey(prediction, path)
+    def label_file(self, prediction: np.ndarray) -> tuple[str, bytes]:
+        """8-bit grey PNG, 255 times the probability, noted as such, so that it reads back as a mask (`read_mask`)."""
+        return ".png", probability_png(prediction)

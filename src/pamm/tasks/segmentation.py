@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from pamm.tasks.metrics import Sums, sum_metric
-from pamm.tasks.pictures import INDICES, class_palette, paint, read_png
+from pamm.tasks.pictures import INDICES, class_palette, paint, png_bytes, read_png
 from pamm.tasks.scores import full_precision, mean_over
 from pamm.tasks.task import LabelError, Task, register
 
@@ -64,6 +63,10 @@ class ClassMap(Task):
                 "class of the data set"
             )
         return torch.from_numpy(index)[None]
+
+    def class_pixels(self, label: Tensor) -> dict[str, int]:
+        found = torch.bincount(label.flatten(), minlength=256).tolist()
+        return dict(zip(self.classes, found, strict=False))
 
     def loss(self, logits: Tensor, label: Tensor, counts: Tensor | None = None) -> Tensor:
         target = label[:, 0].long()
@@ -119,9 +122,9 @@ class ClassMap(Task):
         """Colours of PASCAL VOC; ignored pixels mid-grey."""
         return paint(PALETTE[np.asarray(prediction, np.uint8)], valid)
 
-    def save_png(self, prediction: np.ndarray, path: Path) -> None:
+    def label_file(self, prediction: np.ndarray) -> tuple[str, bytes]:
         """8-bit grey PNG of class indices."""
-        Image.fromarray(np.asarray(prediction, np.uint8)).save(path, format="PNG")
+        return ".png", png_bytes(np.asarray(prediction, np.uint8))
 
 
 def numbered_classes(count: int) -> list[str]:

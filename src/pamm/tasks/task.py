@@ -10,7 +10,10 @@ import math
 import types
 import typing
 from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from inspect import signature
 from numbers import Integral, Real
@@ -34,6 +37,43 @@ def register(task: type[Task]) -> type[Task]:
         raise ValueError(f"two tasks are called '{task.name}': {TASKS[task.name].__qualname__} and {task.__qualname__}")
     TASKS[task.name] = task
     return task
+
+
+@dataclass(frozen=True)
+class LabelStatistics:
+    """What one or more labels of a task hold; those of several labels add up with `+`, from `LabelStatistics()` on.
+
+    labels: number of labels, of which `empty` have no known pixel. pixels: of all of them, of which `ignored` are unknown.
+    classes: name of a class → its pixels, every class of the task, also those of none; "no" and "yes" for masks; empty
+    for tasks whose values are no classes. lowest, highest: range of the known values, depth alone; infinity and minus
+    infinity where there are none.
+    """
+
+    labels: int = 0
+    empty: int = 0
+    pixels: int = 0
+    ignored: int = 0
+    classes: Mapping[str, int] = field(default_factory=dict)
+    lowest: float = math.inf
+    highest: float = -math.inf
+
+    def __add__(self, other: LabelStatistics) -> LabelStatistics:
+        classes = Counter(self.classes)
+        classes.update(other.classes)
+        return LabelStatistics(
+            self.labels + other.labels,
+            self.empty + other.empty,
+            self.pixels + other.pixels,
+            self.ignored + other.ignored,
+            dict(classes),
+            min(self.lowest, other.lowest),
+            max(self.highest, other.highest),
+        )
+
+    @property
+    def ignored_share(self) -> float:
+        """Of all pixels, 0 to 1; 0 without any pixel."""
+        return self.ignored / self.pixels if self.pixels else 0.0
 
 
 class Task(ABC):
@@ -98,6 +138,16 @@ class Task(ABC):
     def missing(self, size: tuple[int, int]) -> Tensor:
         """The label of an image that has none: (c, H, W), every pixel ignored."""
         return torch.full((self.label_channels, *size), self.ignore, dtype=self.label_dtype)
+
+    def statistics(self, label: Tensor) -> LabelStatistics:
+        """What one (c, H, W) label, as `read` gives it, holds; see `LabelStatistics`."""
+        valid = self.valid(label)
+        ignored = valid.numel() - int(valid.sum())
+        return LabelStatistics(1, int(ignored == valid.numel()), valid.numel(), ignored, self.class_pixels(label))
+
+    def class_pixels(self, label: Tensor) -> dict[str, int]:
+        """Name of a class → its pixels in a label; empty for tasks whose values are no classes."""
+        return {}
 
     # -- loss and metric -------------------------------------------------------------------------------------------------
 
@@ -166,15 +216,11 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def save_png(self, prediction: np.ndarray, path: Path) -> None:
-        """Write the prediction as a PNG which `read` reads back (the folder layout's own encoding)."""
+    def label_file(self, prediction: np.ndarray) -> tuple[str, bytes]:
+        """The prediction as a label file of the folder layout: its suffix, one of `suffixes`, and its content.
 
-
-def check_switch(task: str, option: str, value: Any) -> bool:
-    """The value of an option that is true or false. Raises ValueError for anything else."""
-    if not isinstance(value, bool):
-        raise ValueError(f"task '{task}': {option} is {value!r}, expected true or false")
-    return value
+        `read` reads it back as what it was, to the precision of that file.
+        """
 
 
 def nearest_index(old: int, new: int) -> np.ndarray:
