@@ -27,6 +27,8 @@ OTHERS = {
     "classes": ["sky", "tree", "3"],
     "unit": "metre",
     "limit": 10,
+    "maximum": 20,
+    "soft": True,
     "positive_weight": 0.5,
     "protocol": "seism",
     "max_distance": 0.011,
@@ -81,6 +83,8 @@ WRONG = {
     "outline": ["yes please", 1, "True", [True]],
     "unit": [True, "inch", ["metre"]],
     "limit": ["far", True, [10], 0, -1],
+    "maximum": ["far", True, [10], 0, -1],
+    "soft": ["yes please", 1, [True]],
     "classes": ["sky", 3, ["sky"], ["sky", "sky"], ["sky", 3]],
 }
 

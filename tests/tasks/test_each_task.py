@@ -388,7 +388,7 @@ class TestNormals:
         write(tmp_path / "a.png", np.array([[[0, 0, 0], [0, 128, 128], [128, 128, 255]]], np.uint8))
         label = create_task("normals").read(tmp_path / "a.png")
         assert label[:, 0, 0].tolist() == [255, 255, 255]
-        assert label[:, 0, 1].tolist() == pytest.approx([-1, 0.5 / 127.5, 0.5 / 127.5])
+        assert label[:, 0, 1].tolist() == pytest.approx([-1, 0.5 / 127.5, 0.5 / 127.5], abs=1e-6)
         assert label[:, 0, 2].tolist() == pytest.approx([1 / 255, 1 / 255, 1], abs=1e-6)
 
     def test_zero_vectors_become_ignored(self) -> None:
