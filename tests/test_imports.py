@@ -17,7 +17,7 @@ MAY_USE = {
     "ops": {"files"},
     "nn": {"ops"},
     "data": {"files", "images", "tasks", "experiment", "strict", "strict_yaml"},
-    "models": {"nn", "ops", "tasks", "experiment", "strict"},
+    "models": {"files", "nn", "ops", "tasks", "experiment", "strict"},
     "arguments": {"strict", "strict_yaml"},
     "files": set(),
     "experiment": {"files", "strict", "strict_yaml"},
@@ -59,7 +59,7 @@ MAY_USE = {
     },
     "measurement": {"data", "models", "nn", "tasks"},
     "ranking": {"nn"},
-    "official": {"data", "experiment", "models", "nn", "tasks", "strict"},
+    "official": {"data", "experiment", "files", "models", "nn", "tasks", "strict"},
     "look": {
         "arguments",
         "build",

@@ -5,6 +5,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -35,6 +36,16 @@ def replace_text(path: Path, text: str) -> None:
     """Write `text` to `path`, whole or not at all (see `replacing`)."""
     with replacing(path) as new:
         new.write_text(text, encoding="utf-8")
+
+
+def usual_mode(path: Path) -> None:
+    """Give `path`, which a library wrote for its owner alone, the mode of any new file there (by the umask or the folder)."""
+    probe = path.with_name(f".pamm-{secrets.token_hex(6)}.new")
+    try:
+        probe.touch(exist_ok=False)
+        os.chmod(path, stat.S_IMODE(probe.stat().st_mode))
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def keep(path: Path, content: bytes) -> None:

@@ -185,6 +185,17 @@ NETWORKS = {
 }
 
 
+def test_wrappers_parts_of_names_are_taken_off_and_equal_names_refused():
+    model = build(**next(iter(NETWORKS.values())))
+    state = published(model, model.settings["model"]["decoder"]["system"])
+    for prefix in ("module.", "model.", "_orig_mod.", "model.module._orig_mod.", "_orig_mod.module."):
+        loaded = load({"state_dict": {prefix + key: value for key, value in state.items()}}, image_size=(64, 128))
+        assert all(torch.equal(value, model.state_dict()[key]) for key, value in loaded.state_dict().items())
+    key = next(iter(state))
+    with pytest.raises(OfficialError, match="two weights of one name"):
+        load(state | {f"module.{key}": state[key]})
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_returns_from_its_published_names(name, tmp_path):
     """Everything is told from keys and shapes; the folder it is saved to gives it back."""

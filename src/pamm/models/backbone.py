@@ -12,6 +12,7 @@ from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 
 from pamm.experiment import BackboneConfig
+from pamm.models.hub import hub_cache
 from pamm.nn.joined import join_drop_paths
 from pamm.ops.attention import attention
 from pamm.strict import ConfigError
@@ -217,6 +218,9 @@ def _sizes(config: BackboneConfig, kind: type) -> dict[str, Any]:
 def _create(config: BackboneConfig, arguments: dict[str, Any], kind: type) -> Any:
     """The timm model, of class `kind`, or ConfigError with what is wrong and the remedy."""
     random = "start from random weights with --model.backbone.pretrained False"
+    cache = hub_cache() if config.pretrained else None
+    if cache:
+        arguments = {**arguments, "cache_dir": cache}
     try:
         model = timm.create_model(config.name, pretrained=config.pretrained, **arguments)
     except OSError as error:

@@ -16,6 +16,8 @@ from huggingface_hub import ModelHubMixin
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pamm.files import usual_mode
+from pamm.models.weights import plain_name
 from pamm.nn.recompute import call, recomputed
 from pamm.nn.task_layers import TaskLinear
 from pamm.ops.product import adopt
@@ -105,16 +107,17 @@ class MultiTaskModel(nn.Module, ModelHubMixin, library_name="pamm", tags=["multi
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Weights as safetensors and settings as JSON (called by `save_pretrained`, which the hub mixin provides)."""
-        weights = {key: value.detach().contiguous().cpu() for key, value in self.state_dict().items()}
+        weights = {plain_name(key): value.detach().contiguous().cpu() for key, value in self.state_dict().items()}
         save_file(weights, save_directory / WEIGHTS_FILE, metadata={"format": "pt"})
+        usual_mode(save_directory / WEIGHTS_FILE)
         (save_directory / CONFIG_FILE).write_text(json.dumps(self.settings, indent=1))
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, revision: str | None, token: str | bool | None, **options: Any):
-        """Called by `from_pretrained`: a local folder or a repository on the Hugging Face hub."""
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> MultiTaskModel:
+        """The saved model in eval mode: `pamm.load_model` with its options, which are those of the hub mixin."""
         from pamm.models.saved import load_model
 
-        return load_model(model_id, revision=revision, token=token)
+        return load_model(pretrained_model_name_or_path, **options)
 
 
 @cache

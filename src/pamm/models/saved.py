@@ -3,48 +3,74 @@
 from __future__ import annotations
 
 import json
+import os
+import warnings
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
+from pamm.files import shown
+from pamm.models.hub import download, repository_name
 from pamm.models.model import CONFIG_FILE, WEIGHTS_FILE, MultiTaskModel
 from pamm.models.registry import rebuild_model
+from pamm.models.weights import RESTORE, CheckpointError, first_line, plain_names, tell_renamed
 from pamm.strict import ConfigError
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be read or written; the message names the file, the cause and the remedy."""
-
-
 def load_weights(model: MultiTaskModel, path: Path) -> None:
-    """Load a safetensors file into the model, every key and shape matching. Raises CheckpointError with what differs."""
+    """Load a safetensors file into the model, every key and shape matching. Raises CheckpointError with what differs.
+
+    Parts that a wrapper put into the keys (`module.`, `model.`, `_orig_mod.`) are taken off, with a warning.
+    """
+    weights = read_weights(path)
+    own, _ = plain_names(model.state_dict())
+    expected = {own[key]: (key, value) for key, value in model.state_dict().items()}
+    missing, foreign = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    shapes = [
+        f"{key} {list(weights[key].shape)} instead of {list(expected[key][1].shape)}"
+        for key in expected.keys() & weights.keys()
+        if weights[key].shape != expected[key][1].shape
+    ]
+    if missing or foreign or shapes:
+        parts = [("missing", missing), ("unknown", foreign), ("of another shape", sorted(shapes))]
+        told = "; ".join(f"{len(keys)} {what}, e.g. {shown(', '.join(keys[:3]), 200)}" for what, keys in parts if keys)
+        raise CheckpointError(
+            f"{path} belongs to another architecture: {told}. Use the {CONFIG_FILE} saved beside the weights, or the recipe "
+            "they were trained with"
+        )
+    model.load_state_dict({key: weights[name] for name, (key, _) in expected.items()})
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Plain name → tensor of a safetensors file. Raises CheckpointError."""
     try:
+        with open(path, "rb"):  # safetensors takes a forbidden file for an absent one
+            pass
         weights = load_file(path)
     except FileNotFoundError:
         raise CheckpointError(
             f"no weights at {path}; expected a folder saved by `pamm train` or `save_pretrained`. {RESTORE}"
         ) from None
+    except PermissionError:
+        raise forbidden(path) from None
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
             f"{path} is not a safetensors file ({first_line(error)}). {RESTORE}. Pickled weights are not read, because a "
             "pickle can run code: save the model with `save_pretrained`"
         ) from error
-    own = model.state_dict()
-    missing, foreign = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    shapes = [
-        f"{key} {list(weights[key].shape)} instead of {list(own[key].shape)}"
-        for key in own.keys() & weights.keys()
-        if weights[key].shape != own[key].shape
-    ]
-    if missing or foreign or shapes:
-        parts = [("missing", missing), ("unknown", foreign), ("of another shape", sorted(shapes))]
-        told = "; ".join(f"{len(keys)} {what}, e.g. {', '.join(keys[:3])}" for what, keys in parts if keys)
+    names, clashes = plain_names(weights)
+    if clashes:
+        more = f" and {len(clashes) - 1} more pairs" if clashes[1:] else ""
         raise CheckpointError(
-            f"{path} belongs to another architecture: {told}. Use the {CONFIG_FILE} saved beside the weights, or the recipe "
-            "they were trained with"
+            f"{path} holds two weights of one name: {shown(' and '.join(clashes[0]), 200)}{more}. Save only the set that is meant"
         )
-    model.load_state_dict(weights)
+    told = tell_renamed(names)
+    if told:
+        warnings.warn(f"{path}: {shown(told, 300)}", stacklevel=2)
+    return {names[key]: value for key, value in weights.items()}
 
 
 def find_checkpoint(source: Path) -> Path:
@@ -52,10 +78,14 @@ def find_checkpoint(source: Path) -> Path:
 
     A run killed while it replaced a folder has it under the name `.<folder>.old`.
     """
-    for folder in (source, *(source / name for name in ("best", ".best.old", "last", ".last.old"))):
-        if (folder / CONFIG_FILE).is_file():
-            return folder
-    if source.is_file():
+    try:
+        for folder in (source, *(source / name for name in ("best", ".best.old", "last", ".last.old"))):
+            if (folder / CONFIG_FILE).is_file():
+                return folder
+        is_file = source.is_file()
+    except PermissionError as error:
+        raise forbidden(error.filename or source) from None
+    if is_file:
         raise CheckpointError(
             f"{source} is a file; expected a run folder, or a folder with {CONFIG_FILE} and {WEIGHTS_FILE}. Pickled weights "
             "(.pt, .pth, .tar) are not read here, because a pickle can run code"
@@ -65,20 +95,37 @@ def find_checkpoint(source: Path) -> Path:
     )
 
 
-def load_model(source: str | Path, *, revision: str | None = None, token: str | bool | None = None) -> MultiTaskModel:
-    """The saved model in eval mode: from a run folder, a folder saved by `save_pretrained`, or the Hugging Face hub.
-
-    source: a path, or a hub repository "owner/name". Raises CheckpointError.
-    """
-    path = Path(source).expanduser()
-    if path.exists():
-        folder = find_checkpoint(path)
-    elif str(source).count("/") == 1 and not str(source).startswith((".", "/", "~")):
-        folder = _download(str(source), revision, token)
-    else:
-        raise CheckpointError(f"no run folder, model folder or hub repository '{source}'; check the path")
+def _is_there(path: Path) -> bool:
     try:
-        model = rebuild_model(json.loads((folder / CONFIG_FILE).read_text()))
+        os.stat(path)
+    except PermissionError:
+        raise forbidden(path) from None
+    except (OSError, ValueError):  # absent, or no path at all
+        return False
+    return True
+
+
+def forbidden(path: str | Path) -> CheckpointError:
+    """The error for a file or a folder that the user may not read."""
+    return CheckpointError(f"{path} may not be read: change its permissions, or those of the folders it lies in")
+
+
+def load_model(source: str | Path, **options: Any) -> MultiTaskModel:
+    """The saved model in eval mode: from a run folder, a folder saved by `save_pretrained`, or the Hugging Face Hub.
+
+    Args:
+        source: a path; or a repository of the Hub, as "hf:owner/name", or plainly as "owner/name" where no folder `owner`
+            stands in the working directory.
+        options: for the Hub: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
+
+    Raises CheckpointError, which says what was looked for and where.
+    """
+    path = Path(os.path.expanduser(source))
+    folder = find_checkpoint(path) if _is_there(path) else download(repository_name(str(source)), **options)
+    try:
+        model = rebuild_model(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
+    except PermissionError:
+        raise forbidden(folder / CONFIG_FILE) from None
     except (ValueError, OSError, ConfigError) as error:
         raise CheckpointError(
             f"{folder / CONFIG_FILE} does not describe a pamm model: {error}. Restore it from a copy, or save the model again "
@@ -86,25 +133,3 @@ def load_model(source: str | Path, *, revision: str | None = None, token: str | 
         ) from error
     load_weights(model, folder / WEIGHTS_FILE)
     return model.eval()
-
-
-def _download(repository: str, revision: str | None, token: str | bool | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        patterns = [CONFIG_FILE, WEIGHTS_FILE]
-        return Path(snapshot_download(repository, revision=revision, token=token, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"'{repository}' is neither a local folder nor a repository that the Hugging Face hub gave "
-            f"({first_line(error)}). Check the name and the network"
-        ) from error
-
-
-RESTORE = "Restore it from a copy, or train into another folder (--out)"
-
-
-def first_line(error: BaseException) -> str:
-    """An error's message without what follows its first line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

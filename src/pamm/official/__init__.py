@@ -18,6 +18,7 @@ from types import ModuleType
 
 from torch import Tensor
 
+from pamm.files import shown
 from pamm.models.model import MultiTaskModel
 from pamm.official.files import read_state
 from pamm.official.names import LoadReport, OfficialError, Place
@@ -44,7 +45,8 @@ def load(
 
     Args:
         state_dict_or_path: tensors by name, a whole checkpoint that holds them under "model" or "state_dict", or the file of
-            either (`torch.save` or safetensors; nothing in a file is executed). A prefix `module.` is taken off.
+            either (`torch.save` or safetensors; nothing in a file is executed). What wrappers put into names (`module.`,
+            `model.`, `_orig_mod.`) is taken off.
         image_size: height and width, pixels, the network is built for; default the checkpoint's own, where it is square.
         num_heads: attention heads of a vision transformer; default its width / 64.
         scan: PAMM's scan orders, those of its published code: "hilbert" (default), "snake" or "morton", which are h, s and z
@@ -66,7 +68,7 @@ def load(
             return module.read(state, **given).eval()
     raise OfficialError(
         f"these {len(state)} tensors are of no published system known here ({', '.join(SYSTEMS)}); they begin with "
-        f"{', '.join(list(state)[:3]) or 'nothing'}. A network of this package loads with pamm.load_model"
+        f"{shown(', '.join(list(state)[:3]), 200) or 'nothing'}. A network of this package loads with pamm.load_model"
     )
 
 

@@ -14,17 +14,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pamm.files import shown
+from pamm.models.weights import plain_names
 from pamm.official.names import OfficialError
 
 WRAPPERS = ("model", "state_dict")
 """Keys under which a whole checkpoint holds its weights."""
 
-PREFIX = "module."
-"""What distributed training puts before every key."""
-
 
 def read_state(source: Mapping[str, Tensor] | str | Path) -> dict[str, Tensor]:
-    """Key → tensor, unwrapped and without the prefix `module.`, in the checkpoint's order. Raises OfficialError."""
+    """Key → tensor, unwrapped and without what wrappers put into its key, in the checkpoint's order. Raises OfficialError."""
     where, content = ("the given mapping", source) if isinstance(source, Mapping) else (source, read_file(Path(source)))
     for wrapper in WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
@@ -35,7 +34,10 @@ def read_state(source: Mapping[str, Tensor] | str | Path) -> dict[str, Tensor]:
 
 
 def named_tensors(content: Mapping[Any, Any], where: str) -> dict[str, Tensor]:
-    """The same tensors without the prefix. Raises OfficialError for an entry that is none, or not of plain numbers."""
+    """The same tensors under their own names (see `plain_name`).
+
+    Raises OfficialError for an entry that is none, or not of plain numbers, and for two of one name.
+    """
     for key, value in content.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise OfficialError(
@@ -43,7 +45,12 @@ def named_tensors(content: Mapping[Any, Any], where: str) -> dict[str, Tensor]:
                 f"{' or '.join(map(repr, WRAPPERS))}"
             )
         check_numbers(f"{where}: '{key}'", value)
-    return {key.removeprefix(PREFIX): value for key, value in content.items()}
+    names, clashes = plain_names(content)
+    if clashes:
+        raise OfficialError(
+            f"{where} holds two weights of one name: {shown(' and '.join(clashes[0]), 200)}. Give only the set that is meant"
+        )
+    return {names[key]: value for key, value in content.items()}
 
 
 def check_numbers(what: str, tensor: Tensor) -> None:
