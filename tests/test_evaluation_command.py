@@ -161,8 +161,11 @@ def test_the_page_holds_its_pictures_and_escapes_every_name(run, tmp_path, capsy
     page = Page(text)
     assert page.open == [] and "script" not in page.tags and "link" not in page.tags and "http" not in text
     ranked = {task: lists["worst"] + lists["best"] for task, lists in found["images_by_score"].items()}
-    assert len(page.images) == 3 * sum(map(len, ranked.values()))
-    for image in page.images:
+    bars = [image for image in page.images if image["alt"].endswith(": scale")]
+    assert [bar["alt"] for bar in bars] == [f"{one['id']}: scale" for one in ranked["depth"]]
+    pictures = [image for image in page.images if image not in bars]
+    assert len(pictures) == 3 * sum(map(len, ranked.values()))
+    for image in pictures:
         assert set(image) == {"src", "alt"}
         head, _, data = image["src"].partition(",")
         with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
@@ -174,7 +177,15 @@ def test_the_page_holds_its_pictures_and_escapes_every_name(run, tmp_path, capsy
             assert one["id"] in page.words
             assert {f"{one['id']}: {what}" for what in ("image", "prediction", "truth")} <= shown
     assert {one["id"] for images in ranked.values() for one in images} == set(IDS)
-    assert {found["protocol"], found["original"]["protocol"], "pamm", "Δ % ↑", "within_22.5", "head"} <= set(page.words)
+    assert {
+        found["protocol"],
+        found["original"]["protocol"],
+        "pamm",
+        "Δ % ↑",
+        "within_22.5, %",
+        "median, °",
+        "head",
+    } <= set(page.words)
     again = tmp_path / "again"
     os.rename(tmp_path / "report", again)
     evaluated(run, tmp_path / "out.json", *arguments)
@@ -196,7 +207,9 @@ def test_markdown_has_tables_of_equal_width_whatever_the_names(run, tmp_path):
     assert r"\<img src=x onerror=alert(1)\>" in text and "<img" not in text.replace(r"\<", "")
     for task, metrics in found["results"].items():
         assert f"### {task}" in lines
-        assert all(f"| {key.replace('_', chr(92) + '_')} |" in text for key in metrics)
+        units = {key: create_task(task).titled(key) for key in metrics}
+        assert all(f"| {units[key].replace('_', chr(92) + '_')} |" in text for key in metrics)
+    assert "| sq\\_rel, m |" in text and "| abs\\_rel |" in text and "| IoU/head, % |" in text
 
 
 def test_results_are_kept_where_the_baseline_cannot_be_compared(run, tmp_path, capsys):

@@ -34,7 +34,7 @@ def test_names_that_are_no_text_and_absent_values(tmp_path):
     markdown = (tmp_path / "new/results.md").read_text(encoding="utf-8")
     assert "| caf\\udcff.jpg | 0.0000 | end | 2.000 |" in markdown.splitlines()
     assert "|  |  | line break | 1.000 |" in markdown.splitlines()
-    assert "| RMSE | – |" in markdown.splitlines()
+    assert "| RMSE, m | – |" in markdown.splitlines()
     content = json.loads((tmp_path / "new/results.json").read_text())
     assert content["results"]["depth"]["RMSE"] is None
     assert content["images_by_score"]["semseg"]["worst"] == [{"id": ids[0], "score": 0.0}]

@@ -10,7 +10,9 @@ from PIL import Image
 
 from page import Page
 from pamm.data.transforms import normalize
+from pamm.pictures import scale_bar, scale_text
 from pamm.report import Figure, figure_from, format_table, markdown_table, write_report
+from pamm.tasks import TASKS as REGISTERED
 from pamm.tasks import create_task
 
 TASKS = {
@@ -39,16 +41,16 @@ ROWS = [
 
 def test_text_table_is_aligned_with_arrows_and_four_digits():
     assert format_table(ROWS, TASKS, gains=[None, 12.3456]).splitlines() == [
-        "             semseg mIoU ↑  depth RMSE ↓  normals mErr ↓   Δ % ↑",
-        "-----------  -------------  ------------  --------------  ------",
-        "untrained             3.51        1.2500               –       –",
-        "trained <1>          45.68        0.4818               –  +12.35",
+        "             semseg mIoU, % ↑  depth RMSE, m ↓  normals mErr, ° ↓   Δ % ↑",
+        "-----------  ----------------  ---------------  -----------------  ------",
+        "untrained                3.51           1.2500                  –       –",
+        "trained <1>             45.68           0.4818                  –  +12.35",
     ]
 
 
 def test_markdown_table_marks_the_best_and_keeps_its_columns():
     assert markdown_table([("a|b", ROWS[0][1]), ROWS[1]], TASKS).splitlines() == [
-        "|  | semseg mIoU ↑ | depth RMSE ↓ | normals mErr ↓ |",
+        "|  | semseg mIoU, % ↑ | depth RMSE, m ↓ | normals mErr, ° ↓ |",
         "|---|---:|---:|---:|",
         "| a\\|b | 3.51 | 1.2500 | – |",
         "| trained \\<1\\> | **45.68** | **0.4818** | – |",
@@ -134,5 +136,53 @@ def test_figure_shows_the_image_and_comparable_pictures():
     # the wrong prediction must not stretch the scale that it shares with the truth
     assert np.array_equal(figure.predictions["depth"][2:5], figure.truths["depth"][2:5])
     assert not np.array_equal(figure.predictions["depth"][5], figure.truths["depth"][5])
+    assert figure.scales == {"depth": (float(depth[depth > 0].min()), 3.0)}
     colours = TASKS["semseg"].draw(np.array([[0, 1]], np.uint8))[0]
     assert np.array_equal(figure.predictions["semseg"][0, [0, 7]], colours)
+
+
+def test_without_a_truth_the_scale_is_the_predictions():
+    depth = torch.linspace(1, 3, 48).reshape(1, 6, 8)
+    figure = figure_from(torch.zeros(3, 6, 8), {}, {"depth": depth}, {"depth": TASKS["depth"]}, "one")
+    assert figure.scales == {"depth": (1.0, 3.0)} and figure.truths == {}
+
+
+@pytest.mark.parametrize("unit", ["millimetre", "disparity"])
+def test_a_bar_has_the_colours_of_the_map_from_end_to_end(unit):
+    task = create_task("depth", unit=unit)
+    values = np.array([[0.5, 2.0, 9.0]])
+    bar = np.asarray(scale_bar(task, task.scale(values), 101))
+    colours = task.draw(values)[0]
+    assert np.array_equal(bar[0, [0, 100]], colours[[0, 2]])
+    place = round((2.0 - 0.5) / (9.0 - 0.5) * 100)
+    assert np.abs(bar[0, place].astype(int) - colours[1]).max() <= 6
+    assert (bar[20:] < 100).any()  # the numbers
+
+
+@pytest.mark.parametrize(
+    ("scale", "text"), [((0.5, 9.0), "0.50 to 9.00 m"), ((0.001, 80.0), "0.0 to 80.0 m"), ((1.0, 655.0), "1 to 655 m")]
+)
+def test_the_range_of_a_scale_is_told_with_its_unit(scale, text):
+    assert scale_text(create_task("depth"), scale) == text
+    assert scale_text(create_task("depth", unit="disparity"), scale) == text.replace(" m", " px")
+
+
+def test_metrics_are_headed_with_their_unit():
+    titles = {
+        ("depth", "RMSE"): "RMSE, m",
+        ("depth", "abs_rel"): "abs_rel",
+        ("depth", "delta_1.25"): "delta_1.25, %",
+        ("normals", "median"): "median, °",
+        ("semseg", "IoU/sky"): "IoU/sky, %",
+        ("edge", "odsF"): "odsF, %",
+        ("sal", "maxF"): "maxF, %",
+    }
+    assert {key: create_task(key[0]).titled(key[1]) for key in titles} == titles
+    stereo = {"depth": create_task("depth", unit="disparity")}
+    assert "depth RMSE, px ↓" in format_table([("a", {"depth": {"RMSE": 3.2}})], stereo)
+
+
+@pytest.mark.parametrize("name", REGISTERED)
+def test_every_score_has_a_unit(name):
+    task = create_task(name)
+    assert all(task.units.get(score) for score in (task.score, task.quick_score) if score)

@@ -82,8 +82,8 @@ WRONG = {
     "max_distance": ["near", True, math.inf, 2],
     "outline": ["yes please", 1, "True", [True]],
     "unit": [True, "inch", ["metre"]],
-    "limit": ["far", True, [10], 0, -1],
-    "maximum": ["far", True, [10], 0, -1],
+    "limit": ["far", True, [10], 0, -1, math.inf, math.nan],
+    "maximum": ["far", True, [10], 0, -1, math.inf, math.nan],
     "soft": ["yes please", 1, [True]],
     "classes": ["sky", 3, ["sky"], ["sky", "sky"], ["sky", 3]],
 }

@@ -26,7 +26,7 @@ from pamm.measurement import RESOLUTIONS, Resolution, Row, Shown, TaskScores, ov
 from pamm.models.model import MultiTaskModel
 from pamm.models.registry import rebuild_model
 from pamm.models.saved import find_checkpoint, load_model
-from pamm.pictures import draw_pair, embedded
+from pamm.pictures import draw_pair, embedded, png_uri, scale_bar
 from pamm.precision import Precision, choose_precision, prepare
 from pamm.ranking import Ranking
 from pamm.recipes import named_experiment
@@ -42,6 +42,10 @@ Draw = Callable[[Task, Shown], Mapping[str, str]]
 
 TILE = 288
 """Longest side of the pictures kept of the best and worst images, pixels."""
+
+
+SCALE = "scale"
+"""Name of the picture that is a bar of colours, not a map."""
 
 
 @dataclass(frozen=True)
@@ -184,16 +188,21 @@ def _rank(ranking: Ranking, task: Task, one: Shown, draw: Draw | None, device: t
 
 
 def draw_shown(task: Task, one: Shown, config: DataConfig) -> dict[str, str]:
-    """What the network saw of an image, its prediction and the truth, as data URIs of small pictures without the padding."""
+    """What the network saw of an image, its prediction and the truth, as data URIs of small pictures without the padding.
+
+    Where colours follow a range, prediction and truth share it, and a bar tells it.
+    """
 
     def crop(picture: Any, box: tuple[int, int, int, int]) -> Any:
         top, left, height, width = box
         return picture[..., top : top + height, left : left + width]
 
     logits, label = (crop(maps[task.name][0], one.box) for maps in (one.logits, one.labels))
-    prediction, truth = draw_pair(task, logits, label)
-    pictures = {"image": denormalize(crop(one.image, seen(one.box, config))), "prediction": prediction, "truth": truth}
-    return {name: embedded(picture, TILE) for name, picture in pictures.items() if picture is not None}
+    pair = draw_pair(task, logits, label)
+    seen_image = denormalize(crop(one.image, seen(one.box, config)))
+    pictures = {"image": seen_image, "prediction": pair.prediction, "truth": pair.truth}
+    shown = {name: embedded(picture, TILE) for name, picture in pictures.items() if picture is not None}
+    return shown | ({} if pair.scale is None else {SCALE: png_uri(scale_bar(task, pair.scale, TILE // 2))})
 
 
 def evaluate_split(

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from pamm.evaluate import Evaluation
+from pamm.evaluate import SCALE, Evaluation
 from pamm.files import replace_text
 from pamm.gain import Comparison
 from pamm.measurement import Resolution
@@ -114,6 +114,12 @@ def _facts(result: Evaluation, command: str) -> dict[str, str]:
     return facts | {"pamm": version("pamm")}
 
 
+def _ranked_by(ranking: Ranking, task: Task) -> str:
+    """What orders the images, with its unit."""
+    unit = task.units.get(task.quick_score or task.score)
+    return f"{ranking.score}, {unit}" if unit else ranking.score
+
+
 def _number(value: float) -> str:
     return f"{value:.{decimals(value)}f}" if math.isfinite(value) else MISSING
 
@@ -145,26 +151,26 @@ def _markdown(named: Named, tasks: Mapping[str, Task], comparisons: Comparisons,
     lines += ["", "## All metrics", ""]
     for task in tasks:
         columns = [(resolution, rows[-1][1].get(task, {})) for resolution, rows, _, _ in tables]
-        lines += [f"### {task}", "", _metrics_markdown(columns), ""]
+        lines += [f"### {task}", "", _metrics_markdown(tasks[task], columns), ""]
     if result.rankings:
         lines += ["## Worst and best images", ""]
         for task, ranking in result.rankings.items():
             lines += [
                 f"### {task}",
                 "",
-                f"By {plain_markdown(ranking.score)} of the image alone.",
+                f"By {plain_markdown(_ranked_by(ranking, tasks[task]))} of the image alone.",
                 "",
                 _images_markdown(ranking),
             ]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _metrics_markdown(columns: Sequence[tuple[str, Mapping[str, float]]]) -> str:
+def _metrics_markdown(task: Task, columns: Sequence[tuple[str, Mapping[str, float]]]) -> str:
     keys = dict.fromkeys(key for _, values in columns for key in values)
     lines = ["| | " + " | ".join(name for name, _ in columns) + " |", "|---|" + "---:|" * len(columns)]
     for key in keys:
         cells = [_number(values[key]) if key in values else MISSING for _, values in columns]
-        lines.append(f"| {plain_markdown(key)} | " + " | ".join(cells) + " |")
+        lines.append(f"| {plain_markdown(task.titled(key))} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -204,7 +210,8 @@ def _gallery(rankings: Mapping[str, Ranking], tasks: Mapping[str, Task]) -> str:
     if not rankings:
         return ""
     note = (
-        "Side by side: what the network saw, its prediction, the truth; pixels of the truth without a label are grey. The "
+        "Side by side: what the network saw, its prediction, the truth; pixels of the truth without a label are grey. Prediction "
+        "and truth share the truth's range of colours, which a bar below them tells where it is not the same for all. The "
         "number is the score of the image alone, in the frame; it serves to order the images and is no part of the results."
     )
     text = f"<h2>Worst and best images</h2><p>{note}</p>{class_legends(tasks)}"
@@ -213,17 +220,20 @@ def _gallery(rankings: Mapping[str, Ranking], tasks: Mapping[str, Task]) -> str:
         for heading, images in (("worst first", ranking.worst), ("best first", ranking.best)):
             figures = "".join(map(_figure, images)) or "<p>none</p>"
             sides += f"<section><h4>{heading}</h4>{figures}</section>"
-        text += f'<h3>{escape(task)}, by {escape(ranking.score)}</h3><div class="ends">{sides}</div>\n'
+        text += (
+            f'<h3>{escape(task)}, by {escape(_ranked_by(ranking, tasks[task]))}</h3><div class="ends">{sides}</div>\n'
+        )
     return text
 
 
 def _figure(one: Ranked) -> str:
-    pictures = "".join(
-        f'<img src="{escape(uri)}" alt="{escape(f"{one.id}: {what}")}">' for what, uri in one.pictures.items()
-    )
+    tags = {
+        what: f'<img src="{escape(uri)}" alt="{escape(f"{one.id}: {what}")}">' for what, uri in one.pictures.items()
+    }
+    bar = tags.pop(SCALE, "")
     return (
         f"<figure><figcaption>{escape(one.id)} <b>{_number(one.score)}</b></figcaption>"
-        f'<div class="row">{pictures}</div></figure>\n'
+        f'<div class="row">{"".join(tags.values())}</div>{bar}</figure>\n'
     )
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -40,8 +41,16 @@ def legend(task: Task, present: Iterable[int] | None = None) -> dict[str, Colour
     return {classes[i]: tuple(int(v) for v in colour) for i, colour in zip(shown, colours, strict=True)}
 
 
-def draw_pair(task: Task, logits: Tensor, label: Tensor | None) -> tuple[np.ndarray, np.ndarray | None]:
-    """(channels, H, W) logits, (c, H, W) label → pictures (H, W, 3) uint8 of the prediction and of the truth, on its scale.
+class Pair(NamedTuple):
+    """Pictures (H, W, 3) uint8 of a prediction and its truth, on one scale, and that scale (see `Task.scale`)."""
+
+    prediction: np.ndarray
+    truth: np.ndarray | None
+    scale: tuple[float, float] | None
+
+
+def draw_pair(task: Task, logits: Tensor, label: Tensor | None) -> Pair:
+    """(channels, H, W) logits, (c, H, W) label → their pictures on the truth's scale, or on the prediction's own without one.
 
     Ignored pixels of the truth are grey; a label that is None or ignored everywhere has no picture.
     """
@@ -51,7 +60,39 @@ def draw_pair(task: Task, logits: Tensor, label: Tensor | None) -> tuple[np.ndar
         values = task.truth(label).cpu().numpy()
         truth = np.where(valid.reshape(valid.shape + (1,) * (values.ndim - 2)), values, np.zeros_like(values))
         picture = task.draw(truth, valid=valid, reference=truth)
-    return task.draw(prediction, reference=truth), picture
+    return Pair(task.draw(prediction, reference=truth), picture, task.scale(prediction if truth is None else truth))
+
+
+def scale_text(task: Task, scale: tuple[float, float]) -> str:
+    """A range of values in the task's unit, in words, e.g. "0.52 to 9.81 m"."""
+    low, high = _ends(scale)
+    return f"{low} to {high} {task.map_unit}".rstrip()
+
+
+def _ends(scale: tuple[float, float]) -> tuple[str, str]:
+    """Both values with the decimals that show three digits of the higher one."""
+    digits = max(0, 2 - math.floor(math.log10(max(scale[1], 1e-6))))
+    return f"{scale[0]:.{digits}f}", f"{scale[1]:.{digits}f}"
+
+
+def scale_bar(task: Task, scale: tuple[float, float], width: int, *, text: int = TEXT) -> Image.Image:
+    """The colours of `draw` from the lowest to the highest value of a range, with both values and the unit below them."""
+    low, high = (f"{value} {task.map_unit}".rstrip() for value in _ends(scale))
+    width = max(width, _width(low, text) + _width(high, text) + GAP)
+    values = np.broadcast_to(np.linspace(*scale, width), (text, width))
+    bar = Image.new("RGB", (width, 2 * text + text // 2 + 2), "white")
+    bar.paste(Image.fromarray(task.draw(values, reference=np.array([scale]))))
+    pen = ImageDraw.Draw(bar)
+    pen.text((0, text + 2), low, "black", font=_font(text))
+    pen.text((width, text + 2), high, "black", font=_font(text), anchor="ra")
+    return bar
+
+
+def png_uri(picture: Image.Image) -> str:
+    """The picture as a data URI of a PNG."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="png")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def embedded(picture: np.ndarray, side: int) -> str:
@@ -67,7 +108,10 @@ def embedded(picture: np.ndarray, side: int) -> str:
 
 @dataclass(frozen=True)
 class SheetRow:
-    """One image of a contact sheet, already small: tiles by column, and the class indices in each task that has classes."""
+    """One image of a contact sheet, already small: tiles by column, and the class indices in each task that has classes.
+
+    A tile whose colours follow the range of its map has a bar of them below it.
+    """
 
     name: str
     tiles: Mapping[str, Image.Image]
@@ -84,7 +128,19 @@ def sheet_row(name: str, maps: Maps, *, tile: int = TILE) -> SheetRow:
         for name, task in maps.tasks.items()
         if legend(task)
     }
-    return SheetRow(name, {key: fit(picture, tile) for key, picture in pictures.items()}, maps.tasks, present)
+    tiles = {key: fit(picture, tile) for key, picture in pictures.items()}
+    for key, task in maps.tasks.items():
+        scale = task.scale(maps[key])
+        if scale is not None:
+            tiles[key] = _above(tiles[key], scale_bar(task, scale, tiles[key].width))
+    return SheetRow(name, tiles, maps.tasks, present)
+
+
+def _above(upper: Image.Image, lower: Image.Image) -> Image.Image:
+    joined = Image.new("RGB", (max(upper.width, lower.width), upper.height + 2 + lower.height), "white")
+    joined.paste(upper, (0, 0))
+    joined.paste(lower, (0, upper.height + 2))
+    return joined
 
 
 def fit(picture: np.ndarray, side: int) -> Image.Image:
@@ -97,7 +153,10 @@ def fit(picture: np.ndarray, side: int) -> Image.Image:
 
 
 def contact_sheet(items: Iterable[tuple[str, Maps]], *, tile: int = TILE) -> Image.Image:
-    """One row per (name, maps): the image and each task's picture side by side, with captions and the classes' colours."""
+    """One row per (name, maps): the image and each task's picture side by side, with captions and what the colours mean.
+
+    Colours that follow the range of a map are those of that map alone: each has a bar of its own.
+    """
     return compose_sheet([sheet_row(name, maps, tile=tile) for name, maps in items])
 
 
@@ -132,30 +191,33 @@ def compose_sheet(rows: Sequence[SheetRow]) -> Image.Image:
 
 
 def _legend_lines(rows: Sequence[SheetRow], width: int) -> list[list[tuple[int, str, Colour | None]]]:
-    """Lines of (x, text, colour): per task its name and the classes that occur, wrapped at `width`."""
+    """Lines of (x, text, colour): per task its name and the classes that occur or what its colours mean, wrapped at `width`."""
     lines = []
-    tasks = {name: row.tasks[name] for row in rows for name in row.present}
-    for task in tasks:
-        classes = legend(tasks[task], frozenset().union(*(row.present.get(task, ()) for row in rows)))
-        lines.append([(GAP, f"{task}:", None)])
-        x = indent = GAP + _width(f"{task}:") + GAP
-        for name, colour in classes.items():
-            needed = SWATCH + 4 + _width(name) + GAP
+    tasks = {name: task for row in rows for name, task in row.tasks.items()}
+    for name, task in tasks.items():
+        classes = legend(task, frozenset().union(*(row.present.get(name, ()) for row in rows)))
+        parts = list(classes.items()) or [(word, None) for word in task.colours.split()]
+        if not parts:
+            continue
+        lines.append([(GAP, f"{name}:", None)])
+        x = indent = GAP + _width(f"{name}:") + GAP
+        for text, colour in parts:
+            needed = _width(text) + (GAP // 2 if colour is None else SWATCH + 4 + GAP)
             if x + needed > width and x > indent:
                 lines.append([])
                 x = indent
-            lines[-1].append((x, name, colour))
+            lines[-1].append((x, text, colour))
             x += needed
     return lines
 
 
 @cache
-def _font() -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
-    return ImageFont.load_default(TEXT)
+def _font(size: int = TEXT) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size)
 
 
-def _width(text: str) -> int:
-    return int(_font().getlength(text)) + 1
+def _width(text: str, size: int = TEXT) -> int:
+    return int(_font(size).getlength(text)) + 1
 
 
 def _shorten(text: str, width: int) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pamm.data.transforms import denormalize
 from pamm.files import distinct_stem
-from pamm.pictures import draw_pair, legend
+from pamm.pictures import draw_pair, legend, png_uri, scale_bar, scale_text
 from pamm.tasks import Task
 
 Row = tuple[str, Mapping[str, Mapping[str, float | None]]]
@@ -86,7 +86,7 @@ def _score_cells(
     header = [("", False)]
     columns = [[(name, False) for name, _ in rows]]
     for name, task in tasks.items():
-        header.append((f"{name} {task.score} {_arrow(task.higher_is_better)}", False))
+        header.append((f"{name} {task.titled(task.score)} {_arrow(task.higher_is_better)}", False))
         values = [row.get(name, {}).get(task.score) for _, row in rows]
         columns.append(_column(values, task.higher_is_better))
     if gains is not None:
@@ -129,13 +129,15 @@ def _arrow(higher_is_better: bool) -> str:
 class Figure:
     """One image of a report with its pictures, all (H, W, 3) uint8.
 
-    predictions: task → picture. truths: task → picture, without the tasks the image has no label for.
+    predictions: task → picture. truths: task → picture, without the tasks the image has no label for. Both share their colours.
     """
 
     id: str
     image: np.ndarray
     predictions: Mapping[str, np.ndarray]
     truths: Mapping[str, np.ndarray] = field(default_factory=dict)
+    scales: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Task → range of values over which its colours spread, of tasks whose colours follow a range."""
 
 
 @torch.no_grad()
@@ -144,15 +146,17 @@ def figure_from(
 ) -> Figure:
     """Draw one sample: (3, H, W) normalised image, labels task → (c, H, W), logits task → (channels, H, W).
 
-    Prediction and truth share the truth's colour scale. Ignored pixels of a truth are grey; a label that is absent or
-    ignored everywhere counts as none.
+    Prediction and truth share the truth's colour scale, that of the prediction where there is no truth. Ignored pixels of a
+    truth are grey; a label that is absent or ignored everywhere counts as none.
     """
-    predictions, truths = {}, {}
-    for name, task in tasks.items():
-        predictions[name], truth = draw_pair(task, logits[name], labels.get(name))
-        if truth is not None:
-            truths[name] = truth
-    return Figure(id, denormalize(image), predictions, truths)
+    pairs = {name: draw_pair(task, logits[name], labels.get(name)) for name, task in tasks.items()}
+    return Figure(
+        id,
+        denormalize(image),
+        {name: pair.prediction for name, pair in pairs.items()},
+        {name: pair.truth for name, pair in pairs.items() if pair.truth is not None},
+        {name: pair.scale for name, pair in pairs.items() if pair.scale is not None},
+    )
 
 
 # -- the page ------------------------------------------------------------------------------------------------------------
@@ -224,16 +228,15 @@ def metric_details(name: str, task: Task, rows: Sequence[Row]) -> str:
         groups.setdefault(key.partition("/")[0] if "/" in key else "", []).append(key)
     tables = ""
     for kind, keys in groups.items():
-        lines = [[(kind, False), *((run, False) for run, _ in rows)]]
+        lines = [[(task.titled(kind) if kind else "", False), *((run, False) for run, _ in rows)]]
         for key in keys:
             better = task.higher_is_better if kind or key == task.score else None
             cells = _column([row.get(name, {}).get(key) for _, row in rows], better)
-            lines.append([(key.partition("/")[2] if kind else key, False), *cells])
+            lines.append([(key.partition("/")[2] if kind else task.titled(key), False), *cells])
         tables += _html_table(lines)
     kinds = "".join(f", {kind} of each class" for kind in groups if kind)
-    heading = (
-        f"{name}: every metric{kinds} (score: {task.score}, {'higher' if task.higher_is_better else 'lower'} is better)"
-    )
+    better = "higher" if task.higher_is_better else "lower"
+    heading = f"{name}: every metric{kinds} (score: {task.titled(task.score)}; {better} is better)"
     return f'<details><summary>{escape(heading)}</summary><div class="tables">{tables}</div></details>\n'
 
 
@@ -241,22 +244,24 @@ def _figures(figures: Sequence[Figure], tasks: Mapping[str, Task], folder: Path)
     (folder / PICTURES).mkdir(exist_ok=True)
     taken: set[str] = set()
     blocks = [_figure(figure, tasks, folder, distinct_stem(figure.id, taken)) for figure in figures]
-    note = "The network's prediction above, the truth below it; pixels of the truth without a label are grey."
+    note = (
+        "The network's prediction above, the truth below it; pixels of the truth without a label are grey. A bar gives the range "
+        "of both, which is the truth's, or the prediction's where there is no truth; values beyond it have the colours of its ends."
+    )
     return f"<h2>Pictures</h2><p>{note}</p>{class_legends(tasks)}\n{''.join(blocks)}"
 
 
 def class_legends(tasks: Mapping[str, Task]) -> str:
-    """The colours of the tasks' classes; empty where no task has classes."""
+    """What the colours of the tasks' pictures mean; empty where no task tells."""
     legends = ""
     for name, task in tasks.items():
         classes = legend(task)
         swatches = "".join(
             f'<li><i style="background:rgb{colour}"></i>{escape(label)}</li>' for label, colour in classes.items()
         )
-        legends += f"<p>{escape(name)}</p><ul>{swatches}</ul>" if classes else ""
-    return (
-        f'<details class="legend" open><summary>Colours of the classes</summary>{legends}</details>' if legends else ""
-    )
+        swatches = swatches or (f"<li>{escape(task.colours)}</li>" if task.colours else "")
+        legends += f"<p>{escape(name)}</p><ul>{swatches}</ul>" if swatches else ""
+    return f'<details class="legend" open><summary>Colours</summary>{legends}</details>' if legends else ""
 
 
 def _figure(figure: Figure, tasks: Mapping[str, Task], folder: Path, stem: str) -> str:
@@ -278,12 +283,23 @@ def _figure(figure: Figure, tasks: Mapping[str, Task], folder: Path, stem: str) 
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in ("image", *shown))
     above = "".join(f"<td>{picture(figure.predictions[name], f'{name}_prediction')}</td>" for name in shown)
     below = "".join(f"<td>{picture(figure.truths.get(name), f'{name}_truth')}</td>" for name in shown)
+    bars = ""
+    if figure.scales:
+        cells = "".join(f"<td>{_bar(tasks[name], figure.scales.get(name))}</td>" for name in shown)
+        bars = f'<tr><th scope="row"></th><td></td>{cells}</tr>\n'
     return (
         f'<figure><figcaption>{escape(figure.id)}</figcaption><div class="wide"><table class="pictures">\n'
         f"<thead><tr><td></td>{head}</tr></thead><tbody>\n"
         f'<tr><th scope="row">prediction</th><td rowspan="2">{picture(figure.image, "image")}</td>{above}</tr>\n'
-        f'<tr><th scope="row">truth</th>{below}</tr>\n</tbody></table></div></figure>\n'
+        f'<tr><th scope="row">truth</th>{below}</tr>\n{bars}</tbody></table></div></figure>\n'
     )
+
+
+def _bar(task: Task, scale: tuple[float, float] | None) -> str:
+    if scale is None:
+        return ""
+    alt = escape(f"{task.name}: colours {scale_text(task, scale)}")
+    return f'<img class="bar" src="{png_uri(scale_bar(task, scale, SHOWN))}" alt="{alt}">'
 
 
 _STYLE = Template("""body { font: 15px/1.5 system-ui, sans-serif; color: #1c1e21; background: #fff; }
@@ -309,6 +325,7 @@ figcaption { font-weight: 500; }
 table.pictures th, table.pictures td { border: 0; padding: .2rem .3rem; text-align: center; font-size: .85rem; }
 table.pictures th[scope=row] { writing-mode: vertical-rl; rotate: 180deg; color: #555; }
 img, .none { display: block; width: ${shown}px; height: auto; }
+img.bar { width: auto; max-width: 100%; }
 img.small { image-rendering: pixelated; }
 .none { display: grid; place-items: center; color: #777; background: #f0f0f0; }
 """).substitute(shown=SHOWN)

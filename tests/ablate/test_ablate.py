@@ -81,7 +81,7 @@ def test_two_rows_with_two_seeds_give_the_table(done):
     assert results[0] != results[1]
     assert table["rows"][0]["gains"] == {"0": 0, "1": 0} and table["failed"] == {}
     page = (done / "pamm-2.md").read_text()
-    assert "semseg mIoU ↑" in page and "depth RMSE ↓" in page and " ± " in page and "val split, 5 images" in page
+    assert "semseg mIoU, % ↑" in page and "depth RMSE, m ↓" in page and " ± " in page and "val split, 5 images" in page
     assert "| TC | 78.01 | 67.35 | 84.92 | 13.59 | 70.10 | +1.03 |" in page
 
 
@@ -166,7 +166,7 @@ def test_a_curve_has_a_row_per_evaluation(base, tmp_path, capsys):
     assert [row["label"] for row in rows] == ["step 1", "step 2"]
     log = [json.loads(line) for line in (tmp_path / "pamm-fig8/tiny.yaml/seed-0/log.jsonl").read_text().splitlines()]
     assert [row["mean"]["edge"] for row in rows] == [e["edge/maxF_pixel"] for e in log if e["kind"] == "val"]
-    assert "edge maxF_pixel ↑" in (tmp_path / "pamm-fig8.md").read_text()
+    assert "edge maxF_pixel, % ↑" in (tmp_path / "pamm-fig8.md").read_text()
     with (tmp_path / "pamm-fig8/tiny.yaml/seed-0/log.jsonl").open("a") as log:
         log.write('{"kind": "val", "st')  # as a full disk leaves it
     told(capsys, "pamm-fig8", "--base", base, "--out", tmp_path, "--tasks", "normals,edge", "--report")

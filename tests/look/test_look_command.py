@@ -74,7 +74,7 @@ def test_predictions_of_several_models(place, tmp_path, capsys):
         look(capsys, "predictions", *models[:count], "--images", place / "photographs", *tasks, "--out", out)
     one, two = (picture(tmp_path / f"{count}/predictions.png").shape for count in (1, 2))
     assert one[1] == two[1]
-    assert two[0] - one[0] == sum(side + 8 - 22 for side in (160, 240, 200))  # tile and gap, without the name's line
+    assert two[0] - one[0] == sum(side + 8 for side in (160, 240, 200))  # tile and gap
     facts = json.loads((tmp_path / "2/predictions.json").read_text())
     assert facts["images"] == ["0", "1", "2"] and list(facts["models"]) == ["pamm", "mtmamba"]
     assert facts["tasks"] == ["depth", "normals"]

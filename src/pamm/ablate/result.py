@@ -12,9 +12,10 @@ from typing import Any
 from pamm.ablate.cost import Cost
 from pamm.ablate.runs import Plan, Run
 from pamm.ablate.tables import AblationTable
+from pamm.build import label_options
 from pamm.gain import GainError, PaperTable, multi_task_gain, paper_tables
 from pamm.report import MISSING, aligned, as_markdown, decimals
-from pamm.tasks import TASKS
+from pamm.tasks import TASKS, Task, create_task
 
 
 @dataclass
@@ -113,10 +114,24 @@ def add_gains(results: Sequence[RowResult], baseline: str | None) -> None:
 # -- written forms -------------------------------------------------------------------------------------------------------
 
 
-def cells(table: AblationTable, results: Sequence[RowResult], tasks: Sequence[str]) -> list[list[str]]:
+def heading(task: Task, metric: str) -> str:
+    """A column's heading: task, metric with its unit, and which way is better."""
+    return f"{task.name} {task.titled(metric)} {'↑' if task.higher_is_better else '↓'}"
+
+
+def measured_tasks(plan: Plan, tasks: Sequence[str]) -> dict[str, Task]:
+    """The tasks as the runs' data describe them, on which the unit of depth depends; by default where the data are not there."""
+    try:
+        described = label_options(plan.runs[0].experiment) if plan.runs else {}
+    except ValueError:
+        described = {}
+    return {name: create_task(name, **described.get(name, {})) for name in tasks}
+
+
+def cells(table: AblationTable, results: Sequence[RowResult], tasks: Mapping[str, Task]) -> list[list[str]]:
     """Header and rows: tasks, Δ, parameters and arithmetic where the table has them, seeds."""
-    names = score_names(table, tasks)
-    header = [""] + [f"{task} {names[task]} {'↑' if TASKS[task].higher_is_better else '↓'}" for task in tasks]
+    names = score_names(table, list(tasks))
+    header = [""] + [heading(task, names[name]) for name, task in tasks.items()]
     columns = [[result.label for result in results], *(_column([r.of(task) for r in results], task) for task in tasks)]
     if table.baseline:
         header.append("Δ % ↑")
@@ -151,7 +166,7 @@ def printed_table(table: AblationTable) -> PaperTable | None:
 
 def printed_cells(table: AblationTable, printed: PaperTable) -> list[list[str]]:
     """The paper's figures of the table's rows, in the form of `cells`."""
-    header = [""] + [f"{t} {TASKS[t].score} {'↑' if TASKS[t].higher_is_better else '↓'}" for t in printed.tasks]
+    header = [""] + [heading(create_task(name), TASKS[name].score) for name in printed.tasks]
     extra = ["parameters", "flops"] if table.cost else []
     header += (["Δ % ↑"] if table.baseline else []) + (["parameters, M", "10⁹ FLOP"] if extra else [])
     lines = [header]
@@ -181,7 +196,11 @@ def notes(plan: Plan, results: Sequence[RowResult], protocol: str) -> list[str]:
 
 def text(plan: Plan, results: Sequence[RowResult], tasks: Sequence[str], protocol: str) -> str:
     """The table for a terminal, and the paper's beneath it."""
-    parts = [plan.table.title, aligned(cells(plan.table, results, tasks)), *notes(plan, results, protocol)]
+    parts = [
+        plan.table.title,
+        aligned(cells(plan.table, results, measured_tasks(plan, tasks))),
+        *notes(plan, results, protocol),
+    ]
     printed = printed_table(plan.table)
     if printed:
         heading = f"\nprinted in the {printed.paper} paper, Table {printed.number} ({printed.dataset}):"
@@ -191,7 +210,11 @@ def text(plan: Plan, results: Sequence[RowResult], tasks: Sequence[str], protoco
 
 def markdown(plan: Plan, results: Sequence[RowResult], tasks: Sequence[str], protocol: str) -> str:
     """As `text`, a Markdown page."""
-    parts = [f"# {plan.table.title}", _marked(cells(plan.table, results, tasks)), *notes(plan, results, protocol)]
+    parts = [
+        f"# {plan.table.title}",
+        _marked(cells(plan.table, results, measured_tasks(plan, tasks))),
+        *notes(plan, results, protocol),
+    ]
     printed = printed_table(plan.table)
     if printed:
         parts += [f"Printed in the {printed.paper} paper, Table {printed.number} ({printed.dataset}):"]

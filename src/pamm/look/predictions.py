@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 from PIL import Image
 
-from pamm.look.figure import TILE, Block, Tile, compose, empty_tile
+from pamm.look.figure import TILE, Block, Scale, Tile, compose, empty_tile
 from pamm.look.subjects import Subject
-from pamm.pictures import fit, legend
+from pamm.pictures import fit, legend, scale_bar
 from pamm.prediction import Maps, Predictor
 
 TRUTH = "ground truth"
@@ -40,28 +40,35 @@ def compare(
             keep(subject, maps)
     drawn_by = {name: next(m.tasks[name] for m in models.values() if name in m.tasks) for name in tasks}
     legends = {name: legend(drawn_by[name], found) for name, found in present.items() if found}
-    caption = "Predictions at the image's own size. Colours that follow a map's range take that of "
-    caption += "the ground truth, or else of all models together." if has_truth else "all models together."
-    return compose(blocks, caption=caption + " Grey: no label." * has_gaps, legends=legends, tile=tile)
+    caption = "Predictions at the image's own size. "
+    if any(task.map_unit for task in drawn_by.values()):
+        shared = "the ground truth, or else of all models together" if has_truth else "all models together"
+        caption += f"Colours that follow a range take that of {shared}; a bar tells it, and values beyond have its ends' colours. "
+    caption += "".join(f"{name}: {task.colours}. " for name, task in drawn_by.items() if task.colours)
+    return compose(blocks, caption=caption + "Grey: no label." * has_gaps, legends=legends, tile=tile)
 
 
 def prediction_block(subject: Subject, maps: Mapping[str, Maps], tasks: Sequence[str], *, tile: int = TILE) -> Block:
-    """The image at the left, a row per model, and the truth below if the subject has any of the tasks'."""
+    """The image at the left, a row per model, the truth below if the subject has any of the tasks', then bars of their scales."""
     step = max(1, max(subject.image.shape[:2]) // (4 * tile))
     side = fit(subject.image[::step, ::step], tile)
     rows: dict[str, dict[str, Tile]] = {}
+    bars = {}
     for name, own in maps.items():
         rows[name] = {}
         for task in tasks:
             if task in own:
                 reference = subject.truths.get(task, np.stack([m[task] for m in maps.values() if task in m]))
+                scale = own.tasks[task].scale(reference)
+                if scale is not None:
+                    bars[task] = Tile(scale_bar(own.tasks[task], scale, side.width, text=Scale(tile).small))
                 picture = own.tasks[task].draw(own[task][::step, ::step], reference=reference)
                 rows[name][task] = Tile(fit(picture, tile))
             else:
                 rows[name][task] = Tile(empty_tile(side.size, "not predicted", tile=tile))
     if any(task in subject.truths for task in tasks):
         rows[TRUTH] = truth_row(subject, tasks, tile=tile)
-    return Block(rows, Tile(side, subject.name))
+    return Block(rows | ({"": bars} if bars else {}), Tile(side, subject.name))
 
 
 def truth_row(subject: Subject, tasks: Sequence[str], *, tile: int = TILE) -> dict[str, Tile]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -201,6 +201,8 @@ class Boundary(Task):
     name = "edge"
     score = "odsF"
     quick_score = "maxF_pixel"
+    units: ClassVar = {"odsF": "%", "oisF": "%", "AP": "%", "maxF_pixel": "%"}
+    colours = "probability of a boundary, white 0 to black 1"
     higher_is_better = True
     pixelwise = False
     ignore = 255

@@ -27,6 +27,9 @@ UNITS = {"metre": 1.0, "millimetre": 1000.0, "disparity": 256.0}
 COARSEST = 100
 """Steps per metre; with fewer, a prediction is not written as a PNG, which would round it."""
 
+CLOSE = ("delta_1.25", "delta_1.25^2", "delta_1.25^3")
+"""Metrics of the pixels whose ratio to the truth is close to 1."""
+
 NEAREST = 1e-9
 """Metres; the metrics take a prediction of zero or less for this one."""
 
@@ -44,6 +47,7 @@ class Depth(Task):
 
     name = "depth"
     score = "RMSE"
+    colours = "near yellow, far violet"
     higher_is_better = False
     ignore = 0
     suffixes = (".png", ".npy")
@@ -66,6 +70,8 @@ class Depth(Task):
         self.unit, self.maximum, self.limit = unit, maximum, limit
         self.steps = UNITS[unit] if isinstance(unit, str) else float(unit)
         """Of a PNG, in a metre (of disparity: in a pixel)."""
+        self.map_unit = "px" if unit == "disparity" else "m"
+        self.units = {"RMSE": self.map_unit, "sq_rel": self.map_unit} | dict.fromkeys(CLOSE, "%")
 
     def options(self) -> dict[str, Any]:
         bounds = {"maximum": self.maximum, "limit": self.limit}
@@ -128,16 +134,13 @@ class Depth(Task):
 
     def _scores(self, sums: Sums) -> Sums:
         count = sums["count"].double()
-        close = 100 * sums["close"] / count
+        close = dict(zip(CLOSE, 100 * sums["close"] / count, strict=True))
         return {
             "RMSE": (sums["square"] / count).sqrt(),
             "log_RMSE": (sums["log_square"] / count).sqrt(),
             "abs_rel": sums["relative"] / count,
             "sq_rel": sums["relative2"] / count,
-            "delta_1.25": close[0],
-            "delta_1.25^2": close[1],
-            "delta_1.25^3": close[2],
-        }
+        } | close
 
     def decode(self, logits: Tensor) -> Tensor:
         return full_precision(logits)[:, 0].clamp(min=0)
@@ -149,12 +152,16 @@ class Depth(Task):
         self, prediction: np.ndarray, *, valid: np.ndarray | None = None, reference: np.ndarray | None = None
     ) -> np.ndarray:
         """Near yellow, far violet, between the nearest and farthest known depth of `reference` (default: this map)."""
-        scale = np.asarray(prediction if reference is None else reference)
-        known = scale[np.isfinite(scale) & (scale > 0)]
-        near, far = (known.min(), known.max()) if known.size else (0.0, 1.0)
+        near, far = self.scale(prediction if reference is None else reference) or (0.0, 1.0)
         if self.unit == "disparity":
             return paint(colour_map((np.asarray(prediction, np.float64) - near) / max(far - near, 1e-6)), valid)
         return paint(colour_map((far - np.asarray(prediction, np.float64)) / max(far - near, 1e-6)), valid)
+
+    def scale(self, values: np.ndarray) -> tuple[float, float] | None:
+        """The nearest and farthest known depth (of disparities: the farthest and nearest)."""
+        known = np.asarray(values)
+        known = known[np.isfinite(known) & (known > 0)]
+        return (float(known.min()), float(known.max())) if known.size else None
 
     def label_file(self, prediction: np.ndarray) -> tuple[str, bytes]:
         """16-bit PNG in `unit`, rounded to its steps; `.npy`, in which nothing is rounded or cut, where the unit is coarser

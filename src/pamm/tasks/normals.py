@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -41,6 +41,8 @@ class Normals(Task):
 
     name = "normals"
     score = "mErr"
+    units: ClassVar = {"mErr": "°", "median": "°", "RMSE": "°"} | {f"within_{bound:g}": "%" for bound in BOUNDS}
+    colours = "red x to the right, green y up, blue z towards the viewer, dark -1 to bright 1"
     higher_is_better = False
     ignore = 255
     label_channels = 3

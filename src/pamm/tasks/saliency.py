@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -36,6 +36,8 @@ class Saliency(Task):
 
     name = "sal"
     score = "maxF"
+    units: ClassVar = {"maxF": "%", "maxF_released": "%"}
+    colours = "probability of an object, black 0 to white 1"
     higher_is_better = True
     ignore = 255
     channels = 2

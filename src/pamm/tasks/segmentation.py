@@ -37,6 +37,7 @@ class ClassMap(Task):
     """
 
     score = "mIoU"
+    units: ClassVar = {"mIoU": "%", "pixel_accuracy": "%", "IoU": "%"}
     higher_is_better = True
     ignore = 255
     default_classes: ClassVar[Sequence[str]]

@@ -97,6 +97,12 @@ class Task(ABC):
     """Whether a training crop is redrawn while one class of this task's label dominates it."""
     suffixes: ClassVar[tuple[str, ...]] = (".png",)
     """How the names of the label files end that `read` takes, in lower case."""
+    units: Mapping[str, str] = {}
+    """Metric → its unit, e.g. "%", of those that have one; of metrics named "metric/class" under "metric"."""
+    map_unit: str = ""
+    """Unit of a prediction's values."""
+    colours: ClassVar[str] = ""
+    """What the colours of `draw` mean, in words, where they do not stand for classes."""
     label_channels: ClassVar[int] = 1
     label_dtype: ClassVar[torch.dtype] = torch.uint8
 
@@ -182,6 +188,11 @@ class Task(ABC):
         """The metric of the evaluations during training; differs where the reported one takes long."""
         return self.metric()
 
+    def titled(self, metric: str) -> str:
+        """A metric's name with its unit, as tables head it, e.g. "RMSE, m"."""
+        unit = self.units.get(metric.partition("/")[0])
+        return f"{metric}, {unit}" if unit else metric
+
     @property
     def image_score(self) -> str:
         """What `score_image` computes, in words."""
@@ -214,6 +225,13 @@ class Task(ABC):
         scale, so that a prediction and its truth are comparable (tasks with a fixed scale take no notice). Given it, a
         strip of rows is drawn as in the whole.
         """
+
+    def scale(self, values: np.ndarray) -> tuple[float, float] | None:
+        """The lowest and highest value between which `draw` spreads its colours where `values` is its reference.
+
+        None where the colours do not follow the range of the values, or no value is known.
+        """
+        return None
 
     @abstractmethod
     def label_file(self, prediction: np.ndarray) -> tuple[str, bytes]:
@@ -271,8 +289,8 @@ def _option(task: str, name: str, value: Any, hint: Any) -> Any:
     if float in kinds and str not in kinds and isinstance(value, str):
         with suppress(ValueError):
             value = float(value)
-    finite = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    is_kind = {float: finite, int: finite and isinstance(value, Integral)}
+    is_number = not isinstance(value, bool)
+    is_kind = {float: is_number and isinstance(value, Real), int: is_number and isinstance(value, Integral)}
     if any(kind not in _KINDS or is_kind.get(kind, isinstance(value, kind)) for kind in kinds):
         return value
     wanted = " or ".join(_KINDS[kind] for kind in kinds)
