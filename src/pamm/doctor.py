@@ -12,6 +12,7 @@ EXTRAS = {
     "train": ["lightning_fabric", "torchmetrics", "scipy", "skimage", "tensorboard"],
     "demo": ["trimesh", "embreex", "scipy", "skimage"],
     "bench": ["mambapy"],
+    "heif": ["pillow_heif"],
 }
 """Extra → the modules it brings."""
 

@@ -43,18 +43,21 @@ def read_image(source: Source, *, exif: bool = True, max_pixels: int = MAX_PIXEL
 
     Grey is repeated to three channels, 16 bits are scaled to 8, transparency is laid over white, palettes and CMYK are
     converted, colour profiles are not applied; of an animation the first frame is read. `exif` turns the picture as its
-    EXIF orientation says, which is how every viewer shows it; a `.heic` is turned always. Takes 7 bytes per pixel at most.
+    EXIF orientation says, which is how every viewer shows it; Pillow turns `.heic` and `.tif` in any case. Takes 7 bytes of memory per pixel.
     Raises ImageError for anything that is not a whole picture of at most `max_pixels`.
     """
     with decoding(source):
-        with open_picture(source) as picture:
-            _check_size(picture, name_of(source), max_pixels)
-            pixels = _rgb(picture, name_of(source), exif)
-        return np.ascontiguousarray(pixels)  # after Pillow's copy is gone
+        return np.ascontiguousarray(_read(source, exif, max_pixels))  # turned when Pillow's copy is gone
+
+
+def _read(source: Source, exif: bool, max_pixels: int) -> np.ndarray:
+    with open_picture(source) as picture:
+        _check_size(picture, name_of(source), max_pixels)
+        return _rgb(picture, name_of(source), exif)
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """(H, W) of a picture as stored (a `.heic`: as shown), from its header alone. Raises ImageError."""
+    """(H, W) of a picture as stored (`.heic` and `.tif`: as shown), from its header alone. Raises ImageError."""
     with decoding(path), open_picture(path) as picture:
         return picture.height, picture.width
 
