@@ -43,8 +43,8 @@ def read_image(source: Source, *, exif: bool = True, max_pixels: int = MAX_PIXEL
 
     Grey is repeated to three channels, 16 bits are scaled to 8, transparency is laid over white, palettes and CMYK are
     converted, colour profiles are not applied; of an animation the first frame is read. `exif` turns the picture as its
-    EXIF orientation says, which is how every viewer shows it; Pillow turns `.heic` and `.tif` in any case. Takes 7 bytes of memory per pixel.
-    Raises ImageError for anything that is not a whole picture of at most `max_pixels`.
+    EXIF orientation says, which is how every viewer shows it; Pillow turns `.heic` and `.tif` in any case. Takes 7 bytes of
+    memory per pixel. Raises ImageError for anything that is not a whole picture of at most `max_pixels`.
     """
     with decoding(source):
         return np.ascontiguousarray(_read(source, exif, max_pixels))  # turned when Pillow's copy is gone
