@@ -296,19 +296,26 @@ def data(arguments: list[str]) -> int:
         help="a folder data set, a recipe's name or an experiment.yaml; of equal names the recipe's is meant, ./NAME the folder",
     )
     own.add_argument("--root", help="with a recipe: folder of the data set, in place of the configured one")
-    own.add_argument("--deep", action="store_true", help="read every file and list all that is wrong")
+    own.add_argument("--deep", action="store_true", help="read every file; tell what labels hold and all that is wrong")
+    own.add_argument("--val-fraction", type=float, help="as data.val_fraction: share of train that is the validation split")
     plain = own.parse_args(arguments)
+    from dataclasses import replace
+
     from pamm.data import DATASETS
-    from pamm.data.inspect import format_inspection, inspect_dataset
+    from pamm.data.inspect import format_inspection, inspect_dataset, reading_workers
+    from pamm.experiment import Experiment, check
     from pamm.files import shown
     from pamm.recipes import named_data
 
     config = named_data(plain.source, plain.root)
+    if plain.val_fraction is not None:
+        config = replace(config, val_fraction=plain.val_fraction)
+        check(Experiment(data=config))
     print(f"data set: {config.name}, {shown(config.root) if config.root else 'made here, kept in the cache'}")
     if hasattr(DATASETS[config.name], "prepare"):
         for split in ("train", "val"):
             DATASETS[config.name].open(config, split, {}).prepare(workers=os.cpu_count() or 1)
-    rows = inspect_dataset(config, deep=plain.deep)
+    rows = inspect_dataset(config, deep=plain.deep, workers=reading_workers(), progress=sys.stderr.isatty())
     print(format_inspection(rows))
     return 1 if any(row.problems for row in rows) else 0
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from pamm.data.listing import files_ending, is_folder, names_in, near_name, preview, read_ids
 from pamm.data.sample import DataError, Dataset, Sample
 from pamm.files import shown
-from pamm.images import ImageError, read_image
+from pamm.images import ImageError, image_size, read_image
 from pamm.tasks import LabelError, Task
 from pamm.tasks.task import nearest_index
 
@@ -119,6 +119,10 @@ class PackagedDataset(FileDataset):
 
     def labelled(self) -> dict[str, int]:
         return {name: len(self.ids) for name in self.tasks}
+
+    def label(self, index: int, task: str) -> Tensor:
+        with reading():
+            return self.read_label(task, self.ids[index], image_size(self.image_path(index)))
 
     def notes(self) -> list[str]:
         published = self.published.get(self.split, len(self))

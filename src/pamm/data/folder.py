@@ -27,7 +27,7 @@ from pamm.data.files import FileDataset, check_tasks, reading, root_of
 from pamm.data.listing import check_all_read, composed, is_folder, list_folder, names_in, near_name, preview, read_text
 from pamm.data.sample import DataError, Sample, register_dataset
 from pamm.files import shown
-from pamm.images import IMAGE_SUFFIXES, read_image
+from pamm.images import IMAGE_SUFFIXES, image_orientation, image_size, read_image
 from pamm.strict_yaml import load_yaml
 from pamm.tasks import TASKS, Task, create_task
 
@@ -139,6 +139,20 @@ class FolderDataset(FileDataset):
 
     def labelled(self) -> dict[str, int]:
         return {name: len(files) for name, files in self._labels.items()}
+
+    def with_label(self, task: str) -> list[int]:
+        return [index for index, id in enumerate(self.ids) if id in self._labels[task]]
+
+    def label(self, index: int, task: str) -> Tensor:
+        with reading():
+            return self.tasks[task].read(self._labels[task][self.ids[index]])
+
+    def turned_unseen(self, index: int) -> bool:
+        path = self.image_path(index)
+        with reading():
+            orientation = image_orientation(path)
+            height, width = image_size(path) if orientation > 4 else (1, 1)
+        return orientation > 1 and height == width
 
     def notes(self) -> list[str]:
         found = []

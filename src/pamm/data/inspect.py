@@ -1,17 +1,25 @@
-"""What a data set holds, and what is wrong with it: the content of `pamm data`."""
+"""What a data set holds, and what is wrong or doubtful with it: the content of `pamm data`, and the notes before training."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
+from tqdm import tqdm
+
+from pamm.data.listing import preview
 from pamm.data.sample import DATASETS, DataError, Dataset
 from pamm.images import ImageError, image_size
-from pamm.tasks import create_task
+from pamm.tasks import LabelStatistics, Task, create_task
 
 if TYPE_CHECKING:
     from pamm.experiment import DataConfig
+
+SAMPLED = 50
+"""Labels of each task and split, at most, that are read before training."""
 
 
 @dataclass
@@ -25,16 +33,24 @@ class SplitReport:
     largest: tuple[int, int] | None = None
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    """What is worth knowing and no mistake, e.g. fewer images than published."""
+    """What is worth knowing and no mistake, e.g. fewer images than published, a class that no label holds."""
+    contents: dict[str, str] = field(default_factory=dict)
+    """Task → what its labels hold, in words; where they were read."""
 
 
 def inspect_dataset(
-    config: DataConfig, splits: Iterable[str] = ("train", "val"), *, deep: bool = False
+    config: DataConfig,
+    splits: Iterable[str] = ("train", "val"),
+    *,
+    deep: bool = False,
+    workers: int = 0,
+    progress: bool = False,
 ) -> list[SplitReport]:
     """One report per split; problems are collected, not raised.
 
-    Without `deep`, files are listed and the headers of images read. With `deep`, every image and label is read. Of
-    synthetic data only what was made counts; nothing is made here (see `SyntheticDataset.prepare`).
+    Without `deep`, files are listed and the headers of images read. With `deep`, every image and label is read, by as many
+    processes as `workers` (0: this one). Of synthetic data only what was made counts; nothing is made here (see
+    `SyntheticDataset.prepare`). progress: show a bar.
     """
     reports = [SplitReport(split) for split in splits]
     for report in reports:
@@ -49,9 +65,11 @@ def inspect_dataset(
         present = [index for index in range(len(dataset)) if index not in absent]
         report.images = len(present)
         report.labels, report.notes = dataset.labelled(), dataset.notes()
-        if not deep:
+        if deep:
+            sizes = _read_all(dataset, present, report, workers, progress)
+        else:
             report.problems += dataset.problems()
-        sizes = list((_read_all if deep else _read_headers)(dataset, present, report))
+            sizes = list(_read_headers(dataset, present, report))
         report.smallest = min(sizes, key=_area, default=None)
         report.largest = max(sizes, key=_area, default=None)
     return reports
@@ -65,7 +83,9 @@ def format_inspection(reports: Iterable[SplitReport], *, most: int = 20) -> str:
             f", {_by(report.smallest)} to {_by(report.largest)} pixels" if report.smallest and report.largest else ""
         )
         lines.append(f"{report.split}: {report.images} images{sizes}")
-        lines += [f"  {name}: {count} labels" for name, count in report.labels.items()]
+        for name, count in report.labels.items():
+            content = f": {report.contents[name]}" if name in report.contents else ""
+            lines.append(f"  {name}: {count} labels{content}")
         lines += [f"  note: {note}" for note in report.notes]
         lines += [f"  problem: {problem}" for problem in report.problems[:most]]
         if len(report.problems) > most:
@@ -73,12 +93,137 @@ def format_inspection(reports: Iterable[SplitReport], *, most: int = 20) -> str:
     return "\n".join(lines)
 
 
-def _read_all(dataset: Dataset, present: Iterable[int], report: SplitReport) -> Iterator[tuple[int, int]]:
-    for index in present:
+def notes_before_training(datasets: Sequence[Dataset], *, most: int = SAMPLED) -> list[str]:
+    """What a user should know of the splits before the first step; nothing where all is well.
+
+    Read are at most `most` labels of each task and split, evenly spread over those there are, and the headers of their
+    images. Data that is made here is not looked at. Raises DataError for a file that cannot be read.
+    """
+    notes = []
+    for dataset in datasets:
+        found = dataset.notes()
+        if len(dataset) and dataset.image_path(0) is not None:
+            found += _look_at_some(dataset, most)
+        notes += [f"{dataset.split}: {note}" for note in found]
+    return notes
+
+
+def _look_at_some(dataset: Dataset, most: int) -> list[str]:
+    contents, looked_at = Contents(dataset.tasks), set[int]()
+    few = ""
+    for name in dataset.tasks:
+        labelled = dataset.with_label(name)
+        chosen = labelled if len(labelled) <= most else [labelled[i * len(labelled) // most] for i in range(most)]
+        for index in chosen:
+            contents.add(dataset.ids[index], {name: dataset.tasks[name].statistics(dataset.label(index, name))})
+        looked_at.update(chosen)
+        if len(chosen) < len(labelled):
+            few = f" (seen in {most} labels of a task, evenly spread; `pamm data --deep` reads all)"
+    for index in sorted(looked_at):
+        contents.add_image(dataset.ids[index], turned=dataset.turned_unseen(index))
+    return [f"{note}{few}" for note in contents.notes()]
+
+
+class Contents:
+    """What the labels that were read hold, summed over a split."""
+
+    def __init__(self, tasks: Mapping[str, Task]):
+        self.tasks = tasks
+        self.found = {name: LabelStatistics() for name in tasks}
+        self.empty: dict[str, list[str]] = {name: [] for name in tasks}
+        """Task → ids of the images whose label is ignored everywhere."""
+        self.images, self.turned = 0, list[str]()
+
+    def add(self, id: str, statistics: Mapping[str, LabelStatistics]) -> None:
+        """The statistics of an image's labels."""
+        for name, found in statistics.items():
+            self.found[name] += found
+            if found.empty:
+                self.empty[name].append(id)
+
+    def add_image(self, id: str, *, turned: bool) -> None:
+        """A labelled image. turned: see `Dataset.turned_unseen`."""
+        self.images += 1
+        if turned:
+            self.turned.append(id)
+
+    def described(self) -> dict[str, str]:
+        """Task → what its labels hold, in words."""
+        return {name: task.describe(self.found[name]) for name, task in self.tasks.items() if self.found[name].labels}
+
+    def notes(self) -> list[str]:
+        """What is doubtful."""
+        notes = [f"{name}: {remark}" for name, task in self.tasks.items() for remark in task.remarks(self.found[name])]
+        for name, ids in self.empty.items():
+            if ids:
+                notes.append(
+                    f"{name}: {len(ids)} of {self.found[name].labels} labels are ignored everywhere and teach nothing: {preview(ids)}"
+                )
+        if self.turned:
+            notes.append(
+                f"{len(self.turned)} of {self.images} labelled images are shown turned by their EXIF orientation at the size "
+                f"they are stored at, so that the size does not tell on which side a label was drawn: {preview(self.turned)}. "
+                "Labels are taken to fit the image as shown. If they were drawn on the stored pixels, remove the tag from the "
+                "images (exiftool -Orientation= FILES)"
+            )
+        return notes
+
+
+@dataclass(frozen=True)
+class _Look:
+    """One sample as read: size of the image, contents of its labels, see `Dataset.turned_unseen`."""
+
+    id: str
+    size: tuple[int, int]
+    statistics: dict[str, LabelStatistics]
+    turned: bool
+
+
+class _Looks(torch.utils.data.Dataset):
+    """Number of a present sample → what it holds, or the message of the error."""
+
+    def __init__(self, dataset: Dataset, present: Sequence[int]):
+        self.dataset, self.present = dataset, present
+
+    def __len__(self) -> int:
+        return len(self.present)
+
+    def __getitem__(self, number: int) -> _Look | str:
+        index = self.present[number]
         try:
-            yield dataset[index].size
+            sample = self.dataset[index]
+            turned = bool(sample.labels) and self.dataset.turned_unseen(index)
         except DataError as error:
-            report.problems.append(str(error))
+            return str(error)
+        tasks = self.dataset.tasks
+        statistics = {name: tasks[name].statistics(label) for name, label in sample.labels.items()}
+        return _Look(sample.id, sample.size, statistics, turned)
+
+
+def _read_all(
+    dataset: Dataset, present: Sequence[int], report: SplitReport, workers: int, progress: bool
+) -> list[tuple[int, int]]:
+    """Read every sample, fill the report, return the images' sizes."""
+    contents, sizes = Contents(dataset.tasks), []
+    loader = torch.utils.data.DataLoader(_Looks(dataset, present), batch_size=None, num_workers=workers)
+    try:
+        for look in tqdm(loader, f"read {report.split}", len(present), unit="image", leave=False, disable=not progress):
+            if isinstance(look, str):
+                report.problems.append(look)
+                continue
+            sizes.append(look.size)
+            contents.add(look.id, look.statistics)
+            if look.statistics:
+                contents.add_image(look.id, turned=look.turned)
+    except RuntimeError as error:
+        if "worker" not in str(error):
+            raise
+        raise DataError(
+            f"a process that reads images was ended from outside, mostly for lack of memory ({str(error).splitlines()[0]}). "
+            "Free memory and try again."
+        ) from None
+    report.contents, report.notes = contents.described(), report.notes + contents.notes()
+    return sizes
 
 
 def _read_headers(dataset: Dataset, present: Iterable[int], report: SplitReport) -> Iterator[tuple[int, int]]:
@@ -90,6 +235,12 @@ def _read_headers(dataset: Dataset, present: Iterable[int], report: SplitReport)
             yield image_size(path)
         except ImageError as error:
             report.problems.append(str(error))
+
+
+def reading_workers() -> int:
+    """Processes that read a data set: one for each processor that this process may use, 8 at most."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(count, 8) if count > 1 else 0
 
 
 def _by(size: tuple[int, int]) -> str:

@@ -137,6 +137,21 @@ class Dataset(ABC, torch.utils.data.Dataset):
         """Task name → number of images that have its label, without reading them."""
         return dict.fromkeys(self.tasks, len(self) - len(self.absent()))
 
+    def with_label(self, task: str) -> Sequence[int]:
+        """Indices of the samples that have the task's label."""
+        return range(len(self))
+
+    def label(self, index: int, task: str) -> Tensor:
+        """The label of image number `index` for a task, which it has (see `with_label`). Raises DataError."""
+        return self[index].labels[task]
+
+    def turned_unseen(self, index: int) -> bool:
+        """Whether the image is shown turned or mirrored (by its EXIF orientation) at the very size it is stored at.
+
+        Then no size tells whether a label was drawn on the image as shown, as this package takes it, or as stored.
+        """
+        return False
+
     def notes(self) -> list[str]:
         """What is worth knowing about the split's files and no mistake, without reading them."""
         return []
