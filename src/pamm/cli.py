@@ -297,7 +297,9 @@ def data(arguments: list[str]) -> int:
     )
     own.add_argument("--root", help="with a recipe: folder of the data set, in place of the configured one")
     own.add_argument("--deep", action="store_true", help="read every file; tell what labels hold and all that is wrong")
-    own.add_argument("--val-fraction", type=float, help="as data.val_fraction: share of train that is the validation split")
+    own.add_argument(
+        "--val-fraction", type=float, help="as data.val_fraction: share of train that is the validation split"
+    )
     plain = own.parse_args(arguments)
     from dataclasses import replace
 

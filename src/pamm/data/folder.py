@@ -252,7 +252,7 @@ def _no_label(folder: Path, task: str, tasks: Iterable[str]) -> DataError:
 
 def _no_images(root: Path, folder: Path, split: str) -> DataError:
     present = preview(name for name in names_in(root) if is_folder(root / name / "images")) or "none"
-    divide = ", or split a part of train off with --data.val-fraction 0.1" if split == "val" else ""
+    divide = "; or split a part of train off with --data.val-fraction 0.1" if split == "val" else ""
     if is_folder(folder / "images"):
         return DataError(
             f"no image in {folder / 'images'}. Put files ending in {', '.join(IMAGE_SUFFIXES)} there{divide}."

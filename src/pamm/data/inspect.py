@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from pamm.data.listing import preview
 from pamm.data.sample import DATASETS, DataError, Dataset
+from pamm.files import escaped
 from pamm.images import ImageError, image_size
 from pamm.tasks import LabelStatistics, Task, create_task
 
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
     from pamm.experiment import DataConfig
 
 SAMPLED = 50
-"""Labels of each task and split, at most, that are read before training."""
+"""Labels of each task and split, at most, that are read before training ..."""
+
+RARE = 10
+"""... and as many times more while a class is in none of them."""
 
 
 @dataclass
@@ -90,38 +94,48 @@ def format_inspection(reports: Iterable[SplitReport], *, most: int = 20) -> str:
         lines += [f"  problem: {problem}" for problem in report.problems[:most]]
         if len(report.problems) > most:
             lines.append(f"  and {len(report.problems) - most} more problems")
-    return "\n".join(lines)
+    return "\n".join(map(escaped, lines))
 
 
 def notes_before_training(datasets: Sequence[Dataset], *, most: int = SAMPLED) -> list[str]:
     """What a user should know of the splits before the first step; nothing where all is well.
 
-    Read are at most `most` labels of each task and split, evenly spread over those there are, and the headers of their
-    images. Data that is made here is not looked at. Raises DataError for a file that cannot be read.
+    Read are at most `most` labels of each task and split, evenly spread over those there are (`RARE` times as many while a
+    class occurs in none), and the headers of their images. Data that is made here is not looked at. Raises DataError for a
+    file that cannot be read.
     """
     notes = []
     for dataset in datasets:
         found = dataset.notes()
         if len(dataset) and dataset.image_path(0) is not None:
             found += _look_at_some(dataset, most)
-        notes += [f"{dataset.split}: {note}" for note in found]
+        notes += [escaped(f"{dataset.split}: {note}") for note in found]
     return notes
 
 
 def _look_at_some(dataset: Dataset, most: int) -> list[str]:
     contents, looked_at = Contents(dataset.tasks), set[int]()
-    few = ""
-    for name in dataset.tasks:
+    some = False
+    for name, task in dataset.tasks.items():
         labelled = dataset.with_label(name)
-        chosen = labelled if len(labelled) <= most else [labelled[i * len(labelled) // most] for i in range(most)]
-        for index in chosen:
-            contents.add(dataset.ids[index], {name: dataset.tasks[name].statistics(dataset.label(index, name))})
+        chosen = spread(labelled, most)
         looked_at.update(chosen)
-        if len(chosen) < len(labelled):
-            few = f" (seen in {most} labels of a task, evenly spread; `pamm data --deep` reads all)"
+        for index in chosen:
+            contents.add(dataset.ids[index], {name: task.statistics(dataset.label(index, name))})
+        read = set(chosen)
+        for index in spread(labelled, most * RARE):  # a rare class is no absent one
+            if index not in read and 0 in contents.found[name].classes.values():
+                contents.add(dataset.ids[index], {name: task.statistics(dataset.label(index, name))})
+        some |= contents.found[name].labels < len(labelled)
     for index in sorted(looked_at):
         contents.add_image(dataset.ids[index], turned=dataset.turned_unseen(index))
-    return [f"{note}{few}" for note in contents.notes()]
+    told = "; seen in a part of the labels, evenly spread: `pamm data --deep` reads all" if some else ""
+    return [f"{note}{told}" for note in contents.notes()]
+
+
+def spread(indices: Sequence[int], most: int) -> Sequence[int]:
+    """At most `most` of the indices, evenly spread."""
+    return indices if len(indices) <= most else [indices[i * len(indices) // most] for i in range(most)]
 
 
 class Contents:
@@ -156,9 +170,8 @@ class Contents:
         notes = [f"{name}: {remark}" for name, task in self.tasks.items() for remark in task.remarks(self.found[name])]
         for name, ids in self.empty.items():
             if ids:
-                notes.append(
-                    f"{name}: {len(ids)} of {self.found[name].labels} labels are ignored everywhere and teach nothing: {preview(ids)}"
-                )
+                count = f"{len(ids)} of {self.found[name].labels} labels"
+                notes.append(f"{name}: {count} are ignored everywhere and teach nothing: {preview(ids)}")
         if self.turned:
             notes.append(
                 f"{len(self.turned)} of {self.images} labelled images are shown turned by their EXIF orientation at the size "

@@ -16,13 +16,19 @@ from torch import Tensor
 from pamm.tasks.metrics import Sums, sum_metric
 from pamm.tasks.pictures import check_readable, colour_map, paint, png_bytes, read_png
 from pamm.tasks.scores import full_precision, mean_over
-from pamm.tasks.task import LabelError, LabelStatistics, Task, register
+from pamm.tasks.task import LabelError, LabelStatistics, Task, percent, register
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
 UNITS = {"metre": 1.0, "millimetre": 1000.0, "disparity": 256.0}
 """Name of a unit → the steps of a depth PNG in a metre, of disparity in a pixel."""
+
+DISTANT = 100
+"""Metres; where nothing is nearer, the unit is doubtful."""
+
+FARTHEST = 1000
+"""Metres; depths beyond are doubtful."""
 
 COARSEST = 100
 """Steps per metre; with fewer, a prediction is not written as a PNG, which would round it."""
@@ -162,6 +168,32 @@ class Depth(Task):
         known = np.asarray(values)
         known = known[np.isfinite(known) & (known > 0)]
         return (float(known.min()), float(known.max())) if known.size else None
+
+    def describe(self, found: LabelStatistics) -> str:
+        if found.lowest > found.highest:
+            return "every value unknown"
+        unit = "pixels of disparity" if self.unit == "disparity" else "m"
+        return f"{found.lowest:.4g} to {found.highest:.4g} {unit}; {percent(found.ignored_share)} of the pixels unknown"
+
+    def remarks(self, found: LabelStatistics) -> list[str]:
+        """Of the range alone: a sky's value in place of a distance, another unit. Sparse labels are common."""
+        if found.lowest > found.highest or self.unit == "disparity":
+            return []
+        spread = f"from {found.lowest:.4g} to {found.highest:.4g} m"
+        largest = 65535 / self.steps
+        if found.lowest >= DISTANT:
+            return [
+                f"depths are {spread}, nothing nearer than {DISTANT} m: the values look like another unit, e.g. millimetres. A "
+                ".npy holds metres: divide by 1000; a PNG has the unit that dataset.yaml tells, e.g. 'depth: {unit: millimetre}'"
+            ]
+        is_last_step = math.isclose(found.highest, largest, rel_tol=1e-6)
+        if is_last_step or found.highest >= FARTHEST:
+            bound = math.floor(100 * largest) / 100 if is_last_step else FARTHEST
+            return [
+                f"depths are {spread}: the largest looks like a mark of the sky or of unknown pixels, not like a distance, and is "
+                f"trained on. In dataset.yaml, 'depth: {{maximum: {bound:g}}}' makes depths of {bound:g} m and more unknown"
+            ]
+        return []
 
     def label_file(self, prediction: np.ndarray) -> tuple[str, bytes]:
         """16-bit PNG in `unit`, rounded to its steps; `.npy`, in which nothing is rounded or cut, where the unit is coarser

@@ -40,6 +40,10 @@ class ClassMap(Task):
     units: ClassVar = {"mIoU": "%", "pixel_accuracy": "%", "IoU": "%"}
     higher_is_better = True
     ignore = 255
+    absent_remedy = (
+        "Check the order of the classes and the values in the files. 255 means ignored: where it stands for a class, write "
+        "that class's index in its place (of two classes, 1)"
+    )
     default_classes: ClassVar[Sequence[str]]
 
     def __init__(self, *, classes: Sequence[str] | None = None, weight: float = 1.0):

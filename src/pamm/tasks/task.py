@@ -105,6 +105,8 @@ class Task(ABC):
     """What the colours of `draw` mean, in words, where they do not stand for classes."""
     label_channels: ClassVar[int] = 1
     label_dtype: ClassVar[torch.dtype] = torch.uint8
+    absent_remedy: ClassVar[str] = "Check the values in the files"
+    """What to do about a class that no label holds."""
 
     channels: int
     """Number of maps the network outputs for this task."""
@@ -154,6 +156,28 @@ class Task(ABC):
     def class_pixels(self, label: Tensor) -> dict[str, int]:
         """Name of a class → its pixels in a label; empty for tasks whose values are no classes."""
         return {}
+
+    def describe(self, found: LabelStatistics) -> str:
+        """What labels hold, in words: the classes' shares of the known pixels, the range of values, the ignored share."""
+        known = max(found.pixels - found.ignored, 1)
+        shares = ", ".join(f"{name} {percent(count / known)}" for name, count in found.classes.items())
+        ignored = f"{percent(found.ignored_share)} of the pixels ignored"
+        return f"{shares}; {ignored}" if shares else ignored
+
+    def remarks(self, found: LabelStatistics) -> list[str]:
+        """What is doubtful in labels that hold this, each with what to do; empty where nothing is, and without labels."""
+        absent = [name for name, count in found.classes.items() if not count] if found.labels else []
+        if absent:
+            names = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
+            return [
+                f"no label holds {names} ({len(absent)} of {len(found.classes)} classes), and {percent(found.ignored_share)} of "
+                f"the pixels are ignored. {self.absent_remedy}"
+            ]
+        if found.ignored_share > MOSTLY:
+            return [
+                f"{percent(found.ignored_share)} of the pixels of its labels are ignored. Check how they were written"
+            ]
+        return []
 
     # -- loss and metric -------------------------------------------------------------------------------------------------
 
@@ -239,6 +263,15 @@ class Task(ABC):
 
         `read` reads it back as what it was, to the precision of that file.
         """
+
+
+MOSTLY = 0.9
+"""Share of ignored pixels from which on a note tells it."""
+
+
+def percent(share: float) -> str:
+    """0 to 1 → "12.3 %"; what is little and not nothing does not become 0."""
+    return "less than 0.1 %" if 0 < share < 0.001 else f"{100 * share:.3g} %"
 
 
 def nearest_index(old: int, new: int) -> np.ndarray:
