@@ -175,7 +175,7 @@ def test_before_training_a_part_of_many_labels_is_read_and_a_rare_class_is_found
     for split in ("train", "val"):
         write(root / split / "semseg" / "007.png", halves(0, 1))
     notes = notes_before_training(splits(root), most=2)
-    assert len(notes) == 2 and all("no label holds c" in note and "--deep` reads all" in note for note in notes)
+    assert len(notes) == 2 and all("no label holds c" in note and "seen in 20 of 30 labels" in note for note in notes)
 
 
 def test_a_label_that_cannot_be_read_stops_before_training(tmp_path):

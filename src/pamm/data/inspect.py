@@ -115,7 +115,6 @@ def notes_before_training(datasets: Sequence[Dataset], *, most: int = SAMPLED) -
 
 def _look_at_some(dataset: Dataset, most: int) -> list[str]:
     contents, looked_at = Contents(dataset.tasks), set[int]()
-    some = False
     for name, task in dataset.tasks.items():
         labelled = dataset.with_label(name)
         chosen = spread(labelled, most)
@@ -126,11 +125,9 @@ def _look_at_some(dataset: Dataset, most: int) -> list[str]:
         for index in spread(labelled, most * RARE):  # a rare class is no absent one
             if index not in read and 0 in contents.found[name].classes.values():
                 contents.add(dataset.ids[index], {name: task.statistics(dataset.label(index, name))})
-        some |= contents.found[name].labels < len(labelled)
     for index in sorted(looked_at):
         contents.add_image(dataset.ids[index], turned=dataset.turned_unseen(index))
-    told = "; seen in a part of the labels, evenly spread: `pamm data --deep` reads all" if some else ""
-    return [f"{note}{told}" for note in contents.notes()]
+    return contents.notes(dataset.labelled())
 
 
 def spread(indices: Sequence[int], most: int) -> Sequence[int]:
@@ -165,13 +162,16 @@ class Contents:
         """Task → what its labels hold, in words."""
         return {name: task.describe(self.found[name]) for name, task in self.tasks.items() if self.found[name].labels}
 
-    def notes(self) -> list[str]:
-        """What is doubtful."""
-        notes = [f"{name}: {remark}" for name, task in self.tasks.items() for remark in task.remarks(self.found[name])]
-        for name, ids in self.empty.items():
-            if ids:
-                count = f"{len(ids)} of {self.found[name].labels} labels"
-                notes.append(f"{name}: {count} are ignored everywhere and teach nothing: {preview(ids)}")
+    def notes(self, labelled: Mapping[str, int]) -> list[str]:
+        """What is doubtful. labelled: task → labels there are, of which those added may be a part."""
+        notes = []
+        for name, task in self.tasks.items():
+            read, empty = self.found[name].labels, self.empty[name]
+            part = f" (seen in {read} of {labelled[name]} labels; `pamm data --deep` reads all)"
+            own = task.remarks(self.found[name])
+            if empty:
+                own.append(f"{len(empty)} of {read} labels are ignored everywhere and teach nothing: {preview(empty)}")
+            notes += [f"{name}: {remark}{part if read < labelled[name] else ''}" for remark in own]
         if self.turned:
             notes.append(
                 f"{len(self.turned)} of {self.images} labelled images are shown turned by their EXIF orientation at the size "
@@ -235,7 +235,9 @@ def _read_all(
             f"a process that reads images was ended from outside, mostly for lack of memory ({str(error).splitlines()[0]}). "
             "Free memory and try again."
         ) from None
-    report.contents, report.notes = contents.described(), report.notes + contents.notes()
+    report.contents = contents.described()
+    if present and dataset.image_path(present[0]) is not None:  # what is made here is not doubted
+        report.notes += contents.notes(dict.fromkeys(dataset.tasks, 0))
     return sizes
 
 

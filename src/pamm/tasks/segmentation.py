@@ -40,9 +40,8 @@ class ClassMap(Task):
     units: ClassVar = {"mIoU": "%", "pixel_accuracy": "%", "IoU": "%"}
     higher_is_better = True
     ignore = 255
-    absent_remedy = (
-        "Check the order of the classes and the values in the files. 255 means ignored: where it stands for a class, write "
-        "that class's index in its place (of two classes, 1)"
+    ignored_remedy = (
+        "255 means ignored: where it stands for a class, write that class's index in its place (of two classes, 1)."
     )
     default_classes: ClassVar[Sequence[str]]
 

@@ -105,8 +105,8 @@ class Task(ABC):
     """What the colours of `draw` mean, in words, where they do not stand for classes."""
     label_channels: ClassVar[int] = 1
     label_dtype: ClassVar[torch.dtype] = torch.uint8
-    absent_remedy: ClassVar[str] = "Check the values in the files"
-    """What to do about a class that no label holds."""
+    ignored_remedy: ClassVar[str] = ""
+    """What to do where ignored pixels may be meant as a class that no label holds."""
 
     channels: int
     """Number of maps the network outputs for this task."""
@@ -169,9 +169,10 @@ class Task(ABC):
         absent = [name for name, count in found.classes.items() if not count] if found.labels else []
         if absent:
             names = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
+            remedy = f" {self.ignored_remedy}" if found.ignored and self.ignored_remedy else ""
             return [
                 f"no label holds {names} ({len(absent)} of {len(found.classes)} classes), and {percent(found.ignored_share)} of "
-                f"the pixels are ignored. {self.absent_remedy}"
+                f"the pixels are ignored. Check the values in the files and the order of the classes.{remedy}"
             ]
         if found.ignored_share > MOSTLY:
             return [
