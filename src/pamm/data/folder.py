@@ -166,14 +166,6 @@ class FolderDataset(FileDataset):
             found.append(
                 f"in {self.folder / 'images'}, not read, since they are no pictures: {preview(self._companions)}"
             )
-        unlabelled = [name for name, files in self._labels.items() if not files]
-        if unlabelled and len(unlabelled) == len(self._labels):
-            found.append(
-                f"no image of the {self.split} split has a label of any task, so that nothing can be measured on it and the "
-                f"best weights cannot be told from the latest. Put labels into {self.folder}, beside images/"
-            )
-        elif unlabelled:
-            found.append(f"no image of the {self.split} split has a label of {', '.join(unlabelled)}: not measured")
         return found
 
     def problems(self) -> list[str]:

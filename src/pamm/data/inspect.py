@@ -68,7 +68,7 @@ def inspect_dataset(
         absent = set(dataset.absent())
         present = [index for index in range(len(dataset)) if index not in absent]
         report.images = len(present)
-        report.labels, report.notes = dataset.labelled(), dataset.notes()
+        report.labels, report.notes = dataset.labelled(), [*dataset.notes(), *_unmeasured(dataset)]
         if deep:
             sizes = _read_all(dataset, present, report, workers, progress)
         else:
@@ -77,6 +77,20 @@ def inspect_dataset(
         report.smallest = min(sizes, key=_area, default=None)
         report.largest = max(sizes, key=_area, default=None)
     return reports
+
+
+def _unmeasured(dataset: Dataset) -> list[str]:
+    """A note on the tasks that a split other than train has no label of."""
+    counts = dataset.labelled()
+    without = [name for name, count in counts.items() if not count]
+    if not without or dataset.split == "train" or dataset.absent():
+        return []
+    if len(without) < len(counts):
+        return [f"no image has a label of {', '.join(without)}, which is not measured on this split"]
+    return [
+        "no image has a label: nothing can be measured on this split, and if it is training's validation split, best/ will "
+        "hold the latest weights. Put labels beside images/"
+    ]
 
 
 def format_inspection(reports: Iterable[SplitReport], *, most: int = 20) -> str:
