@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from pamm.images.formats import HEAD, ImageError, format_of
 from pamm.images.png import NOTE, pixels_of_png
@@ -215,6 +215,8 @@ def open_picture(source: Source) -> Iterator[Image.Image]:
             limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
             try:
                 picture = Image.open(content, formats=[kind])
+            except UnidentifiedImageError:
+                raise ValueError(f"its {kind} header cannot be read") from None
             finally:
                 Image.MAX_IMAGE_PIXELS = limit
         yield stack.enter_context(picture)
