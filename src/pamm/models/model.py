@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import ModelHubMixin
+from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pamm.files import usual_mode
+from pamm.models.card import CARD, MARK, Origin, read_origin, write_card
 from pamm.models.weights import plain_name
 from pamm.nn.recompute import call, recomputed
 from pamm.nn.task_layers import TaskLinear
@@ -36,6 +38,8 @@ class MultiTaskModel(nn.Module, ModelHubMixin, library_name="pamm", tags=["multi
 
     recompute = False
     bfloat16 = False
+    origin: Path | None = None
+    """The folder that the weights were loaded from."""
 
     def __init__(
         self,
@@ -107,10 +111,45 @@ class MultiTaskModel(nn.Module, ModelHubMixin, library_name="pamm", tags=["multi
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Weights as safetensors and settings as JSON (called by `save_pretrained`, which the hub mixin provides)."""
-        weights = {plain_name(key): value.detach().contiguous().cpu() for key, value in self.state_dict().items()}
+        if (save_directory / CARD).is_file() and MARK in (save_directory / CARD).read_text("utf-8", "replace"):
+            (save_directory / CARD).unlink()  # of the weights that stood here
+        weights = {key: value.contiguous() for key, value in self._weights()}
         save_file(weights, save_directory / WEIGHTS_FILE, metadata={"format": "pt"})
         usual_mode(save_directory / WEIGHTS_FILE)
         (save_directory / CONFIG_FILE).write_text(json.dumps(self.settings, indent=1))
+
+    def _weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and value of every weight, as they are saved."""
+        return ((plain_name(key), value.detach().cpu()) for key, value in self.state_dict().items())
+
+    def generate_model_card(self, *, run: Path | None = None, license: str | None = None, **head: Any) -> ModelCard:
+        """The card that `save_pretrained` and `push_to_hub` put beside the weights, as `model_card_kwargs` make it.
+
+        Args:
+            run: where a run keeps these weights, while it trains them. Without it, what the card tells of training and scores is
+                that of the folder which the model was loaded from, if the weights are still the same.
+            license: of the weights, an identifier of the Hub, e.g. "mit".
+            head: further fields of the card's head.
+        """
+        same = run is None and self.origin is not None and self._are_in(self.origin / WEIGHTS_FILE)
+        folder = self.origin if same else run
+        origin = read_origin(folder, unchanged=same) if folder else Origin()
+        data = ModelCardData(
+            **{"library_name": "pamm", "tags": ["dense-prediction", "multi-task"]} | head, license=license
+        )
+        return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{write_card(self, origin, license)}")
+
+    def _are_in(self, path: Path) -> bool:
+        """Whether a safetensors file holds these very weights."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                kept = {key: file.get_tensor(key) for key in list(file.keys())}
+        except (OSError, SafetensorError):
+            return False
+        own = dict(self._weights())
+        return own.keys() == kept.keys() and all(
+            value.dtype == kept[key].dtype and torch.equal(value, kept[key]) for key, value in own.items()
+        )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> MultiTaskModel:

@@ -132,4 +132,5 @@ def load_model(source: str | Path, **options: Any) -> MultiTaskModel:
             "with `save_pretrained`"
         ) from error
     load_weights(model, folder / WEIGHTS_FILE)
+    model.origin = folder
     return model.eval()

@@ -202,6 +202,7 @@ class Boundary(Task):
     score = "odsF"
     quick_score = "maxF_pixel"
     units: ClassVar = {"odsF": "%", "oisF": "%", "AP": "%", "maxF_pixel": "%"}
+    meaning = "probability that an object's boundary runs through a pixel, 0 to 1"
     colours = "probability of a boundary, white 0 to black 1"
     higher_is_better = True
     pixelwise = False

@@ -76,7 +76,11 @@ class Depth(Task):
         self.unit, self.maximum, self.limit = unit, maximum, limit
         self.steps = UNITS[unit] if isinstance(unit, str) else float(unit)
         """Of a PNG, in a metre (of disparity: in a pixel)."""
-        self.map_unit = "px" if unit == "disparity" else "m"
+        is_disparity = unit == "disparity"
+        self.meaning = (
+            "disparity of a pixel, pixels, 0 or more" if is_disparity else "distance of a pixel, metres, 0 or more"
+        )
+        self.map_unit = "px" if is_disparity else "m"
         self.units = {"RMSE": self.map_unit, "sq_rel": self.map_unit} | dict.fromkeys(CLOSE, "%")
 
     def options(self) -> dict[str, Any]:

@@ -42,6 +42,7 @@ class Normals(Task):
     name = "normals"
     score = "mErr"
     units: ClassVar = {"mErr": "°", "median": "°", "RMSE": "°"} | {f"within_{bound:g}": "%" for bound in BOUNDS}
+    meaning = "surface normal of a pixel, a unit vector: x to the right, y up, z towards the viewer, each -1 to 1"
     colours = "red x to the right, green y up, blue z towards the viewer, dark -1 to bright 1"
     higher_is_better = False
     ignore = 255

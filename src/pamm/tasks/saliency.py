@@ -37,6 +37,7 @@ class Saliency(Task):
     name = "sal"
     score = "maxF"
     units: ClassVar = {"maxF": "%", "maxF_released": "%"}
+    meaning = "probability that a pixel belongs to the salient object, 0 to 1"
     colours = "probability of an object, black 0 to white 1"
     higher_is_better = True
     ignore = 255

@@ -37,6 +37,7 @@ class ClassMap(Task):
     """
 
     score = "mIoU"
+    meaning = "class of a pixel, an index of the classes"
     units: ClassVar = {"mIoU": "%", "pixel_accuracy": "%", "IoU": "%"}
     higher_is_better = True
     ignore = 255

@@ -99,6 +99,8 @@ class Task(ABC):
     """How the names of the label files end that `read` takes, in lower case."""
     units: Mapping[str, str] = {}
     """Metric → its unit, e.g. "%", of those that have one; of metrics named "metric/class" under "metric"."""
+    meaning: str = ""
+    """What a value of a prediction is, with its unit and range, in words."""
     map_unit: str = ""
     """Unit of a prediction's values."""
     colours: ClassVar[str] = ""

@@ -64,7 +64,7 @@ def save_checkpoint(target: Path, model: MultiTaskModel, training: dict[str, Any
     """Save weights, settings and, if given, the training state (tensors, numbers, strings, dicts, lists) atomically."""
 
     def write(folder: Path) -> None:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, model_card_kwargs={"run": target})
         if training is not None:
             torch.save(training, folder / TRAINING_FILE)
 
