@@ -24,7 +24,7 @@ import yaml
 from torch import Tensor
 
 from pamm.data.files import FileDataset, check_tasks, reading, root_of
-from pamm.data.listing import check_all_read, composed, is_folder, list_folder, names_in, near_name, preview, read_text
+from pamm.data.listing import check_all_read, composed, conversion, is_folder, list_folder, names_in, near_name, preview, read_text
 from pamm.data.sample import DataError, Sample, register_dataset
 from pamm.files import shown
 from pamm.images import IMAGE_SUFFIXES, image_orientation, image_size, read_image
@@ -67,7 +67,7 @@ class FolderDataset(FileDataset):
         divided = val_fraction > 0 and split in _SPLITS
         self.folder = root / ("train" if divided else split)
         images = list_folder(self.folder / "images", IMAGE_SUFFIXES)
-        check_all_read(images, "images", IMAGE_SUFFIXES, "Convert them to PNG or JPEG")
+        check_all_read(images, "images", IMAGE_SUFFIXES, conversion(images.unread))
         self._images, self._companions = images.files, list(images.companions)
         self._labels = {name: self._list_labels(name) for name in tasks}
         self.stored = len(self._images), self.labelled()

@@ -21,7 +21,7 @@ _HARMLESS = frozenset(
 _COMPANIONS = frozenset(
     (
         *(".txt", ".md", ".rst", ".json", ".jsonl", ".xml", ".csv", ".tsv", ".yaml", ".yml", ".toml", ".html", ".htm"),
-        *(".pdf", ".log", ".xmp", ".aae", ".url", ".sha256", ".md5", ".py", ".sh"),
+        *(".log", ".xmp", ".aae", ".url", ".sha256", ".md5", ".py", ".sh"),
         *(".mov", ".mp4", ".m4v", ".avi", ".mkv", ".webm", ".mp3", ".wav", ".m4a"),
     )
 )
@@ -114,12 +114,18 @@ def check_all_read(listing: Listing, what: str, suffixes: Iterable[str], remedy:
     others = [name for name in listing.unread if not name.endswith("/")]
     wanted = f"{what} must be {' or '.join(suffixes)} files"
     if others:
-        raise DataError(f"{listing.folder} holds {preview(others)}: {wanted}. {remedy}, or move these files elsewhere.")
+        raise DataError(f"{listing.folder} holds {preview(others)}: {wanted}. {remedy[0].upper()}{remedy[1:]}, or move these files elsewhere.")
     if folders:
         raise DataError(
             f"{listing.folder} holds the folder {preview(folders)}, in which nothing is read: {wanted} directly in "
             f"{listing.folder}. Move the files there, or the folder elsewhere."
         )
+
+
+def conversion(names: Iterable[str]) -> str:
+    """What makes pictures of these names readable."""
+    heif = any(name.lower().endswith((".heic", ".heif")) for name in names)
+    return "convert to PNG or JPEG" + (", or pip install 'pamm[heif]' to read .heic" if heif else "")
 
 
 def near_name(id: str, known: Collection[str]) -> str:
