@@ -24,7 +24,17 @@ import yaml
 from torch import Tensor
 
 from pamm.data.files import FileDataset, check_tasks, reading, root_of
-from pamm.data.listing import check_all_read, composed, conversion, is_folder, list_folder, names_in, near_name, preview, read_text
+from pamm.data.listing import (
+    check_all_read,
+    composed,
+    conversion,
+    is_folder,
+    list_folder,
+    names_in,
+    near_name,
+    preview,
+    read_text,
+)
 from pamm.data.sample import DataError, Sample, register_dataset
 from pamm.files import shown
 from pamm.images import IMAGE_SUFFIXES, image_orientation, image_size, read_image

@@ -114,7 +114,8 @@ def check_all_read(listing: Listing, what: str, suffixes: Iterable[str], remedy:
     others = [name for name in listing.unread if not name.endswith("/")]
     wanted = f"{what} must be {' or '.join(suffixes)} files"
     if others:
-        raise DataError(f"{listing.folder} holds {preview(others)}: {wanted}. {remedy[0].upper()}{remedy[1:]}, or move these files elsewhere.")
+        remedy = f"{remedy[0].upper()}{remedy[1:]}, or move these files elsewhere."
+        raise DataError(f"{listing.folder} holds {preview(others)}: {wanted}. {remedy}")
     if folders:
         raise DataError(
             f"{listing.folder} holds the folder {preview(folders)}, in which nothing is read: {wanted} directly in "
