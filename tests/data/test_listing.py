@@ -59,6 +59,18 @@ def test_a_label_folder_with_something_that_is_not_read_is_refused_by_its_name(r
         open_split(root, split)
 
 
+def test_the_mistakes_of_all_label_folders_are_told_at_once(root):
+    write(root / "train" / "sal" / "a.png", np.full((12, 16), 255))
+    (root / "dataset.yaml").write_text("tasks: {semseg: {classes: [sky, tree]}, sal: {}, depth: {}}")
+    for name in ("semseg/a.mat", "sal/a.gif", "depth/a.exr"):
+        (root / "val" / name).parent.mkdir(exist_ok=True)
+        (root / "val" / name).write_bytes(b"0")
+    _, val = inspect_dataset(DataConfig(root=str(root)))
+    assert len(val.problems) == 3
+    for name in ("a.mat", "a.gif", "a.exr"):
+        assert sum(name in problem for problem in val.problems) == 1
+
+
 @pytest.mark.parametrize("name", ["c.exr", "c.pfm", "c.tga", "c.mat", "c.dng", "c", "c.png.part", "deeper/c.png"])
 def test_images_that_are_not_read_are_refused_by_their_names(root, name):
     path = root / "val" / "images" / name

@@ -64,6 +64,7 @@ def inspect_dataset(
             dataset = DATASETS[config.name].open(config, report.split, tasks)
         except DataError as error:
             report.problems.append(str(error))
+            report.problems += _further_problems(config, report.split, str(error))
             continue
         absent = set(dataset.absent())
         present = [index for index in range(len(dataset)) if index not in absent]
@@ -77,6 +78,22 @@ def inspect_dataset(
         report.smallest = min(sizes, key=_area, default=None)
         report.largest = max(sizes, key=_area, default=None)
     return reports
+
+
+def _further_problems(config: DataConfig, split: str, first: str) -> list[str]:
+    """What is wrong with the labels of every task, where opening all of them ended with the first mistake."""
+    kind, found = DATASETS[config.name], [first]
+    try:
+        options = kind.options(config)
+    except DataError:
+        return []
+    for name, values in options.items():
+        try:
+            kind.open(config, split, {name: create_task(name, **values)})
+        except DataError as error:
+            if str(error) not in found:
+                found.append(str(error))
+    return found[1:]
 
 
 def _unmeasured(dataset: Dataset) -> list[str]:
