@@ -13,10 +13,10 @@ SOURCE = Path(pamm.__file__).parent
 
 MAY_USE = {
     "images": set(),
-    "tasks": {"images"},
+    "tasks": {"images", "workers"},
     "ops": {"files"},
     "nn": {"ops"},
-    "data": {"files", "images", "tasks", "experiment", "strict", "strict_yaml"},
+    "data": {"files", "images", "tasks", "experiment", "strict", "strict_yaml", "workers"},
     "models": {"files", "nn", "ops", "tasks", "experiment", "strict"},
     "arguments": {"strict", "strict_yaml"},
     "files": set(),
@@ -41,7 +41,7 @@ MAY_USE = {
         "training",
         "strict",
     },
-    "boundaries": {"arguments", "data", "files", "tasks"},
+    "boundaries": {"arguments", "data", "files", "tasks", "workers"},
     "build": {"data", "models", "tasks", "experiment", "recipes", "strict"},
     "evaluate": {
         "build",
@@ -85,9 +85,12 @@ MAY_USE = {
         "files",
         "memory",
         "models",
+        "nn",
         "tasks",
         "strict",
+        "workers",
     },
+    "workers": set(),
 }
 """Room → the rooms it may import."""
 

@@ -47,16 +47,19 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     try:
         return COMMANDS[arguments[0]][1](arguments[1:])
-    except KeyboardInterrupt:
-        print("\npamm: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"\npamm: {str(error) or 'interrupted'}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        if not is_told(error):
+        from pamm.workers import exhausted
+
+        told = str(error) if is_told(error) else exhausted(error)
+        if told is None:
             raise
-        print(f"pamm: {error}", file=sys.stderr)
+        print(f"pamm: {told}", file=sys.stderr)
         return 1
 
 
@@ -104,6 +107,8 @@ def parse_experiment(name: str, arguments: list[str]) -> tuple[Experiment, argpa
 
     RECIPE is a recipe's name or an experiment.yaml. Raises ConfigError; a wrong override ends the process with code 2.
     """
+    from dataclasses import replace
+
     from pamm.strict import ConfigError
 
     own = parser(
@@ -112,6 +117,10 @@ def parse_experiment(name: str, arguments: list[str]) -> tuple[Experiment, argpa
     own.add_argument("recipe", help="a name that `pamm recipes` lists, or an experiment.yaml")
     own.add_argument("--out", type=Path, help="run folder (default: runs/RECIPE)")
     own.add_argument("--tasks", help="only these tasks, e.g. semseg,depth")
+    own.add_argument(
+        "--init", metavar="SOURCE", help="start from the weights of a run, a saved model or a hub repository"
+    )
+    own.add_argument("--freeze", metavar="backbone[:N]", help="do not train the backbone, or its first N blocks")
     own.add_argument("--quiet", action="store_true", help="no progress bar")
     if arguments[:1] in (["-h"], ["--help"]):
         print(own.format_help())
@@ -123,8 +132,6 @@ def parse_experiment(name: str, arguments: list[str]) -> tuple[Experiment, argpa
 
     experiment = named_experiment(plain.recipe)
     if plain.tasks:
-        from dataclasses import replace
-
         chosen = [task.strip() for task in plain.tasks.split(",") if task.strip()]
         unknown = [task for task in chosen if task not in experiment.tasks]
         if unknown:
@@ -132,6 +139,8 @@ def parse_experiment(name: str, arguments: list[str]) -> tuple[Experiment, argpa
                 f"--tasks: '{unknown[0]}' is none of this experiment's tasks: {', '.join(experiment.tasks)}"
             )
         experiment = replace(experiment, tasks={task: experiment.tasks[task] for task in chosen})
+    given = {name: value for name in ("init", "freeze") if (value := getattr(plain, name)) is not None}
+    experiment = replace(experiment, train=replace(experiment.train, **given))
     experiment = with_overrides(experiment, rest, f"pamm {name} {plain.recipe}")
     is_file = Path(plain.recipe).suffix in (".yaml", ".yml")
     if experiment.data.name == "folder" and not (plain.tasks or is_file):

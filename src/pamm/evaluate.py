@@ -73,9 +73,9 @@ class Evaluation:
         return ({"frame": self.row} if self.row else {}) | own
 
     def total_loss(self, tasks: Mapping[str, Task]) -> float:
-        """Σ weight · validation loss over the tasks that have labels; infinity if none has."""
-        losses = {name: self.row[name]["loss"] for name in tasks}
-        labelled = [task.weight * losses[name] for name, task in tasks.items() if not math.isnan(losses[name])]
+        """Σ weight · validation loss over the tasks of weight above 0 that have labels; infinity if there is none."""
+        losses = {task: self.row[name]["loss"] for name, task in tasks.items() if task.weight > 0}
+        labelled = [task.weight * loss for task, loss in losses.items() if not math.isnan(loss)]
         return sum(labelled) if labelled else math.inf
 
     def content(self) -> dict[str, Any]:

@@ -239,6 +239,8 @@ class TrainConfig:
     """Steps between evaluations on the validation split; 0: only at the end."""
     save_every: int = 500
     """Steps between checkpoints."""
+    save_minutes: float = 5.0
+    """Minutes after which a checkpoint is saved although `save_every` steps are not done; 0: only by steps."""
     log_every: int = 20
     """Steps between lines of log.jsonl."""
     workers: int = 2
@@ -252,6 +254,12 @@ class TrainConfig:
     The same gradients with less memory, in more time."""
     compile: bool = False
     """Let torch.compile fuse the network; the first step takes minutes."""
+    init: str | None = None
+    """Fine-tuning: start from the weights of this run folder, saved model, imported checkpoint or Hub repository."""
+    freeze: str | None = None
+    """Fine-tuning: what is not trained, "backbone", or "backbone:N" for what comes before its block N + 1."""
+    backbone_lr_scale: float = 1.0
+    """Learning rate of the backbone per learning rate of the rest."""
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Kind of device."""
     devices: int = 1
@@ -316,6 +324,8 @@ LIMITS: dict[str, tuple[float, float]] = {
     "train.clip": (1e-12, math.inf),
     "train.eval_every": (0, math.inf),
     "train.save_every": (1, math.inf),
+    "train.save_minutes": (0, math.inf),
+    "train.backbone_lr_scale": (0, math.inf),
     "train.log_every": (1, math.inf),
     "train.workers": (0, math.inf),
     "train.seed": (0, 2**31 - 1),

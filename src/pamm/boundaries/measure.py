@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from pamm.boundaries import BoundaryError
 from pamm.boundaries.files import pair_files, read_map, read_truths
 from pamm.tasks.boundary import PROTOCOLS, average_precision, f_measure, protocol_counts
+from pamm.workers import serve_parent
 
 Work = Callable[[Path, Path], np.ndarray]
 """A map's and a truth's file → counts of the image."""
@@ -131,7 +131,7 @@ def _start(work: Work, pairs: dict[str, tuple[Path, Path]], workers: int) -> Ite
     if workers == 1 or len(pairs) == 1:
         return ((name, work(*files)) for name, files in pairs.items())
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(min(workers, len(pairs)), context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    pool = ProcessPoolExecutor(min(workers, len(pairs)), context, serve_parent)
     return _collect(pool, {pool.submit(work, *files): name for name, files in pairs.items()})
 
 

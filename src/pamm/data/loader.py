@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from pamm.data.sample import Batch, DataError, Dataset, Sample, collate
 from pamm.data.transforms import EvalTransform, TrainTransform
 from pamm.strict import ConfigError
 from pamm.tasks import Task
+from pamm.workers import serve_parent
 
 if TYPE_CHECKING:
     from pamm.experiment import TrainConfig
@@ -180,11 +180,6 @@ def _loader(dataset: torch.utils.data.Dataset, tasks: Mapping[str, Task], worker
         num_workers=workers,
         collate_fn=partial(_collate, tasks=tasks),
         generator=torch.Generator().manual_seed(0),
-        worker_init_fn=_outlive_sigterm,
+        worker_init_fn=serve_parent,
         **options,
     )
-
-
-def _outlive_sigterm(worker: int) -> None:
-    """A SIGTERM to the whole process group is the main process's to answer: it saves, then ends its workers itself."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -12,6 +12,7 @@ import os
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from pamm.data.sample import DataError, Dataset, Sample, register_dataset
 from pamm.data.scenes import CLASSES, PARTS
 from pamm.files import cache_folder, replacing
 from pamm.tasks import Task
+from pamm.workers import serve_parent
 
 if TYPE_CHECKING:
     from pamm.experiment import DataConfig
@@ -143,9 +145,16 @@ class SyntheticDataset(Dataset):
                     _store(self._key, index)
                     bar.update()
                 return
-            with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-                for _ in pool.map(_store, [self._key] * len(todo), todo, chunksize=8):
-                    bar.update()
+            context = multiprocessing.get_context("spawn")
+            try:
+                with ProcessPoolExecutor(workers, context, serve_parent) as pool:
+                    for _ in pool.map(_store, [self._key] * len(todo), todo, chunksize=8):
+                        bar.update()
+            except BrokenProcessPool:
+                raise DataError(
+                    "a process that made synthetic rooms ended before its rooms were done, most likely for want of memory. Run "
+                    "the command again with more of it: what is made is kept"
+                ) from None
 
     def absent(self) -> list[int]:
         """Indices of the samples that are not in the cache: what `prepare` would compute."""

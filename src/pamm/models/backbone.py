@@ -76,6 +76,16 @@ class ViT(nn.Module):
         grid = height // self.patch, width // self.patch
         return [stage.transpose(1, 2).unflatten(2, grid) for stage in stages]
 
+    def blocks(self) -> list[nn.Module]:
+        """The blocks, first to last."""
+        return list(self.vit.blocks)
+
+    def before(self, count: int) -> tuple[list[nn.Module], list[nn.Parameter]]:
+        """The modules and parameters through which an image goes before block `count` + 1."""
+        vit = self.vit
+        loose = [vit.pos_embed, vit.cls_token, getattr(vit, "reg_token", None)]
+        return [vit.patch_embed, vit.norm_pre, *self.blocks()[:count]], [p for p in loose if p is not None]
+
     def set_recompute(self, on: bool) -> None:
         """Whether a block's activations are made again in the backward pass instead of kept."""
         self.vit.set_grad_checkpointing(on)
@@ -133,6 +143,16 @@ class Swin(nn.Module):
                 stages.append(self.norms[len(stages)](x).permute(0, 3, 1, 2))
         return stages
 
+    def blocks(self) -> list[nn.Module]:
+        """The blocks of all stages, first to last."""
+        return [block for layer in self.swin.layers for block in layer.blocks]
+
+    def before(self, count: int) -> tuple[list[nn.Module], list[nn.Parameter]]:
+        """The modules and parameters through which an image goes before block `count` + 1; a stage merges patches first."""
+        chosen = self.blocks()[:count]
+        merging = [layer.downsample for layer in self.swin.layers if layer.blocks[0] in chosen]
+        return [self.swin.patch_embed, *merging, *chosen], []
+
     def set_recompute(self, on: bool) -> None:
         """Whether a block's activations are made again in the backward pass instead of kept."""
         self.swin.set_grad_checkpointing(on)
@@ -164,6 +184,10 @@ class NoBackbone(nn.Module):
             "this network has no backbone: give its stage maps to model.decode(stages, size), or load a checkpoint that holds "
             "the backbone's weights"
         )
+
+    def blocks(self) -> list[nn.Module]:
+        """None."""
+        return []
 
     def set_recompute(self, on: bool) -> None:
         """Nothing is kept here."""

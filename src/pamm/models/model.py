@@ -58,6 +58,7 @@ class MultiTaskModel(nn.Module, ModelHubMixin, library_name="pamm", tags=["multi
         adopt(self)
         self.tasks = dict(tasks)
         self.settings = settings
+        self._frozen: tuple[nn.Module, ...] = ()  # parts that stay in eval mode
 
     def forward(self, image: Tensor, size: tuple[int, int] | None = None) -> dict[str, Tensor]:
         """(B, 3, H, W) normalised image, sides multiples of the patch → task name → (B, channels, *size) logits.
@@ -78,6 +79,20 @@ class MultiTaskModel(nn.Module, ModelHubMixin, library_name="pamm", tags=["multi
             features = self.decoder(list(stages))
             logits = {task: run(head, features[task]) for task, head in self.heads.items()}
         return {task: resize(x, size) for task, x in logits.items()}
+
+    def freeze(self, modules: Sequence[nn.Module], parameters: Sequence[nn.Parameter] = ()) -> None:
+        """Exclude parts from training: no gradient, and eval mode (no dropout, running statistics as they are) in training too."""
+        self._frozen = tuple(modules)
+        for part in (*modules, *parameters):
+            part.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> MultiTaskModel:
+        """As of any module; what is frozen stays in eval mode."""
+        super().train(mode)
+        for module in self._frozen:
+            module.eval()
+        return self
 
     def set_recompute(self, on: bool = True) -> None:
         """Activation checkpointing, for training: what a block of the backbone, a stage of the decoder or a head computed on

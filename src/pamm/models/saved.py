@@ -76,10 +76,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def find_checkpoint(source: Path) -> Path:
     """The folder with weights that `source` means: itself, or the best, else the last, of a run folder.
 
-    A run killed while it replaced a folder has it under the name `.<folder>.old`.
+    A run killed while it replaced a folder has it under the name `.<folder>.old`, beside the folder itself where `best` or `last`
+    is a symbolic link.
     """
     try:
-        for folder in (source, *(source / name for name in ("best", ".best.old", "last", ".last.old"))):
+        kept = [place for name in ("best", "last") for place in (source / name, replaced(source / name))]
+        for folder in (source, *kept):
             if (folder / CONFIG_FILE).is_file():
                 return folder
         is_file = source.is_file()
@@ -93,6 +95,12 @@ def find_checkpoint(source: Path) -> Path:
     raise CheckpointError(
         f"{source} holds no checkpoint: no {CONFIG_FILE} in it, nor in best/ or last/. Train one: pamm train RECIPE --out {source}"
     )
+
+
+def replaced(folder: Path) -> Path:
+    """The name under which a folder is kept while another one takes its place."""
+    real = Path(os.path.realpath(folder))
+    return real.with_name(f".{real.name}.old")
 
 
 def _is_there(path: Path) -> bool:

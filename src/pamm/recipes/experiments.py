@@ -211,7 +211,16 @@ def demo() -> Experiment:
             BackboneConfig("vit_tiny_patch16_224", False, (2, 4), 0.0, patch=8, width=128, depth=4, heads=4),
             PAMMConfig(width=64, state_size=8),
         ),
-        train=TrainConfig(steps=600, batch=8, optimizer="adamw", lr=2e-3, weight_decay=0.01, warmup=40, eval_every=0),
+        train=TrainConfig(
+            steps=600,
+            batch=8,
+            optimizer="adamw",
+            lr=2e-3,
+            weight_decay=0.01,
+            warmup=40,
+            eval_every=0,
+            save_every=100,
+        ),
     )
 
 

@@ -4,40 +4,86 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
-from pamm.files import replace_text
+from pamm.files import replacing
+
+LONGEST = 1 << 22
+"""Bytes of the longest line that is read; ours have a few kilobytes, a long list of classes some hundred."""
+
+Line = tuple[int, bytes, dict]
+"""Step, the line as it stands, its content."""
 
 
 class Log:
-    """Appends to log.jsonl and TensorBoard in a run folder; lines after `step`, where the run resumes, are dropped."""
+    """Appends to log.jsonl and TensorBoard in a run folder.
 
-    def __init__(self, out: Path, step: int):
+    Where a run resumes, at `step`, lines of later steps are dropped, and those of evaluations after `evaluated`, which are done
+    again: so no line stands twice, whenever the process was killed.
+    """
+
+    def __init__(self, out: Path, step: int, evaluated: int):
         from torch.utils.tensorboard import SummaryWriter
 
         path = out / "log.jsonl"
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-        replace_text(path, "".join(line + "\n" for line in lines if _step_of(line) <= step and step))
+        gone, recent = step + 1, []
+        with replacing(path) as new, new.open("wb") as kept:
+            for number, line, content in _lines(path):
+                if number <= (evaluated if content["kind"] == "val" else step) and step:
+                    kept.write(line + b"\n")
+                    if number > evaluated:
+                        recent.append((number, content))
+                else:
+                    gone = min(gone, number)
         self.file = path.open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+        self.board = SummaryWriter(str(out / "tensorboard"), purge_step=gone)
+        for number, content in recent:
+            if number >= gone:  # TensorBoard drops whole steps: what stays of them is written once more
+                self._draw(number, content["kind"], content)
 
     def write(self, step: int, kind: str, values: dict[str, float]) -> None:
         """One line and the same numbers to TensorBoard; numbers that are not finite are left out."""
         finite = {key: value for key, value in values.items() if math.isfinite(value)}
         self.file.write(json.dumps({"step": step, "kind": kind, **finite}) + "\n")
         self.file.flush()
-        for key, value in finite.items():
-            self.board.add_scalar(f"{kind}/{key}", value, step)
+        self._draw(step, kind, finite)
+
+    def _draw(self, step: int, kind: str, values: dict[str, float]) -> None:
+        for key, value in values.items():
+            if key not in ("step", "kind") and isinstance(value, (int, float)):
+                self.board.add_scalar(f"{kind}/{key}", value, step)
+
+    def flush(self) -> None:
+        """Let TensorBoard's file hold all that was written."""
+        self.board.flush()
 
     def close(self) -> None:
+        """Close both."""
         self.file.close()
         self.board.close()
 
 
-def _step_of(line: str) -> float:
-    """The step a line belongs to; infinity for a line that was cut off or is not one of ours."""
+def _lines(path: Path) -> Iterator[Line]:
+    """The whole lines of a log that are ours; others, cut off, foreign or far too long, are passed over."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        while line := file.readline(LONGEST):
+            if not line.endswith(b"\n"):  # too long, or the last one, cut off: neither is ours
+                while line and not line.endswith(b"\n"):
+                    line = file.readline(LONGEST)
+                continue
+            content = _content(line)
+            if content is not None:
+                yield content["step"], line.rstrip(b"\r\n"), content
+
+
+def _content(line: bytes) -> dict | None:
+    """The values of a line with a step and a kind, else None."""
     try:
-        step = json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
-    return step if isinstance(step, (int, float)) else math.inf
+        content = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    fits = isinstance(content, dict) and type(content.get("step")) is int and content.get("kind") in ("train", "val")
+    return content if fits else None

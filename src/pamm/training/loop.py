@@ -11,9 +11,8 @@ import dataclasses
 import math
 import signal
 import sys
-import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,11 +27,18 @@ from pamm.models.model import WEIGHTS_FILE, MultiTaskModel
 from pamm.models.saved import load_weights
 from pamm.tasks import Task
 from pamm.training.checkpoint import save_checkpoint
+from pamm.training.lock import FolderLock
 from pamm.training.log import Log
-from pamm.training.optimizer import learning_rate
+from pamm.training.optimizer import set_learning_rate
+from pamm.training.signals import StopSignals, exit_with
+from pamm.workers import exhausted
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+
+
+UNMEASURED = "no task of weight above 0 has a label in the validation split"
+"""Why no evaluation is better than another."""
 
 
 class TrainingError(RuntimeError):
@@ -44,15 +50,21 @@ def step_seed(seed: int, step: int) -> int:
     return (seed * 1_000_003 + step) % 2**63
 
 
+def tell(fabric: Fabric, text: str) -> None:
+    """A line on the standard error, from one of the processes."""
+    if fabric.is_global_zero:
+        tqdm.write(f"pamm: {text}", file=sys.stderr)
+
+
 def joint_counts(
-    fabric: Fabric, tasks: Mapping[str, Task], parts: list[Batch], stop: bool
-) -> tuple[dict[str, Tensor], bool]:
-    """The loss counts of every task over all parts and processes, and whether any process was told to stop."""
+    fabric: Fabric, tasks: Mapping[str, Task], parts: list[Batch], asked: Sequence[bool] = ()
+) -> tuple[dict[str, Tensor], list[bool]]:
+    """The loss counts of every task over all parts and processes, and for each of `asked` whether any process has it."""
     counts = [sum(task.counts(part.labels[name]) for part in parts) for name, task in tasks.items()]
-    flat = torch.cat([*counts, torch.tensor([int(stop)], device=counts[0].device)])
+    flat = torch.cat([*counts, torch.tensor([int(a) for a in asked], device=counts[0].device, dtype=counts[0].dtype)])
     flat = fabric.all_reduce(flat, reduce_op="sum")
-    pieces = flat.split([len(c) for c in counts] + [1])
-    return dict(zip(tasks, pieces[:-1], strict=True)), bool(pieces[-1] > 0)
+    pieces = flat.split([len(c) for c in counts] + [len(asked)])
+    return dict(zip(tasks, pieces[:-1], strict=True)), (pieces[-1] > 0).tolist()
 
 
 class Loop:
@@ -70,14 +82,17 @@ class Loop:
         state: dict[str, Any],
         *,
         progress: bool = False,
+        lock: FolderLock | None = None,
     ):
         self.fabric, self.experiment, self.config, self.out = fabric, experiment, experiment.train, out
         self.network, self.model, self.optimizer, self.tasks, self.state = network, model, optimizer, tasks, state
         self.weights = torch.tensor([task.weight for task in tasks.values()], device=fabric.device)
-        self.told_to_stop = False
-        self.saved = state["step"]
+        self.lock = lock
+        self.signals = StopSignals(self._nothing_unsaved, self._stop, speaks=fabric.is_global_zero)
+        self.evaluating = False
+        self.saved, self.saved_at = state["step"], time.monotonic()
         self.reported = state["step"], time.perf_counter()
-        self.log = Log(out, state["step"]) if fabric.is_global_zero else None
+        self.log = Log(out, state["step"], state["evaluated"]) if fabric.is_global_zero else None
         self.bar = tqdm(
             total=experiment.train.steps,
             initial=state["step"],
@@ -89,31 +104,46 @@ class Loop:
 
     def run(self, loader: Iterable[list[Batch]]) -> Evaluation:
         """All remaining steps, then the evaluation of the best weights."""
-        main = threading.current_thread() is threading.main_thread()  # elsewhere Python takes no signal handlers
-        previous = signal.signal(signal.SIGTERM, self._stop) if main else None
         try:
-            self.model.train()
-            if self._due(self.state["step"]):  # killed between saving and evaluating
-                self.validate()
-            for parts in loader:
-                self._one_step(parts)
-            return self._finish()
+            with self.signals:
+                self.saved_at = time.monotonic()
+                self.model.train()
+                if self._due(self.state["step"]):  # killed between saving and evaluating
+                    self.validate()
+                    self.save()
+                for parts in loader:
+                    self._one_step(parts)
+                return self._finish()
+        except Exception as error:
+            told = exhausted(error)
+            if told is None:
+                raise
+            raise TrainingError(f"{told}. {self._kept()}") from error
         finally:
             self.close()
-            if main:
-                signal.signal(signal.SIGTERM, previous)
 
     def close(self) -> None:
-        """Close the log and the progress bar."""
+        """Close the log and the progress bar, and give the run folder up."""
         self.bar.close()
         if self.log:
             self.log.close()
+        if self.lock:
+            self.lock.release()
 
-    def _stop(self, *_: object) -> None:
-        """SIGTERM: stop after the step under way, or at once if nothing is unsaved."""
-        self.told_to_stop = True
-        if self.saved == self.state["step"]:
-            raise SystemExit(143)
+    def _nothing_unsaved(self) -> bool:
+        """Whether this process may end at once: not between steps that others share with it."""
+        return self.saved == self.state["step"] and (self.fabric.world_size == 1 or self.evaluating)
+
+    def _stop(self, number: int) -> None:
+        """End by a signal, naming what is kept."""
+        where = f"stopped after step {self.state['step']} of {self.config.steps}. {self._kept()}"
+        exit_with(number, where if self.fabric.is_global_zero else "")
+
+    def _kept(self) -> str:
+        """The last checkpoint and how to go on, in words."""
+        if not (self.out / "last").exists():
+            return "Nothing is saved yet: run the same command again to start anew"
+        return f"{self.out / 'last'} holds step {self.saved}: run the same command again to go on from there"
 
     def _due(self, step: int) -> bool:
         """Whether the weights of this step are to be evaluated and are not yet."""
@@ -123,23 +153,28 @@ class Loop:
 
     def _one_step(self, parts: list[Batch]) -> None:
         config = self.config
-        lr = learning_rate(config, self.state["step"])
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        losses, stop = self.update(parts)
+        lr = set_learning_rate(self.optimizer, config, self.state["step"])
+        losses, (term, interrupt, late) = self.update(parts)
         self.state["step"] = step = self.state["step"] + 1
         self.bar.update()
         if step % config.log_every == 0 or step == config.steps:
             self._report(step, losses, lr)
-        if stop or step % config.save_every == 0 or self._due(step):
+        stop = term or interrupt
+        if stop or late or step % config.save_every == 0 or self._due(step):
             self.save()
-        if stop and step < config.steps:
-            raise SystemExit(143)
+        if stop:
+            self._stop(signal.SIGTERM if term else signal.SIGINT)
         if self._due(step):
             self.validate()
             self.save()
 
-    def update(self, parts: list[Batch]) -> tuple[Tensor, bool]:
+    def _asked(self) -> list[bool]:
+        """What this process asks of all: to stop by SIGTERM, by SIGINT, to save since the last checkpoint is long ago."""
+        limit = 60 * self.config.save_minutes
+        late = self.fabric.is_global_zero and 0 < limit <= time.monotonic() - self.saved_at
+        return [self.signals.told == signal.SIGTERM, self.signals.told == signal.SIGINT, late]
+
+    def update(self, parts: list[Batch]) -> tuple[Tensor, list[bool]]:
         """One optimizer step on the parts of this process's share; returns the joined batch's losses (T,), NaN without a label.
 
         With "log_sum" they are means over the parts that have labels.
@@ -147,9 +182,9 @@ class Loop:
         fabric, config = self.fabric, self.config
         torch.manual_seed(step_seed(config.seed, self.state["step"]))
         parts = [part.to(fabric.device) for part in parts]
-        counts, stop = joint_counts(fabric, self.tasks, parts, self.told_to_stop)
+        counts, asked = joint_counts(fabric, self.tasks, parts, self._asked())
         if config.scheme == "log_sum":  # the logarithm needs each part's loss whole
-            per_part = [joint_counts(fabric, self.tasks, [part], False)[0] for part in parts]
+            per_part = [joint_counts(fabric, self.tasks, [part])[0] for part in parts]
         else:
             per_part = [counts] * len(parts)
         losses, labelled_parts = torch.zeros_like(self.weights), torch.zeros_like(self.weights)
@@ -171,7 +206,7 @@ class Loop:
         self._check(losses, norm)
         self.optimizer.step()
         known = losses.masked_fill(labelled_parts == 0, math.nan)
-        return known if config.scheme == "sum" else known / labelled_parts, stop
+        return known if config.scheme == "sum" else known / labelled_parts, asked
 
     def total(self, local: Tensor, joined: Tensor, labelled: Tensor, parts: int) -> Tensor:
         """This process's part of the total loss. Its sum over processes has the gradient of the joined batch's total.
@@ -219,7 +254,10 @@ class Loop:
         if self.log:
             flat = {f"{task}/{key}": value for task, metrics in result.row.items() for key, value in metrics.items()}
             self.log.write(step, "val", {"loss": total, **flat})
-        if total < self.state["best"] or not self.state["best_step"]:
+        measured = math.isfinite(total)
+        if not measured:
+            tell(self.fabric, f"{UNMEASURED}: best/ now holds the weights of step {step}, the latest")
+        if not measured or total < self.state["best"] or not self.state["best_step"]:
             if self.fabric.is_global_zero:
                 save_checkpoint(self.out / "best", self.network)
             self.state |= {"best": total, "best_step": step}
@@ -229,14 +267,20 @@ class Loop:
 
     def _evaluate(self, *, quick: bool) -> Evaluation:
         options = {"quick": quick, "progress": not self.bar.disable and sys.stderr.isatty()}
-        return evaluate_split(self.fabric, self.network, self.experiment, self.tasks, **options)
+        self.evaluating = True
+        try:
+            return evaluate_split(self.fabric, self.network, self.experiment, self.tasks, **options)
+        finally:
+            self.evaluating = False
 
     def save(self) -> None:
         """Write last/ (process 0)."""
+        if self.log:
+            self.log.flush()  # TensorBoard holds all that a resumed run does not write again
         if self.fabric.is_global_zero:
             save_checkpoint(self.out / "last", self.network, {**self.state, "optimizer": self.optimizer.state_dict()})
         self.fabric.barrier()
-        self.saved = self.state["step"]
+        self.saved, self.saved_at = self.state["step"], time.monotonic()
         self.reported = self.saved, time.perf_counter()
 
     def _finish(self) -> Evaluation:

@@ -55,18 +55,35 @@ OPTIMIZERS = {"adam": Adam, "adamw": AdamW}
 
 
 def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Adam or AdamW; no weight decay for parameters marked `_no_weight_decay` (A_log, D, Δ's bias, priors).
+    """Adam or AdamW over the parameters that are not frozen (`requires_grad`).
+
+    No weight decay for parameters marked `_no_weight_decay` (A_log, D, Δ's bias, priors). Where `backbone_lr_scale` is not 1, the
+    backbone's parameters are groups of their own, with that `lr_scale`.
 
     Fused: a parameter is read and written once a step, without temporary copies. torch's kernels take it for one piece of memory
     (2.15), and write past its end where it is not: a parameter with gaps, or with elements that share a place, is laid out anew.
     """
-    decay, exempt = [], []
-    for parameter in model.parameters():
+    groups: dict[tuple[bool, float], dict[str, Any]] = {}
+    for scale in dict.fromkeys((1.0, config.backbone_lr_scale)):
+        for exempt in (False, True):
+            groups[exempt, scale] = {"params": [], "weight_decay": 0.0 if exempt else config.weight_decay}
+            groups[exempt, scale] |= {} if scale == 1 else {"lr_scale": scale}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         if not parameter.permute(memory_order(parameter)).is_contiguous():
             parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
-        (exempt if getattr(parameter, "_no_weight_decay", False) else decay).append(parameter)
-    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": exempt, "weight_decay": 0.0}]
-    return OPTIMIZERS[config.optimizer](groups, lr=config.lr, fused=True)
+        scale = config.backbone_lr_scale if name.startswith("backbone.") else 1.0
+        groups[getattr(parameter, "_no_weight_decay", False), scale]["params"].append(parameter)
+    return OPTIMIZERS[config.optimizer](list(groups.values()), lr=config.lr, fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int) -> float:
+    """Give every parameter group its learning rate of this step; returns that of the groups without a scale of their own."""
+    rate = learning_rate(config, step)
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_scale", 1.0)
+    return rate
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pamm.build import create_tasks
-from pamm.data import Batch, open_dataset
+from pamm.data import Batch, Dataset, open_dataset
 from pamm.data.loader import train_loader
 from pamm.data.transforms import TrainTransform
 from pamm.evaluate import Evaluation
-from pamm.experiment import Experiment, check, dump, load
+from pamm.experiment import Experiment, ModelConfig, check, dump, load
+from pamm.files import replace_text, shown
+from pamm.models.model import CONFIG_FILE, MultiTaskModel
 from pamm.models.registry import build_model
+from pamm.models.saved import RESTORE, CheckpointError, first_line, load_model
 from pamm.strict import ConfigError, to_dict
+from pamm.tasks import Task, create_task
 from pamm.training.checkpoint import load_training, recover
-from pamm.training.loop import Loop
+from pamm.training.initial import freeze, take_weights
+from pamm.training.lock import FolderInUseError, FolderLock
+from pamm.training.loop import Loop, tell
 from pamm.training.optimizer import create_optimizer
 from pamm.training.processes import launch
 
@@ -32,6 +41,7 @@ FREE_KEYS = (
         for key in (
             "workers",
             "save_every",
+            "save_minutes",
             "log_every",
             "eval_every",
             "accelerator",
@@ -50,38 +60,175 @@ FREE_KEYS = (
 def train(experiment: Experiment, out: Path, *, progress: bool = True) -> Evaluation:
     """Train into the folder `out`, or go on where a run in it stopped; returns the evaluation of the best weights.
 
-    Raises ConfigError, DataError, CheckpointError, TrainingError. A SIGTERM saves and exits with code 143.
+    Raises ConfigError, DataError, CheckpointError, TrainingError, FolderInUseError. A SIGTERM saves and raises SystemExit(143), a
+    SIGINT (Ctrl-C) saves and raises KeyboardInterrupt.
     """
     loop, loader = create_loop(experiment, out, progress=progress)
     return loop.run(loader)
 
 
 def create_loop(experiment: Experiment, out: Path, *, progress: bool = False) -> tuple[Loop, Iterable[list[Batch]]]:
-    """Everything a run needs, at the step where it starts or goes on, and the batches of its remaining steps."""
+    """Everything a run needs, at the step where it starts or goes on, and the batches of its remaining steps.
+
+    The run folder is this process's until `Loop.close`.
+    """
     check(experiment)
-    config = experiment.train
-    fabric = launch(config)
+    fabric = launch(experiment.train)
+    lock = lock_folder(fabric, out)
+    try:
+        return _create_loop(fabric, experiment, out, lock, progress)
+    except BaseException:
+        if lock:
+            lock.release()
+        raise
+
+
+def _create_loop(
+    fabric: Fabric, experiment: Experiment, out: Path, lock: FolderLock | None, progress: bool
+) -> tuple[Loop, Iterable[list[Batch]]]:
+    experiment = with_recorded_source(experiment, out)
     start_folder(fabric, experiment, out)
+    config, resumes = experiment.train, (out / "last").exists()
     tasks = create_tasks(experiment)
+    if resumes:
+        check_tasks(out, tasks)
     data = open_dataset(experiment.data, "train", tasks)
-    torch.manual_seed(config.seed)
-    network = build_model(experiment.model, tasks, experiment.data.size)
+    tell_unmeasured(fabric, open_dataset(experiment.data, "val", tasks), tasks)
+    network = create_network(fabric, experiment, tasks, out, resumes=resumes)
+    model, optimizer = fabric.setup(network, create_optimizer(network, config))
+    state = {"step": 0, "evaluated": 0, "best": math.inf, "best_step": 0}
+    if resumes:
+        state = load_training(out / "last", network, optimizer, state)
+        if state["step"] > config.steps:
+            raise CheckpointError(
+                f"{out / 'last'} holds step {state['step']}, but train.steps is {config.steps}: choose another folder with --out"
+            )
+    place = {"rank": fabric.global_rank, "world": fabric.world_size, "start_step": state["step"]}
+    loader = train_loader(data, TrainTransform(tasks, experiment.data, config.seed), config, **place)
+    parts = {"progress": progress, "lock": lock}
+    return Loop(fabric, experiment, out, network, model, optimizer, tasks, state, **parts), loader
+
+
+def lock_folder(fabric: Fabric, out: Path) -> FolderLock | None:
+    """The run folder's lock, on one of the processes. Raises FolderInUseError on all."""
+    lock, objection = None, None
+    if fabric.is_global_zero:
+        out.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = FolderLock(out)
+        except FolderInUseError as error:
+            objection = str(error)
+    objection = fabric.broadcast(objection)
+    if objection:
+        raise FolderInUseError(objection)
+    return lock
+
+
+def with_recorded_source(experiment: Experiment, out: Path) -> Experiment:
+    """A run that began from given weights goes on without naming them again: they are in its own."""
+    path = out / "experiment.yaml"
+    if experiment.train.init is not None or not (path.exists() and (out / "last").exists()):
+        return experiment
+    return replace(experiment, train=replace(experiment.train, init=load(path).train.init))
+
+
+def create_network(
+    fabric: Fabric, experiment: Experiment, tasks: Mapping[str, Task], out: Path, *, resumes: bool
+) -> MultiTaskModel:
+    """The network as it starts: from random weights, its backbone's pretrained ones, or those of `train.init`.
+
+    Pretrained weights that others replace are not fetched.
+    """
+    config, model = experiment.train, experiment.model
+    untrained = replace(model, backbone=replace(model.backbone, pretrained=False))
+
+    def build(wanted: ModelConfig) -> MultiTaskModel:
+        torch.manual_seed(config.seed)
+        return build_model(wanted, tasks, experiment.data.size)
+
+    if resumes or config.init is None:
+        network = build(untrained if resumes else model)
+    else:
+        source = open_source(config.init, out)
+        network = build(untrained)
+        fit = take_weights(network, source, config.init)
+        if model.backbone.pretrained and any(name.startswith("backbone.") for name in fit.incomplete()):
+            network = build(model)
+            fit = take_weights(network, source, config.init)
+        tell(fabric, str(fit))
+        if fabric.is_global_zero:
+            replace_text(out / "init.txt", f"{fit}\n")
+    network.settings["model"] = to_dict(model)
+    freeze(network, config.freeze)
     network.set_recompute(config.recompute)
     if config.compile:
         network.compile(dynamic=False)
-    model, optimizer = fabric.setup(network, create_optimizer(network, config))
-    state = {"step": 0, "evaluated": 0, "best": math.inf, "best_step": 0}
-    if (out / "last").exists():
-        state = load_training(out / "last", network, optimizer, state)
-    place = {"rank": fabric.global_rank, "world": fabric.world_size, "start_step": state["step"]}
-    loader = train_loader(data, TrainTransform(tasks, experiment.data, config.seed), config, **place)
-    return Loop(fabric, experiment, out, network, model, optimizer, tasks, state, progress=progress), loader
+    return network
+
+
+def open_source(source: str, out: Path) -> MultiTaskModel:
+    """The saved model from which fine-tuning starts. Raises CheckpointError, ConfigError."""
+    path, folder = (Path(os.path.realpath(Path(place).expanduser())) for place in (source, out))
+    if path == folder or folder in path.parents:
+        raise ConfigError(
+            f"train.init: {source} is in the run folder {out} itself. Choose another folder for the new run with --out; to go on "
+            "with the old one, leave --init out"
+        )
+    return load_model(source)
+
+
+def check_tasks(out: Path, tasks: Mapping[str, Task]) -> None:
+    """Raise ConfigError where the tasks' options (classes and their order, unit, …) are others than those of the saved weights."""
+    path = out / "last" / CONFIG_FILE
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))["tasks"]
+        saved = {name: create_task(name, **options).options() for name, options in saved.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged ({shown(first_line(error))}). {RESTORE}") from error
+    here, there = (json.loads(json.dumps(o)) for o in ({n: t.options() for n, t in tasks.items()}, saved))
+    different = [
+        f"tasks.{name}.{key}: {_both(there.get(name, {}).get(key), own.get(key))}"
+        for name, own in here.items()
+        for key in sorted(own.keys() | there.get(name, {}).keys())
+        if own.get(key) != there.get(name, {}).get(key)
+    ]
+    different += [f"task {name}: there alone" for name in there.keys() - here.keys()]
+    if different or list(here) != list(there):
+        raise ConfigError(
+            f"{out} holds another experiment ({'; '.join(different[:4]) or 'the tasks have another order'}): its data set was "
+            "described otherwise when these weights were saved. Restore the description, or choose another folder with --out "
+            f"(--init {out} starts there from these weights, class by class)"
+        )
+
+
+def _both(there: Any, here: Any) -> str:
+    """Two different values; of two long lists the first place where they part."""
+    if isinstance(there, list) and isinstance(here, list) and max(len(there), len(here)) > 12:
+        number = next((i for i, (a, b) in enumerate(zip(there, here, strict=False)) if a != b), None)
+        if len(there) != len(here):
+            return f"{len(there)} there, {len(here)} here"
+        return f"number {number} is {shown(there[number])} there, {shown(here[number])} here"
+    words = [shown(", ".join(map(str, v)) if isinstance(v, list) else v, 200) for v in (there, here)]
+    return f"{words[0]} there, {words[1]} here"
+
+
+def tell_unmeasured(fabric: Fabric, data: Dataset, tasks: Mapping[str, Task]) -> None:
+    """Say which tasks the validation split cannot measure, and what that does to best/."""
+    counts = data.labelled()
+    absent = [name for name in tasks if not counts.get(name, 0)]
+    if not absent or data.absent():  # rooms that are not made yet have all labels
+        return
+    weighed = [name for name, task in tasks.items() if task.weight > 0 and name not in absent]
+    chosen = f"is chosen by {', '.join(weighed)}" if weighed else "will hold the latest weights, not the best"
+    tell(fabric, f"the validation split has no label of {', '.join(absent)}: not measured, and best/ {chosen}")
 
 
 def start_folder(fabric: Fabric, experiment: Experiment, out: Path) -> None:
     """Create the run folder with its experiment.yaml, or check that the run in it is this one. Raises ConfigError."""
     path = out / "experiment.yaml"
     if fabric.is_global_zero:
+        for left in out.glob(".pamm-*.new"):  # of a process killed while it wrote a file
+            left.unlink(missing_ok=True)
         recover(out / "last")
         recover(out / "best")
     fabric.barrier()

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from pamm.tasks.metrics import Sums
 from pamm.tasks.metrics.sums import SumMetric
+from pamm.workers import serve_parent
 
 FEW = 4
 """Images for which no process is started."""
@@ -61,7 +62,7 @@ class ImageMetric(SumMetric):
             return
         if self.pool is None:
             method = "fork" if sys.platform == "linux" else "spawn"
-            self.pool = ProcessPoolExecutor(workers, multiprocessing.get_context(method))
+            self.pool = ProcessPoolExecutor(workers, multiprocessing.get_context(method), serve_parent)
         while self.waiting:
             self.running.append(self.pool.submit(self.work, *self.waiting.popleft()))
         while len(self.running) > BACKLOG * workers:

@@ -1,0 +1,67 @@
+"""Worker processes: they leave signals to the process that started them, end with it, and their death is told in one line."""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from concurrent.futures.process import BrokenProcessPool
+
+
+def serve_parent(*_: object) -> None:
+    """Call first in a worker process, which `multiprocessing` started.
+
+    SIGINT and SIGTERM to the whole process group are the parent's to answer: it saves, then ends its workers itself. And where
+    the parent ends without a word, by SIGKILL, the worker ends too.
+    """
+    for name in ("SIGINT", "SIGTERM"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)
+
+
+def exhausted(error: BaseException) -> str | None:
+    """What to do about an error by which a worker process died or memory was used up; None for other errors."""
+    if type(error).__module__.startswith("pamm."):
+        return None
+    text = str(error)
+    first = (text.strip() or type(error).__name__).splitlines()[0]
+    if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
+        return (
+            f"a data loading process ended before its work was done ({first}): most likely the memory or the shared memory "
+            "(/dev/shm) is full. Load with fewer processes or none (--train.workers 0; of pamm eval: --workers 0), or give "
+            "it more: in a container, docker run --shm-size=8g"
+        )
+    if isinstance(error, BrokenProcessPool):
+        return (
+            "a worker process ended before its image was done, most likely for want of memory. Leave it more memory, or run "
+            "on fewer cores, one worker each (taskset --cpu-list 0 pamm …)"
+        )
+    if isinstance(error, RuntimeError) and ("unable to mmap" in text or "unable to open shared memory" in text):
+        return (
+            f"the shared memory (/dev/shm) does not hold a batch ({first}). Load with fewer processes or none "
+            "(--train.workers 0; of pamm eval: --workers 0), or give it more: in a container, docker run --shm-size=8g"
+        )
+    if _out_of_memory(error, text):
+        return (
+            f"the memory does not suffice ({first}). Use smaller batches (--train.batch, or more parts of one: "
+            "--train.accumulate), --train.recompute True, fewer data loading processes (--train.workers; of pamm eval: "
+            "--batch 1 --workers 0), or smaller images (--data.size; of pamm predict: --longest-side)"
+        )
+    return None
+
+
+def _out_of_memory(error: BaseException, text: str) -> bool:
+    names = {kind.__name__ for kind in type(error).__mro__}
+    if isinstance(error, MemoryError) or "OutOfMemoryError" in names:
+        return True
+    told = ("can't allocate memory", "not enough memory", "out of memory", "Cannot allocate memory")
+    return isinstance(error, (RuntimeError, OSError)) and any(part in text for part in told)
