@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,99 +16,20 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from pamm.build import create_tasks
 from pamm.cli import main
-from pamm.experiment import DataConfig, TaskConfig, dump
-from pamm.models.saved import CheckpointError
+from pamm.experiment import DataConfig, TaskConfig
 from pamm.strict import ConfigError
 from pamm.tasks import NonFiniteError
 from pamm.training.loop import TrainingError, step_seed
 from pamm.training.optimizer import create_optimizer
 from pamm.training.run import create_loop, train
+from runs import ENVIRONMENT, TESTS
 from tiny import experiment
-
-TESTS = Path(__file__).parent
-PATHS = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS}
 
 
 @pytest.fixture(scope="session")
 def rooms(tmp_path_factory) -> str:
     """Cache of the synthetic data that the tests of this session share."""
     return str(tmp_path_factory.mktemp("synthetic"))
-
-
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "pamm", *map(str, arguments)]
-
-
-def run(*arguments: object) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*arguments), capture_output=True, text=True, check=False, env=ENVIRONMENT)
-
-
-def written(settings, folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    dump(settings, folder / "given.yaml")
-    return folder / "given.yaml"
-
-
-def wait_for_step(process: subprocess.Popen, log: Path, step: int) -> None:
-    """Wait until the process has logged `step`."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        assert process.poll() is None, f"ended before step {step}: {process.communicate()}"
-        if log.exists() and any(f'"step": {step},' in line for line in log.read_text().splitlines()):
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"no step {step} within two minutes")
-
-
-@pytest.mark.slow
-def test_a_killed_run_resumes_to_the_same_bits(rooms, tmp_path):
-    given = written(experiment(rooms, steps=30, save_every=7, eval_every=10, workers=1), tmp_path)
-    whole = run("train", given, "--out", tmp_path / "whole", "--quiet")
-    assert whole.returncode == 0, whole.stderr
-    killed = subprocess.Popen(
-        command("train", given, "--out", tmp_path / "killed", "--quiet"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=ENVIRONMENT,
-    )
-    wait_for_step(killed, tmp_path / "killed/log.jsonl", 17)
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
-    saved = torch.load(tmp_path / "killed/last/training.pt", weights_only=True)["step"]
-    assert 7 <= saved < 30
-    resumed = run("train", given, "--out", tmp_path / "killed", "--quiet")
-    assert resumed.returncode == 0, resumed.stderr
-    one, two = (load_file(tmp_path / name / "last/model.safetensors") for name in ("whole", "killed"))
-    assert one.keys() == two.keys()
-    assert all(torch.equal(one[key], two[key]) for key in one)
-    one, two = (load_file(tmp_path / name / "best/model.safetensors") for name in ("whole", "killed"))
-    assert all(torch.equal(one[key], two[key]) for key in one)
-    assert (tmp_path / "whole/results.json").read_text().replace("whole", "killed") == (
-        tmp_path / "killed/results.json"
-    ).read_text()
-    steps = [json.loads(line) for line in (tmp_path / "killed/log.jsonl").read_text().splitlines()]
-    assert [entry["step"] for entry in steps if entry["kind"] == "train"] == list(range(1, 31))
-    assert [entry["step"] for entry in steps if entry["kind"] == "val"] == [10, 20, 30]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("whole_group", [False, True], ids=["process", "process group"])
-def test_sigterm_saves_and_exits(rooms, tmp_path, whole_group):
-    """Schedulers signal the whole group, the data loading workers included."""
-    given = written(experiment(rooms, steps=500, save_every=1000, workers=1), tmp_path)
-    process = subprocess.Popen(
-        command("train", given, "--out", tmp_path / "run", "--quiet"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=ENVIRONMENT,
-        start_new_session=True,
-    )
-    wait_for_step(process, tmp_path / "run/log.jsonl", 3)
-    (os.killpg if whole_group else os.kill)(process.pid, signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 143, errors
-    assert 3 <= torch.load(tmp_path / "run/last/training.pt", weights_only=True)["step"] < 500
 
 
 @pytest.mark.slow
@@ -275,25 +192,6 @@ def test_bf16_trains(rooms, tmp_path):
     train(experiment(rooms, steps=2, precision="bf16-mixed"), tmp_path, progress=False)
     weights = load_file(tmp_path / "best/model.safetensors")
     assert {value.dtype for value in weights.values() if value.is_floating_point()} == {torch.float32}
-
-
-def test_a_damaged_log_does_not_stop_a_run(rooms, tmp_path):
-    settings = experiment(rooms, steps=4)
-    train(settings, tmp_path, progress=False)
-    with (tmp_path / "log.jsonl").open("ab") as log:
-        log.write(b'3\n{"step": "a"}\n\xff\xfe\n{"step": 4, "ki')
-    train(settings, tmp_path, progress=False)
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["kind"]) for line in lines] == [*((step, "train") for step in (1, 2, 3, 4)), (4, "val")]
-
-
-@pytest.mark.parametrize("content", [{"a": 1}, [1], {"optimizer": {}}])
-def test_a_foreign_training_state_is_told(rooms, tmp_path, content):
-    settings = experiment(rooms, steps=2, save_every=1)
-    train(settings, tmp_path, progress=False)
-    torch.save(content, tmp_path / "last/training.pt")
-    with pytest.raises(CheckpointError, match=r"training\.pt is damaged or not a training state .*\(--out\)"):
-        train(settings, tmp_path, progress=False)
 
 
 def test_an_absent_accelerator_is_told(rooms, tmp_path):

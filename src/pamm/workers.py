@@ -28,28 +28,36 @@ def _end_with(sentinel: int) -> None:
     os._exit(1)
 
 
+class WorkerError(RuntimeError):
+    """A worker process ended before its work was done; the message holds the remedy."""
+
+
+def data_worker_ended(reason: str) -> str:
+    """What to do about a data loading process that ended, in a line."""
+    return (
+        f"a data loading process ended before its work was done ({reason}): most likely the memory or the shared memory "
+        "(/dev/shm) is full. Load with fewer processes or none (--train.workers 0; of pamm eval: --workers 0), or give it "
+        "more: in a container, docker run --shm-size=8g"
+    )
+
+
 def exhausted(error: BaseException) -> str | None:
     """What to do about an error by which a worker process died or memory was used up; None for other errors."""
+    if isinstance(error, WorkerError):
+        return str(error)
     if type(error).__module__.startswith("pamm."):
         return None
     text = str(error)
     first = (text.strip() or type(error).__name__).splitlines()[0]
     if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
-        return (
-            f"a data loading process ended before its work was done ({first}): most likely the memory or the shared memory "
-            "(/dev/shm) is full. Load with fewer processes or none (--train.workers 0; of pamm eval: --workers 0), or give "
-            "it more: in a container, docker run --shm-size=8g"
-        )
+        return data_worker_ended(first)
     if isinstance(error, BrokenProcessPool):
         return (
             "a worker process ended before its image was done, most likely for want of memory. Leave it more memory, or run "
             "on fewer cores, one worker each (taskset --cpu-list 0 pamm …)"
         )
     if isinstance(error, RuntimeError) and ("unable to mmap" in text or "unable to open shared memory" in text):
-        return (
-            f"the shared memory (/dev/shm) does not hold a batch ({first}). Load with fewer processes or none "
-            "(--train.workers 0; of pamm eval: --workers 0), or give it more: in a container, docker run --shm-size=8g"
-        )
+        return data_worker_ended(first)
     if _out_of_memory(error, text):
         return (
             f"the memory does not suffice ({first}). Use smaller batches (--train.batch, or more parts of one: "

@@ -14,7 +14,7 @@ from pamm.data.sample import Batch, DataError, Dataset, Sample, collate
 from pamm.data.transforms import EvalTransform, TrainTransform
 from pamm.strict import ConfigError
 from pamm.tasks import Task
-from pamm.workers import serve_parent
+from pamm.workers import WorkerError, data_worker_ended, serve_parent
 
 if TYPE_CHECKING:
     from pamm.experiment import TrainConfig
@@ -72,7 +72,7 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[list[Batch]]:
         parts: list[Batch] = []
-        for loaded in self._loader:
+        for loaded in _batches(self._loader):
             parts.append(_checked(loaded))
             if len(parts) == self.sampler.accumulate:
                 yield parts
@@ -89,7 +89,7 @@ class EvalLoader:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        for loaded in self._loader:
+        for loaded in _batches(self._loader):
             yield _checked(loaded)
 
 
@@ -165,6 +165,24 @@ def _collate(samples: Sequence[Sample | str], tasks: Mapping[str, Task]) -> dict
     """The batch as a plain dict, which PyTorch can pin, or the first error's message."""
     failure = next((sample for sample in samples if isinstance(sample, str)), None)
     return vars(collate(samples, tasks)) if failure is None else failure
+
+
+def _batches(loader: DataLoader) -> Iterator[dict[str, Any] | str]:
+    """What the loader yields. Raises WorkerError where a process ended while it handed a batch over.
+
+    A process that ended otherwise is torch's RuntimeError, see `pamm.workers.exhausted`.
+    """
+    iterator = iter(loader)
+    while True:
+        try:
+            loaded = next(iterator)
+        except StopIteration:
+            return
+        except (OSError, EOFError) as error:
+            if not loader.num_workers:
+                raise
+            raise WorkerError(data_worker_ended(str(error) or type(error).__name__)) from error
+        yield loaded
 
 
 def _checked(loaded: dict[str, Any] | str) -> Batch:

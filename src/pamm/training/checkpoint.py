@@ -31,6 +31,11 @@ def real_place(target: Path) -> Path:
     return Path(os.path.realpath(target)) if target.is_symlink() else target
 
 
+def holds_files(folder: Path) -> bool:
+    """Whether a folder is there with anything in it: an empty one may be prepared for a link to it."""
+    return folder.is_dir() and any(folder.iterdir())
+
+
 def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a new folder, then put it in `target`'s place; on any failure the old `target` survives.
 

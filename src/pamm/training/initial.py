@@ -162,8 +162,8 @@ def _fit(
     """The tensor with what of `given` fits, the number of elements taken, and what did not fit or was changed."""
     resized = _resized(here, key, value, there, given)
     if resized is not None:
-        sizes = " and ".join(f"{rows}×{columns} tokens" for rows, columns in (_grid(there), _grid(here)))
-        return resized, value.numel(), f"resized, {sizes} there and here"
+        sizes = [f"{rows}×{columns}" for rows, columns in (_grid(there), _grid(here))]
+        return resized, value.numel(), f"resized, {sizes[0]} tokens there, {sizes[1]} here"
     other = f"another shape, {list(given.shape)} there, {list(value.shape)} here"
     if value.dim() != given.dim() or value.is_floating_point() != given.is_floating_point():
         return value, 0, other

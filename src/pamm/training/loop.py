@@ -26,7 +26,7 @@ from pamm.experiment import Experiment
 from pamm.models.model import WEIGHTS_FILE, MultiTaskModel
 from pamm.models.saved import load_weights
 from pamm.tasks import Task
-from pamm.training.checkpoint import save_checkpoint
+from pamm.training.checkpoint import holds_files, save_checkpoint
 from pamm.training.lock import FolderLock
 from pamm.training.log import Log
 from pamm.training.optimizer import set_learning_rate
@@ -141,7 +141,7 @@ class Loop:
 
     def _kept(self) -> str:
         """The last checkpoint and how to go on, in words."""
-        if not (self.out / "last").exists():
+        if not holds_files(self.out / "last"):
             return "Nothing is saved yet: run the same command again to start anew"
         return f"{self.out / 'last'} holds step {self.saved}: run the same command again to go on from there"
 
@@ -238,7 +238,7 @@ class Loop:
         raise TrainingError(f"{what} is not finite at step {self.state['step'] + 1}. {self._diverged()}")
 
     def _diverged(self) -> str:
-        kept = f"{self.out / 'last'} holds step {self.saved}. " if (self.out / "last").exists() else ""
+        kept = f"{self.out / 'last'} holds step {self.saved}. " if holds_files(self.out / "last") else ""
         return f"{kept}Start again with a lower --train.lr, a --train.clip, or --train.precision 32-true"
 
     def validate(self) -> Evaluation:

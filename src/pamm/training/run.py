@@ -24,7 +24,7 @@ from pamm.models.registry import build_model
 from pamm.models.saved import RESTORE, CheckpointError, first_line, load_model
 from pamm.strict import ConfigError, to_dict
 from pamm.tasks import Task, create_task
-from pamm.training.checkpoint import load_training, recover
+from pamm.training.checkpoint import holds_files, load_training, recover
 from pamm.training.initial import freeze, take_weights
 from pamm.training.lock import FolderInUseError, FolderLock
 from pamm.training.loop import Loop, tell
@@ -86,9 +86,10 @@ def create_loop(experiment: Experiment, out: Path, *, progress: bool = False) ->
 def _create_loop(
     fabric: Fabric, experiment: Experiment, out: Path, lock: FolderLock | None, progress: bool
 ) -> tuple[Loop, Iterable[list[Batch]]]:
+    check_source(experiment.train.init, out)
     experiment = with_recorded_source(experiment, out)
     start_folder(fabric, experiment, out)
-    config, resumes = experiment.train, (out / "last").exists()
+    config, resumes = experiment.train, holds_files(out / "last")
     tasks = create_tasks(experiment)
     if resumes:
         check_tasks(out, tasks)
@@ -127,7 +128,7 @@ def lock_folder(fabric: Fabric, out: Path) -> FolderLock | None:
 def with_recorded_source(experiment: Experiment, out: Path) -> Experiment:
     """A run that began from given weights goes on without naming them again: they are in its own."""
     path = out / "experiment.yaml"
-    if experiment.train.init is not None or not (path.exists() and (out / "last").exists()):
+    if experiment.train.init is not None or not (path.exists() and holds_files(out / "last")):
         return experiment
     return replace(experiment, train=replace(experiment.train, init=load(path).train.init))
 
@@ -149,7 +150,7 @@ def create_network(
     if resumes or config.init is None:
         network = build(untrained if resumes else model)
     else:
-        source = open_source(config.init, out)
+        source = load_model(config.init)
         network = build(untrained)
         fit = take_weights(network, source, config.init)
         if model.backbone.pretrained and any(name.startswith("backbone.") for name in fit.incomplete()):
@@ -166,15 +167,16 @@ def create_network(
     return network
 
 
-def open_source(source: str, out: Path) -> MultiTaskModel:
-    """The saved model from which fine-tuning starts. Raises CheckpointError, ConfigError."""
+def check_source(source: str | None, out: Path) -> None:
+    """Raise ConfigError where fine-tuning would start from the run folder itself."""
+    if source is None:
+        return
     path, folder = (Path(os.path.realpath(Path(place).expanduser())) for place in (source, out))
     if path == folder or folder in path.parents:
         raise ConfigError(
             f"train.init: {source} is in the run folder {out} itself. Choose another folder for the new run with --out; to go on "
             "with the old one, leave --init out"
         )
-    return load_model(source)
 
 
 def check_tasks(out: Path, tasks: Mapping[str, Task]) -> None:
@@ -232,7 +234,7 @@ def start_folder(fabric: Fabric, experiment: Experiment, out: Path) -> None:
         recover(out / "last")
         recover(out / "best")
     fabric.barrier()
-    if path.exists() and any((out / name).exists() for name in ("last", "best", "results.json")):
+    if path.exists() and ((out / "results.json").exists() or any(holds_files(out / name) for name in ("last", "best"))):
         different = differences(path, experiment)
         if different:
             raise ConfigError(

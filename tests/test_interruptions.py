@@ -1,0 +1,229 @@
+"""Runs that are killed, signalled, started twice, or left without memory or room: real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from runs import ENVIRONMENT, children, ended, logged, run, start, wait_until, written
+from tiny import experiment
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="finds worker processes in /proc")
+
+
+@pytest.fixture(scope="session")
+def rooms(tmp_path_factory) -> str:
+    """Cache of the synthetic data that the tests of this session share."""
+    return str(tmp_path_factory.mktemp("synthetic"))
+
+
+def begun(rooms, tmp_path, step=3, **train):
+    """A run of 500 steps that has logged `step`, and its folder."""
+    settings = {"steps": 500, "save_every": 1000, "save_minutes": 0.0, "workers": 1} | train
+    given = written(experiment(rooms, **settings), tmp_path)
+    process = start("train", given, "--out", tmp_path / "run", "--quiet")
+    wait_until(lambda: logged(tmp_path / "run/log.jsonl", step), process)
+    return process, tmp_path / "run", given
+
+
+def saved_step(folder: Path) -> int:
+    return torch.load(folder / "last/training.pt", weights_only=True)["step"]
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_same_bits(rooms, tmp_path):
+    given = written(experiment(rooms, steps=30, save_every=7, eval_every=10, workers=1), tmp_path)
+    whole = run("train", given, "--out", tmp_path / "whole", "--quiet")
+    assert whole.returncode == 0, whole.stderr
+    killed = start("train", given, "--out", tmp_path / "killed", "--quiet")
+    wait_until(lambda: logged(tmp_path / "killed/log.jsonl", 17), killed)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert 7 <= saved_step(tmp_path / "killed") < 30
+    resumed = run("train", given, "--out", tmp_path / "killed", "--quiet")
+    assert resumed.returncode == 0, resumed.stderr
+    for part in ("last", "best"):
+        one, two = (load_file(tmp_path / name / part / "model.safetensors") for name in ("whole", "killed"))
+        assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    assert (tmp_path / "whole/results.json").read_text().replace("whole", "killed") == (
+        tmp_path / "killed/results.json"
+    ).read_text()
+    steps = [json.loads(line) for line in (tmp_path / "killed/log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in steps if entry["kind"] == "train"] == list(range(1, 31))
+    assert [entry["step"] for entry in steps if entry["kind"] == "val"] == [10, 20, 30]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whole_group", [False, True], ids=["process", "process group"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"])
+def test_a_signal_saves_and_exits(rooms, tmp_path, number, code, whole_group):
+    """Schedulers and terminals signal the whole group, the data loading workers included."""
+    process, folder, _ = begun(rooms, tmp_path)
+    (os.killpg if whole_group else os.kill)(process.pid, number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == code, errors
+    assert "Traceback" not in errors
+    step = saved_step(folder)
+    assert 3 <= step < 500
+    assert f"stopped after step {step} of 500" in errors and "same command again to go on" in errors
+
+
+@pytest.mark.slow
+@linux
+def test_one_process_per_run_folder(rooms, tmp_path):
+    """The second is refused with the first's process; the first goes on. Killed, it leaves no lock and no worker."""
+    process, folder, given = begun(rooms, tmp_path, save_every=1)
+    second = run("train", given, "--out", folder, "--quiet")
+    assert second.returncode == 1 and second.stderr.count("\n") == 1
+    assert f"another process (pid {process.pid} on " in second.stderr and "--out" in second.stderr
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, len(lines) + 1)) and len(lines) >= 3
+    workers = children(process.pid)
+    assert workers
+    process.kill()
+    process.communicate()
+    wait_until(lambda: all(ended(worker) for worker in workers))
+    assert (folder / ".lock").exists()  # the file stays, the lock does not
+    begun_anew = start("train", given, "--out", folder, "--quiet")
+    wait_until(lambda: logged(folder / "log.jsonl", len(lines) + 2), begun_anew)
+    begun_anew.send_signal(signal.SIGTERM)
+    _, errors = begun_anew.communicate(timeout=120)
+    assert begun_anew.returncode == 143, errors
+    assert not (folder / ".lock").exists()
+
+
+@pytest.mark.slow
+@linux
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGBUS])
+def test_a_killed_data_worker_is_told_in_a_line(rooms, tmp_path, number):
+    process, folder, _ = begun(rooms, tmp_path, save_every=2)
+    worker = next(child for child in children(process.pid))
+    os.kill(worker, number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    told = errors.strip().splitlines()[-1].lstrip("\0")  # torch's own line about a SIGBUS ends in one
+    assert told.startswith("pamm: a data loading process ended") and "Traceback" not in errors
+    assert "--train.workers 0" in told and "--shm-size" in told and f"{folder / 'last'} holds step " in told
+
+
+KILL_POOL = """
+import os, signal, sys
+import numpy as np, torch
+from pamm.tasks import create_task
+from pamm.tasks.metrics import images
+from pamm.cli import main
+images.processes = lambda: 2
+
+def evaluate(arguments):
+    metric = create_task("edge").metric()
+    generator = torch.Generator().manual_seed(0)
+    metric.update(torch.rand(8, 1, 200, 200, generator=generator), (torch.rand(8, 1, 200, 200) > 0.9).byte())
+    for process in metric.pool._processes.values():
+        os.kill(process.pid, signal.SIGKILL)
+    metric.compute()
+
+import pamm.cli
+pamm.cli.COMMANDS["eval"] = ("", evaluate)
+sys.exit(main(["eval"]))
+"""
+
+
+@pytest.mark.slow
+@linux
+def test_a_killed_pool_worker_is_told_in_a_line():
+    done = subprocess.run(
+        [sys.executable, "-c", KILL_POOL], capture_output=True, text=True, env=ENVIRONMENT, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith("pamm: a worker process ended before its image was done"), done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from pamm.cli import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+from pamm.training import loop
+save, count = loop.save_checkpoint, 0
+def full(target, *arguments):
+    global count
+    count += 1
+    if count == 2:  # from now on no file takes more than a few kilobytes: a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    return save(target, *arguments)
+loop.save_checkpoint = full
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@linux
+def test_a_full_disk_keeps_the_last_checkpoint(rooms, tmp_path):
+    given = written(experiment(rooms, steps=8, save_every=2), tmp_path)
+    arguments = ["train", str(given), "--out", str(tmp_path / "run"), "--quiet"]
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, *arguments], capture_output=True, text=True, env=ENVIRONMENT, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    told = done.stderr.strip().splitlines()[-1]
+    assert told.startswith("pamm: could not save") and "is intact" in told and "Traceback" not in done.stderr
+    assert saved_step(tmp_path / "run") == 2
+    assert not list((tmp_path / "run").glob(".last.*"))
+
+
+@pytest.mark.slow
+@linux
+def test_a_read_only_run_folder_is_told(rooms, tmp_path):
+    """Mounted read-only, since permissions do not bind the superuser."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    given = written(experiment(rooms, steps=2), tmp_path)
+    line = f"mount --bind '{folder}' '{folder}' && mount -o remount,ro,bind '{folder}' && exec \"$@\""
+    alone = ["unshare", "--mount", "--map-root-user", "sh", "-c"]
+    try:
+        usable = subprocess.run([*alone, line, "sh", "true"], capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        usable = False
+    if not usable:
+        pytest.skip("mounts need rights of their own here (unshare --mount)")
+    arguments = ["train", str(given), "--out", str(folder), "--quiet"]
+    done = subprocess.run(
+        [*alone, line, "sh", sys.executable, "-m", "pamm", *arguments],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        check=False,
+    )
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert "Read-only file system" in done.stderr and str(folder) in done.stderr
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.slow
+def test_memory_that_does_not_suffice_is_told(rooms, tmp_path):
+    """A step that asks for more memory than there is, after a checkpoint."""
+    code = (
+        "import sys, torch\nfrom pamm.training import loop\nfrom pamm.cli import main\n"
+        "whole, count = loop.Loop.update, 0\n"
+        "def update(self, parts):\n"
+        "    if self.state['step'] == 3: torch.empty(2**50)\n"
+        "    return whole(self, parts)\n"
+        "loop.Loop.update = update\nsys.exit(main(sys.argv[1:]))"
+    )
+    given = written(experiment(rooms, steps=8, save_every=2), tmp_path)
+    arguments = ["train", str(given), "--out", str(tmp_path / "run"), "--quiet"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=ENVIRONMENT, check=False
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    told = done.stderr.strip().splitlines()[-1]
+    assert told.startswith("pamm: the memory does not suffice") and "--train.batch" in told and "holds step 2" in told
