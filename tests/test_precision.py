@@ -52,7 +52,7 @@ def test_a_saved_model_is_predicted_in_the_chosen_precision(model, tmp_path):
     model.save_pretrained(tmp_path)
     same = Predictor(tmp_path, precision="float32")(picture())
     np.testing.assert_array_equal(same["depth"], Predictor(model)(picture())["depth"])
-    assert Predictor(tmp_path, precision="bfloat16").model.bfloat16
+    assert Predictor(tmp_path, precision="bfloat16").model.in_bfloat16
 
 
 def test_compiling_and_recomputing_exclude_each_other(tmp_path):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from pamm.arguments import at_least
 from pamm.cli import PRECISION_HELP, check_writable, is_first_process, parser
+from pamm.files import shown
 
 if TYPE_CHECKING:
     from pamm.evaluate import Evaluation
@@ -56,7 +57,7 @@ def main(arguments: list[str]) -> int:
 def tell(
     plain: argparse.Namespace, named: list[tuple[str, Evaluation]], tasks: dict[str, Task], *, command: str
 ) -> None:
-    """Print and write what was asked for. named: results by name, the model's last."""
+    """Write, then print what was asked for. named: results by name, the model's last."""
     from pamm.evaluation_report import format_evaluation, write_evaluation_report
     from pamm.gain import GainError
 
@@ -70,13 +71,15 @@ def tell(
         gain = {resolution: comparison.summary() for resolution, comparison in comparisons.items()}
         result = dataclasses.replace(result, gain={"over": plain.baseline} | gain)
     named = [*named[:-1], (name, result)]
-    print(format_evaluation(named, tasks, comparisons))
-    print(f"weights: {result.model['weights']} of {plain.source}")
+    page = None
     if plain.out:
         result.save(plain.out)
     if plain.report:
         page = write_evaluation_report(plain.report, named, tasks, comparisons=comparisons, command=command)
-        print(f"report: {page}")
+    print(format_evaluation(named, tasks, comparisons))
+    print(f"weights: {result.model['weights']} of {shown(plain.source, 300)}")
+    if page:
+        print(f"report: {shown(page, 300)}")
     if incomparable:
         raise incomparable
 

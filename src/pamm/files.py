@@ -3,10 +3,8 @@
 import atexit
 import os
 import re
-import secrets
 import shutil
 import stat
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -20,7 +18,7 @@ def replacing(path: Path) -> Iterator[Path]:
     A reader, a kill or a full disk finds either the old file or the new one. Its mode is that of any new file, by the umask.
     An OSError of the block that names no file (a full disk) names `path` afterwards.
     """
-    new = path.with_name(f".pamm-{secrets.token_hex(6)}.new")  # short: `path` may have the longest name there can be
+    new = path.with_name(f".pamm-{os.urandom(6).hex()}.new")  # short: `path` may have the longest name there can be
     try:
         yield new
         os.replace(new, path)
@@ -40,7 +38,7 @@ def replace_text(path: Path, text: str) -> None:
 
 def usual_mode(path: Path) -> None:
     """Give `path`, which a library wrote for its owner alone, the mode of any new file there (by the umask or the folder)."""
-    probe = path.with_name(f".pamm-{secrets.token_hex(6)}.new")
+    probe = path.with_name(f".pamm-{os.urandom(6).hex()}.new")
     try:
         probe.touch(exist_ok=False)
         os.chmod(path, stat.S_IMODE(probe.stat().st_mode))
@@ -76,12 +74,13 @@ def shown(text: object, most: int = 80) -> str:
 
 def escaped(text: str, keep: str = "") -> str:
     """Every character that cannot be printed as an escape, those of `keep` as they are."""
-    return "".join(c if c.isprintable() or c in keep else _escape(c) for c in text)
+    return "".join(c if c.isprintable() or c in keep else escape(c) for c in text)
 
 
-def _escape(character: str) -> str:
+def escape(character: str) -> str:
+    """One character as ASCII: `\\x1b`, `\\u2192`; of a byte that is no text (see os.fsdecode) the byte."""
     code = ord(character)
-    if 0xDC80 <= code <= 0xDCFF:  # a byte of a file's name that is no text (see os.fsdecode)
+    if 0xDC80 <= code <= 0xDCFF:
         return f"\\x{code - 0xDC00:02x}"
     return character.encode("unicode_escape").decode("ascii")
 
@@ -119,6 +118,8 @@ def _home() -> str:
 @lru_cache(maxsize=1)
 def _temporary_folder() -> Path:
     """A folder for this process and its children, removed when it ends (and not when a forked child does)."""
+    import tempfile  # not above: the command line's help does not wait for it
+
     try:
         folder, owner = tempfile.mkdtemp(prefix="pamm-"), os.getpid()
     except OSError as error:

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from pamm.files import replacing
 from pamm.tasks import Task
 
 if TYPE_CHECKING:
@@ -239,7 +240,8 @@ def save_sheet(sheet: Image.Image, path: str | Path, *, max_bytes: int = 300_000
             options = {"optimize": True} if quality is None else {"quality": quality, "subsampling": 0}
             sheet.save(buffer, format=kind, **options)
             if len(buffer.getvalue()) <= max_bytes or max(sheet.size) <= 64:
-                path.write_bytes(buffer.getvalue())
+                with replacing(path) as new:
+                    new.write_bytes(buffer.getvalue())
                 return path
         size = max(1, sheet.width * 4 // 5), max(1, sheet.height * 4 // 5)
         sheet = sheet.resize(size, Image.Resampling.LANCZOS)

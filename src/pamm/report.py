@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from pamm.data.transforms import denormalize
-from pamm.files import distinct_stem
+from pamm.files import distinct_stem, escaped
 from pamm.pictures import draw_pair, legend, png_uri, scale_bar, scale_text
 from pamm.tasks import Task
 
@@ -200,7 +200,8 @@ def html_page(title: str, parts: Sequence[str], *, style: str = "") -> str:
 
 
 def escape(value: object) -> str:
-    return html.escape(str(value))
+    """Text for a page: no mark-up, no control characters, and none that cannot be written."""
+    return html.escape(escaped(str(value), keep="\n"))
 
 
 def html_scores(rows: Sequence[Row], tasks: Mapping[str, Task], gains: Sequence[float | None] | None = None) -> str:

@@ -12,11 +12,17 @@ import torch
 from pamm.models.saved import load_model
 from pamm.nn.group_norm import GroupNorm
 from pamm.nn.joined import BatchError
-from pamm.prediction import Maps, Predictor
+from pamm.prediction import Maps, PredictError, Predictor
 from prediction.networks import SYSTEMS, create, photo
 
 OTHER = {torch.float64: 1e-5, torch.float16: 0.01, torch.bfloat16: 0.06}
 """Dtype → how far its predictions may lie from float32's, relative to the largest logit."""
+
+CONVERSIONS = {
+    torch.float64: lambda model: model.double(),
+    torch.float16: lambda model: model.half(),
+    torch.bfloat16: lambda model: model.bfloat16(),
+}
 
 
 @pytest.fixture
@@ -55,7 +61,7 @@ def test_torchs_defaults_change_no_prediction(system, tmp_path, defaults):
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_a_network_of_another_dtype_predicts_nearly_the_same(system, dtype):
     model = create(system)
-    other = copy.deepcopy(model).to(dtype)
+    other = CONVERSIONS[dtype](copy.deepcopy(model))
     pixels, frame = photo(50, 61), torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
     maps, expected = Predictor(other)(pixels), Predictor(model)(pixels)
     for task in ("depth", "normals", "sal", "edge"):
@@ -100,3 +106,24 @@ def test_training_on_one_image_of_one_token_is_told():
         model(torch.zeros(1, 3, 8, 8))
     logits = create("pamm").train()(torch.zeros(1, 3, 8, 8))
     sum(x.sum() for x in logits.values()).backward()
+
+
+def test_a_wrapped_network_is_taken_or_refused():
+    model, image = create("pamm"), photo(20, 30)
+    assert_equal(Predictor(torch.compile(model, backend="eager"))(image), Predictor(model)(image))
+    with pytest.raises(PredictError, match=r"found a DataParallel, expected a network of pamm; .*wrapper\.module"):
+        Predictor(torch.nn.DataParallel(model))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+def test_weights_and_outputs_that_are_not_finite_are_refused(tmp_path, value):
+    model = create("pamm")
+    predictor = Predictor(model)
+    with torch.no_grad():
+        model.heads["depth"].predict.bias.fill_(value)
+    with pytest.raises(PredictError, match=r"output for 'depth' is not finite.*earlier checkpoint"):
+        predictor(photo(20, 30))
+    model.save_pretrained(tmp_path / "model")
+    for source in (model, tmp_path / "model"):
+        with pytest.raises(PredictError, match=r"weights that are NaN or infinite, in 1 tensors, e\.g\. heads\.depth"):
+            Predictor(source)

@@ -232,7 +232,8 @@ def test_senseless_arguments_are_refused(predictor, arguments):
 
 def test_saved_maps_read_back(predictor, tmp_path):
     maps = predictor(photo(50, 70))
-    files = maps.save(tmp_path, stem="a")
+    files = maps.save(tmp_path, stem="a", formats=["png", "npy", "picture"])
+    assert len(maps.save(tmp_path / "usual")) == 12 and not (tmp_path / "usual" / "arrays").exists()
     assert len(files) == 18 and all(path.is_file() for path in files)
     read = {name: task.read(tmp_path / name / "a.png") for name, task in maps.tasks.items()}
     for name in ("semseg", "human_parts"):
@@ -313,26 +314,28 @@ def test_a_contact_sheet_that_cannot_be_written_is_told(predictor, tmp_path):
 
 
 class Greedy(Predictor):
-    """Wants more memory than there is for images of one size, and fails otherwise for another."""
+    """Wants more memory than there is for images of one size, and fails otherwise for others."""
 
     def __call__(self, image):
         maps = super().__call__(image)
         if maps.image.shape[0] == 11:
             torch.empty(1 << 50)
         if maps.image.shape[0] == 12:
-            raise RuntimeError("a mistake in the code")
+            raise RuntimeError("a mistake in\nthe code")
+        if maps.image.shape[0] == 13:
+            raise MemoryError
         return maps
 
 
-def test_an_image_that_needs_too_much_memory_does_not_end_the_batch(predictor, tmp_path):
-    for height in (10, 11, 12):
-        Image.fromarray(photo(height, 12)).save(tmp_path / f"{height}.png")
-    greedy = Greedy(predictor.model)
-    summary = predict_files(greedy, [tmp_path / "11.png", tmp_path / "10.png"], tmp_path / "out")
-    assert summary.done == [tmp_path / "10.png"]
-    assert [path.name for path, _ in summary.failed] == ["11.png"] and "out of memory" in summary.failed[0][1]
-    with pytest.raises(RuntimeError, match="a mistake in the code"):
-        predict_files(greedy, [tmp_path / "12.png"], tmp_path / "out")
+def test_no_failure_of_an_image_ends_the_batch(predictor, tmp_path):
+    paths = [tmp_path / f"{height}.png" for height in (11, 12, 13, 10)]
+    for path in paths:
+        Image.fromarray(photo(int(path.stem), 12)).save(path)
+    summary = predict_files(Greedy(predictor.model), paths, tmp_path / "out")
+    assert summary.done == [tmp_path / "10.png"] and summary.stopped is None
+    (memory, mistake, more) = summary.failed
+    assert memory[0].name == "11.png" and "out of memory" in memory[1] and "out of memory" in more[1]
+    assert mistake[1] == r"RuntimeError: a mistake in\nthe code"
 
 
 def test_inputs_are_files_folders_and_globs(tmp_path, monkeypatch):

@@ -61,7 +61,7 @@ def write(plan: Plan, out: Path, failed: dict[str, str]) -> None:
     """Print the table of what is finished, and write it as <out>/<table>.md and <out>/<table>.json."""
     from pamm.ablate import result
     from pamm.ablate.runs import FINISHED
-    from pamm.files import replace_text
+    from pamm.files import replace_text, shown
 
     rows = result.collect(plan)
     if failed and not any(row.scores for row in rows):
@@ -77,11 +77,11 @@ def write(plan: Plan, out: Path, failed: dict[str, str]) -> None:
     tasks = list(dict.fromkeys(task for run in plan.runs for task in run.experiment.tasks))
     finished = [run.folder for run in plan.runs if run.state() == FINISHED]
     protocol = next((text for folder in finished if (text := protocol_of(folder))), "")
-    print(result.text(plan, rows, tasks, protocol))
     page, data = out / f"{plan.table.name}.md", out / f"{plan.table.name}.json"
     replace_text(page, result.markdown(plan, rows, tasks, protocol))
     replace_text(data, json.dumps(result.as_json(plan, rows, protocol, failed), indent=1, ensure_ascii=False) + "\n")
-    print(f"written: {page}, {data}")
+    print(result.text(plan, rows, tasks, protocol))
+    print(f"written: {shown(page, 300)}, {shown(data, 300)}")
 
 
 def add_costs(plan: Plan, rows: list[RowResult]) -> None:

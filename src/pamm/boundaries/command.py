@@ -10,7 +10,7 @@ from pathlib import Path
 from pamm.arguments import at_least
 from pamm.boundaries import BoundaryError
 from pamm.boundaries.measure import BoundaryScores, measure_folders
-from pamm.files import replace_text
+from pamm.files import replace_text, shown
 from pamm.tasks.boundary import PROTOCOLS
 from pamm.tasks.metrics.images import processes
 
@@ -36,10 +36,11 @@ def main(arguments: list[str]) -> int:
         workers=plain.workers or processes(),
         progress=sys.stderr.isatty(),
     )
-    print(format_scores(scores, every=plain.all))
     if plain.out:
         replace_text(plain.out, json.dumps(scores.to_json()) + "\n")
-        print(f"counts at every threshold: {plain.out}")
+    print(format_scores(scores, every=plain.all))
+    if plain.out:
+        print(f"counts at every threshold: {shown(plain.out, 300)}")
     return 0
 
 
@@ -86,7 +87,7 @@ def format_scores(scores: BoundaryScores, *, every: bool = False) -> str:
             f"{name} {found[name]['F']:.4f}  recall {found[name]['recall']:.4f}  precision {found[name]['precision']:.4f}  {at}"
         )
     lines.append(f"AP  {found['AP']:.4f}")
-    images = scores.images()
+    images = {shown(name): row for name, row in scores.images().items()}
     names = list(images) if every else sorted(images, key=lambda name: images[name]["F"])[:SHOWN]
     width = max(len(name) for name in ["image", *names])
     lines.append(f"\n{'image':<{width}}       F  recall  precision  threshold{'' if every else '   (the worst)'}")

@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pamm.arguments import at_least
-from pamm.files import distinct_stems, replace_text
+from pamm.files import distinct_stems, replace_text, shown
 from pamm.look import LookError
 from pamm.look.figure import TILE
 
@@ -38,8 +38,7 @@ def main(arguments: list[str]) -> int:
         raise LookError(f"--tile: found {plain.tile}, expected {SMALLEST_TILE} to {LARGEST_TILE} pixels")
     plain.out.mkdir(parents=True, exist_ok=True)
     written = VIEWS[plain.view](plain)
-    text = "written: " + ", ".join(map(str, written))
-    print(text.encode("utf-8", "backslashreplace").decode())  # a file's name need not be text
+    print("written: " + ", ".join(shown(path, 300) for path in written))
     return 0
 
 

@@ -37,7 +37,7 @@ class MultiTaskModel(nn.Module, ModelHubMixin, library_name="pamm", tags=["multi
     """
 
     recompute = False
-    bfloat16 = False
+    in_bfloat16 = False
     origin: Path | None = None
     """The folder that the weights were loaded from."""
 
@@ -66,7 +66,7 @@ class MultiTaskModel(nn.Module, ModelHubMixin, library_name="pamm", tags=["multi
         size: height and width of the logits, by default the image's. The image is brought to the weights' dtype, so that
         a model after `.half()`, `.bfloat16()` or `.double()` takes it as well; the logits are float32.
         """
-        if not self.bfloat16:
+        if not self.in_bfloat16:
             image = image.to(self.dtype)
         with self._arithmetic(image):
             stages = self.backbone(image)
@@ -109,10 +109,10 @@ class MultiTaskModel(nn.Module, ModelHubMixin, library_name="pamm", tags=["multi
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d, TaskLinear)):
                 module.to(torch.bfloat16)
-        self.bfloat16 = True
+        self.in_bfloat16 = True
 
     def _arithmetic(self, x: Tensor) -> AbstractContextManager:
-        return torch.autocast(x.device.type, torch.bfloat16) if self.bfloat16 else nullcontext()
+        return torch.autocast(x.device.type, torch.bfloat16) if self.in_bfloat16 else nullcontext()
 
     @property
     def dtype(self) -> torch.dtype:

@@ -7,14 +7,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
+from pamm.files import shown
 from pamm.images import ImageError
 from pamm.pictures import SheetRow, compose_sheet, save_sheet, sheet_row
 from pamm.prediction.inputs import PredictError, file_names
-from pamm.prediction.maps import FORMATS, check_folder, check_formats
+from pamm.prediction.maps import DEFAULT_FORMATS, FORMATS, FolderError, check_folder, check_formats, try_folder
 from pamm.prediction.predictor import Predictor
+from pamm.tasks import Task
 
 SHEET = "contact_sheet.jpg"
 SHEET_ROWS = 8
@@ -26,10 +30,24 @@ class Summary:
     """What became of a batch of images."""
 
     done: list[Path] = field(default_factory=list)
+    skipped: list[Path] = field(default_factory=list)
+    """Images whose files were there already."""
     failed: list[tuple[Path, str]] = field(default_factory=list)
     """Image and the reason why it has no maps; the contact sheet and the reason why it was not written."""
+    stopped: str | None = None
+    """Why the images that remained were not tried: the output folder takes no more files."""
     sheet: Path | None = None
     """The contact sheet, if one was written."""
+
+
+def check_output(out: str | Path, paths: Iterable[Path], formats: Sequence[str], *, sheet: bool = True) -> None:
+    """Raise PredictError where the predictions of these images cannot or must not be written: before anything is spent."""
+    out = Path(os.path.expanduser(out))
+    check_formats(formats)
+    check_folder(out, formats)
+    if sheet:
+        _check_sheet(out, paths)
+    try_folder(out)
 
 
 def predict_files(
@@ -37,49 +55,99 @@ def predict_files(
     paths: Iterable[str | Path],
     out: str | Path,
     *,
-    formats: Sequence[str] = tuple(FORMATS),
+    formats: Sequence[str] = DEFAULT_FORMATS,
     sheet: bool = True,
+    skip_existing: bool = False,
     progress: bool | None = None,
 ) -> Summary:
     """Predict every image into `out` (see `Maps.save`), going on after a bad one.
 
-    Images of one stem keep apart by what differs in their paths. `sheet`: also <out>/contact_sheet.jpg, at most 300 kB,
-    of the first 8 images. progress: None shows a bar on a terminal. Raises PredictError, before anything is predicted, for
-    no or an unknown format, and for an `out` that is no folder or where files would replace labels or images; the failures
-    of single images are in the summary.
+    Args:
+        formats: some of "picture", "png", "npy".
+        sheet: also <out>/contact_sheet.jpg, at most 300 kB, of the first 8 images that are predicted.
+        skip_existing: pass over an image all of whose files are there and whole, whichever model made them; an earlier
+            contact sheet is kept.
+        progress: None shows a bar on a terminal.
+
+    Images of one stem keep apart by what differs in their paths, which goes into the names of their files. No failure of an
+    image ends the batch; the summary holds its reason. A full disk does end it, and the summary says so.
+
+    Raises PredictError, before anything is predicted, for no or an unknown format, and for an `out` that cannot be written
+    or where files would replace labels or images; KeyboardInterrupt, which says how many images are done.
     """
     paths, out = [Path(path) for path in paths], Path(os.path.expanduser(out))
-    check_formats(formats)
-    check_folder(out, formats)
-    if sheet:
-        _check_sheet(out, paths)
+    check_output(out, paths, formats, sheet=sheet)
+    sheet = sheet and not (skip_existing and os.path.exists(out / SHEET))
     summary, rows = Summary(), list[SheetRow]()
-    hidden = None if progress is None else not progress
-    for path, name in tqdm(list(zip(paths, file_names(paths), strict=True)), "predict", unit="image", disable=hidden):
-        try:
-            maps = predictor(path)
-            maps.save(out, stem=name, formats=formats)
-        except (ImageError, PredictError) as error:
-            summary.failed.append((path, str(error)))
-        except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            summary.failed.append((path, "out of memory; shrink the image, or choose a smaller longest side"))
-        else:
-            summary.done.append(path)
-            if sheet and len(rows) < SHEET_ROWS:
-                rows.append(sheet_row(name, maps))
-    if rows:
+    named = list(zip(paths, file_names(paths), strict=True))
+    try:
+        for path, name in tqdm(named, "predict", unit="image", disable=None if progress is None else not progress):
+            if skip_existing and _is_done(predictor.tasks, out, name, formats):
+                summary.skipped.append(path)
+                continue
+            try:
+                maps = predictor(path)
+                maps.save(out, stem=name, formats=formats)
+                summary.done.append(path)
+                if sheet and len(rows) < SHEET_ROWS:
+                    rows.append(sheet_row(shown(name), maps))
+            except FolderError as error:
+                summary.stopped = str(error)
+                break
+            except Exception as error:  # of whatever kind: the next image may be sound
+                if path not in summary.done[-1:]:
+                    summary.failed.append((path, _reason(error)))
+    except KeyboardInterrupt:
+        finished = len(summary.done) + len(summary.skipped)
+        raise KeyboardInterrupt(
+            f"interrupted: {finished} of {len(paths)} images are done, their files are whole; go on with --skip-existing"
+        ) from None
+    if rows and not summary.stopped:
         _add_sheet(summary, rows, out / SHEET)
     return summary
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, (ImageError, PredictError)):
+        return str(error)
+    if _is_out_of_memory(error):
+        return "out of memory; shrink the image, or choose a smaller longest side"
+    return f"{type(error).__name__}: {shown(error, 300)}"
+
+
+def _is_done(tasks: Iterable[str], out: Path, name: str, formats: Sequence[str]) -> bool:
+    """Whether every file of this image is there and can be read to its end."""
+    return all(
+        any(_is_whole(out / place) for place in _places(tasks[task], task, name, kind))
+        for kind in formats
+        for task in tasks
+    )
+
+
+def _places(task: Task, name: str, stem: str, kind: str) -> list[Path]:
+    """Where a map's file may lie: a label's has one of several suffixes."""
+    place = Path(FORMATS[kind].format(task=name, stem=stem))
+    return [place.with_name(stem + suffix) for suffix in task.suffixes] if kind == "png" else [place]
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        if path.suffix == ".npy":
+            np.load(path, mmap_mode="r", allow_pickle=False)
+        else:
+            with Image.open(path, formats=["PNG"]) as picture:
+                picture.verify()
+    except Exception:  # Pillow and NumPy raise many kinds for what is no whole file
+        return False
+    return True
 
 
 def _add_sheet(summary: Summary, rows: Sequence[SheetRow], path: Path) -> None:
     try:
         summary.sheet = save_sheet(compose_sheet(rows), path)
-    except OSError as error:
-        reason = f"cannot be written ({error.strerror or error}); free the place or choose another folder"
-        summary.failed.append((path, reason))
+    except (OSError, MemoryError) as error:
+        told = getattr(error, "strerror", None) or str(error) or "out of memory"
+        summary.failed.append((path, f"cannot be written ({told}); free the place or choose another folder"))
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -94,6 +162,6 @@ def _check_sheet(out: Path, paths: Iterable[Path]) -> None:
     inside = next((path for path in paths if os.path.realpath(path.parent) == os.path.realpath(out)), None)
     if inside is not None:
         raise PredictError(
-            f"{out} holds the image {inside.name}: the contact sheet {SHEET} would become one of the images there, or "
-            "replace one; choose another folder for the predictions, or write no contact sheet (--no-sheet)"
+            f"{shown(out, 300)} holds the image {shown(inside.name)}: the contact sheet {SHEET} would become one of the images "
+            "there, or replace one; choose another folder for the predictions, or write no contact sheet (--no-sheet)"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 import stat
 from collections.abc import Iterable, Sequence
@@ -22,6 +23,10 @@ from pamm.files import shown
 from pamm.images import IMAGE_SUFFIXES, ImageError, read_image, to_rgb
 
 ImageLike = str | os.PathLike[str] | BinaryIO | Image.Image | np.ndarray | Tensor
+
+
+LONGEST = 200
+"""Bytes of a file's name without its suffix; file systems take 255 in all."""
 
 
 class PredictError(ValueError):
@@ -191,7 +196,8 @@ def _unreadable(path: Path, error: OSError) -> PredictError:
 def file_names(paths: Sequence[Path]) -> list[str]:
     """A different name for each path: its stem; where stems are equal, also its suffix and the folders that tell it apart.
 
-    Names that differ in case only count as equal, since some file systems take them for one.
+    Names that differ in case only count as equal, since some file systems take them for one. A name too long for a file
+    with another suffix is cut, and a digest of the whole tells it apart.
     """
     whole = list(dict.fromkeys(path.absolute() for path in paths))
     same = _repeated((path.parent, path.stem) for path in whole)
@@ -201,13 +207,23 @@ def file_names(paths: Sequence[Path]) -> list[str]:
         same = _repeated(names)
         names = ["_".join((*p.parts[1:-1][-depth:], short[i])) if i in same else names[i] for i, p in enumerate(whole)]
     same = _repeated(names)
-    name_of = {path: short[i] if i in same else names[i] for i, path in enumerate(whole)}
+    name_of = {path: _fitting(short[i] if i in same else names[i]) for i, path in enumerate(whole)}
     taken: dict[str, str] = {}
     for path in paths:
         name = name_of[path.absolute()]
         name = next(n for k in count(1) if (n := name if k == 1 else f"{name}_{k}").casefold() not in taken)
         taken[name.casefold()] = name
     return list(taken.values())
+
+
+def _fitting(name: str) -> str:
+    """A name of at most LONGEST bytes."""
+    if len(os.fsencode(name)) <= LONGEST:
+        return name
+    digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:8]
+    while len(os.fsencode(name)) > LONGEST - len(digest) - 1:
+        name = name[:-1]
+    return f"{name}_{digest}"
 
 
 def _repeated(keys: Iterable[Any]) -> set[int]:

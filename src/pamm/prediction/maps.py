@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,14 +10,25 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from pamm.files import replacing, shown
 from pamm.prediction.inputs import PredictError
 from pamm.tasks import Task
 
 FORMATS = {"png": "{task}/{stem}.png", "npy": "arrays/{task}/{stem}.npy", "picture": "pictures/{task}/{stem}.png"}
 """Kind of output → its place in the output folder."""
 
+DEFAULT_FORMATS = ("picture", "png")
+"""Not npy: the arrays of a photograph of 12 megapixels take 300 MB."""
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""Errors of writing that the next file would meet as well."""
+
 STRIP_VALUES = 2**24
 """Values that are resized and decoded, or drawn, at once: what bounds the memory for a large image."""
+
+
+class FolderError(PredictError):
+    """An output folder that takes no more files: the disk is full, or may not be written."""
 
 
 class Maps(Mapping[str, np.ndarray]):
@@ -65,15 +77,16 @@ class Maps(Mapping[str, np.ndarray]):
         return np.concatenate([self.tasks[task].draw(strip, reference=whole) for strip in strips])
 
     def save(
-        self, folder: str | Path, *, stem: str | None = None, formats: Sequence[str] = tuple(FORMATS)
+        self, folder: str | Path, *, stem: str | None = None, formats: Sequence[str] = DEFAULT_FORMATS
     ) -> list[Path]:
-        """Write every map into `folder` and return the files.
+        """Write every map into `folder`, each file whole or not at all, and return the files.
 
         png: <folder>/<task>/<stem>.png, which the task reads back as a label (the layout of a folder data set); a .npy in its
         place where a PNG would round or cut the values (`Task.label_file`).
         npy: <folder>/arrays/<task>/<stem>.npy, the array as it is. picture: <folder>/pictures/<task>/<stem>.png.
         Files of an earlier prediction are replaced. Raises PredictError for no or an unknown format, where a file would
-        replace the predicted image or the labels of a data set, and where nothing can be written.
+        replace the predicted image or the labels of a data set, and where a file cannot be written (FolderError: and no
+        other could be).
         """
         folder, stem = Path(os.path.expanduser(folder)), self.name if stem is None else stem
         check_formats(formats)
@@ -88,25 +101,25 @@ class Maps(Mapping[str, np.ndarray]):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 written.append(self._write(kind, task, path))
             except OSError as error:
-                raise PredictError(
-                    f"{path} cannot be written ({error.strerror or error}); choose another folder"
-                ) from None
+                raise write_error(path, error) from None
         return written
 
     def _write(self, kind: str, task: str, path: Path) -> Path:
         if kind == "png":
             return self._write_label(task, path)
-        if kind == "npy":
-            np.save(path, self[task])
-        else:
-            Image.fromarray(self.draw(task)).save(path)
+        with replacing(path) as new, open(new, "wb") as file:
+            if kind == "npy":
+                np.save(file, self[task])
+            else:
+                Image.fromarray(self.draw(task)).save(file, format="PNG")
         return path
 
     def _write_label(self, task: str, path: Path) -> Path:
         """The label file, in place of an earlier one of whatever suffix: two of one stem are no data set."""
         suffix, content = self.tasks[task].label_file(self[task])
         written = path.with_name(path.name.removesuffix(path.suffix) + suffix)
-        written.write_bytes(content)
+        with replacing(written) as new:
+            new.write_bytes(content)
         for other in self.tasks[task].suffixes:
             if other != suffix:
                 path.with_name(path.name.removesuffix(path.suffix) + other).unlink(missing_ok=True)
@@ -122,6 +135,31 @@ class Maps(Mapping[str, np.ndarray]):
             )
 
 
+def write_error(path: Path, error: OSError) -> PredictError:
+    """The error for a file that could not be written: a FolderError where no other could be either."""
+    told = f"{shown(path, 300)} cannot be written ({error.strerror or error})"
+    if error.errno in FULL:
+        return FolderError(f"{told}; free some space, or choose another folder")
+    return PredictError(f"{told}; choose another folder")
+
+
+def try_folder(folder: Path) -> None:
+    """Make the output folder and write a file in it, before time is spent. Raises PredictError where that fails."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / f".pamm-{os.getpid()}.probe", "wb", buffering=0) as probe:
+            try:
+                probe.write(bytes(4096))  # an empty file needs no space on a full disk
+            finally:
+                os.unlink(probe.name)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise PredictError(
+            f"the output folder {shown(folder, 300)} cannot be written ({reason}); choose another one, or free space or "
+            "permissions there"
+        ) from None
+
+
 def check_folder(folder: Path, formats: Sequence[str]) -> None:
     """Raise PredictError where `folder` is no place for predictions."""
     if os.path.exists(folder) and not os.path.isdir(folder):
@@ -134,6 +172,7 @@ def check_folder(folder: Path, formats: Sequence[str]) -> None:
 
 
 def check_formats(formats: Sequence[str]) -> None:
+    """Raise PredictError unless these are some of the formats."""
     if not formats:
         raise PredictError(f"no format is given, so nothing would be written; choose some of: {', '.join(FORMATS)}")
     for kind in [formats] if isinstance(formats, str) else formats:

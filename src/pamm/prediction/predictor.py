@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pamm.data.transforms import normalize
+from pamm.files import shown
 from pamm.memory import keep_memory
 from pamm.models.model import MultiTaskModel, resize_rows
 from pamm.models.saved import load_model
@@ -52,14 +53,20 @@ class Predictor:
         if longest_side is not None and longest_side < 1:
             raise PredictError(f"longest_side is {longest_side}, expected a number of pixels, e.g. 512")
         given = isinstance(source, nn.Module)
+        if given and not isinstance(getattr(source, "_orig_mod", source), MultiTaskModel):
+            raise PredictError(
+                f"found a {type(source).__name__}, expected a network of pamm; of a wrapped one give what it holds, e.g. "
+                "wrapper.module"
+            )
         chosen = _choose_device(device, next(source.parameters()).device if given else None)
         if chosen.type == "cpu":
             keep_memory()
         lower = choose_precision(precision, chosen) != torch.float32
         model = load_model(source) if not given else copy.deepcopy(source) if lower or compile else source
-        if not model.bfloat16 and model.dtype != torch.float32:  # after .half(), .double(): its values, in float32
+        if not model.in_bfloat16 and model.dtype != torch.float32:  # after .half(), .double(): its values, in float32
             model = (copy.deepcopy(model) if model is source else model).float()
         self.model = prepare(model.to(chosen), precision=precision, compile=compile)
+        _check_finite(self.model, source)
         self.device = chosen
         self._process = os.getpid()
         self.longest_side = longest_side or max(self.model.image_size)
@@ -95,6 +102,13 @@ class Predictor:
         frame, top, left = pad(normalize(shown.transpose(2, 0, 1))[None], self.model.backbone.patch)
         with _evaluating(self.model):
             logits = self.model(frame.to(self.device))
+        for task, values in logits.items():
+            if not values.isfinite().all():
+                raise PredictError(
+                    f"the network's output for '{task}' is not finite: {int((~values.isfinite()).sum())} of {values.numel()} "
+                    "values are NaN or infinite. The training diverged or half precision overflowed: use an earlier checkpoint, "
+                    "or float32"
+                )
         return logits, slice(top, top + shown.shape[0]), slice(left, left + shown.shape[1])
 
     def _predict(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
@@ -144,6 +158,17 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+def _check_finite(model: nn.Module, source: object) -> None:
+    """Raise PredictError where weights are NaN or infinite: what they would predict is nothing, or wrong without a word."""
+    wrong = [key for key, value in model.state_dict().items() if not value.isfinite().all()]
+    if wrong:
+        where = "the model" if isinstance(source, nn.Module) else shown(source, 300)
+        raise PredictError(
+            f"{where} holds weights that are NaN or infinite, in {len(wrong)} tensors, e.g. {shown(wrong[0])}: the training "
+            "diverged, or the file is damaged. Use an earlier checkpoint"
+        )
 
 
 def _choose_device(device: str | torch.device, own: torch.device | None) -> torch.device:
