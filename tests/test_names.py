@@ -10,7 +10,7 @@ from PIL import Image
 
 from command import run_command
 from data.packages import write_ids
-from pamm.cli import parse_experiment
+from pamm.cli import parse_experiment, run_folder
 from pamm.data import DataError
 from pamm.experiment import dump
 from pamm.recipes import RECIPES, get_recipe
@@ -112,6 +112,13 @@ def test_a_folder_without_a_description_has_the_tasks_of_its_folders(mine):
         (mine / split / "semseg/a.png").rename(mine / split / "semseg.png")
         (mine / split / "semseg").rmdir()
     assert list(parse_experiment("train", ["folder-pamm", "--data.root", str(mine)])[0].tasks) == ["depth"]
+
+
+@pytest.mark.parametrize("root", ["mine", "./mine/", "{tmp}/mine"])
+def test_every_folder_has_a_run_folder_of_its_own(mine, tmp_path, capsys, root):
+    arguments = ["folder-pamm", "--data.root", root.format(tmp=tmp_path)]
+    assert run_folder(parse_experiment("train", arguments)[0]) == Path("runs/folder-pamm-mine")
+    assert run_folder(get_recipe("nyud-pamm-b")) == Path("runs/nyud-pamm-b")
 
 
 def test_a_folder_that_is_not_given_is_told():

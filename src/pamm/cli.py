@@ -185,7 +185,9 @@ def parse_experiment(name: str, arguments: list[str]) -> tuple[Experiment, argpa
         name, epilog="Every leaf of the experiment can be set: see `pamm train RECIPE --help`.", add_help=False
     )
     own.add_argument("recipe", help="a name that `pamm recipes` lists, or an experiment.yaml")
-    own.add_argument("--out", type=Path, help="run folder (default: runs/RECIPE)")
+    own.add_argument(
+        "--out", type=Path, help="run folder (default: runs/RECIPE, on a folder of your own runs/RECIPE-FOLDER)"
+    )
     own.add_argument("--tasks", help="only these tasks, e.g. semseg,depth")
     own.add_argument(
         "--init", metavar="SOURCE", help="start from the weights of a run, a saved model or a hub repository"
@@ -278,12 +280,22 @@ def demo(arguments: list[str]) -> int:
     return 0
 
 
+def run_folder(experiment: Experiment) -> Path:
+    """Where a run is kept unless its user says: runs/RECIPE; one on somebody's own folder has that folder's name as well.
+
+    Otherwise two folders would share a run.
+    """
+    own = experiment.data.root if experiment.data.name == "folder" else None
+    folder = os.path.basename(os.path.realpath(os.path.expanduser(own))) if own else ""
+    return Path("runs") / "-".join(filter(None, [experiment.name, folder]))
+
+
 @command("train a recipe, or go on where its run stopped")
 def train(arguments: list[str]) -> int:
     experiment, plain = parse_experiment("train", arguments)
     from pamm.training.run import train as run
 
-    out = plain.out or Path("runs") / experiment.name
+    out = plain.out or run_folder(experiment)
     check_writable(out)
     result = run(experiment, out, progress=not plain.quiet)
     if is_first_process():
