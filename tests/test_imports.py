@@ -21,7 +21,7 @@ MAY_USE = {
     "arguments": {"strict", "strict_yaml"},
     "files": set(),
     "experiment": {"files", "strict", "strict_yaml"},
-    "strict": set(),
+    "strict": {"files"},
     "recipes": {"experiment", "strict"},
     "gain": {"tasks"},
     "ablate": {"build", "experiment", "files", "gain", "models", "ops", "report", "strict", "tasks", "training"},
@@ -76,7 +76,7 @@ MAY_USE = {
     },
     "memory": set(),
     "precision": {"models", "strict"},
-    "strict_yaml": set(),
+    "strict_yaml": {"files"},
     "training": {
         "build",
         "data",

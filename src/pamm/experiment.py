@@ -6,16 +6,16 @@ strictly. This file imports no torch.
 
 from __future__ import annotations
 
-import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from pamm.files import replace_text
+from pamm.files import replace_text, shown
 from pamm.strict import ConfigError, from_dict, to_dict
-from pamm.strict_yaml import load_yaml
+from pamm.strict_yaml import read_yaml
 
 
 @dataclass(frozen=True)
@@ -292,61 +292,92 @@ def dump(experiment: Experiment, path: Path) -> None:
 def load(path: Path) -> Experiment:
     """Read an experiment written by `dump`, or by hand. Raises ConfigError."""
     try:
-        values = load_yaml(path.read_text(encoding="utf-8"))
+        values = read_yaml(path)
     except FileNotFoundError:
         raise ConfigError(f"no experiment file at {path}; `pamm train RECIPE` writes one into its run folder") from None
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not a readable YAML file: {error}") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: a path that holds NUL
+        raise ConfigError(f"{shown(path, 200)} is not a readable YAML file: {shown(error, 300)}") from None
     try:
-        return from_dict(Experiment, values)
+        experiment = from_dict(Experiment, values)
+        check_name(experiment.name)
+        return experiment
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
 
+MANY = 10**9
+
+MODEL_LIMITS: dict[str, tuple[float, float]] = {
+    "backbone.taps": (1, 512),
+    "backbone.drop_path": (0, 0.99),
+    "backbone.patch": (1, 1024),
+    "backbone.width": (1, 2**16),
+    "backbone.depth": (1, 512),
+    "backbone.heads": (1, 4096),
+    "backbone.stage_depths": (1, 96),
+    "backbone.stage_heads": (1, 4096),
+    "backbone.window": (1, 256),
+    "backbone.mlp_ratio": (1e-3, 64),
+    "decoder.width": (1, 2**16),
+    "decoder.state_size": (1, 4096),
+    "decoder.orders": (1, 8),
+    "decoder.experts.count": (1, 4096),
+    "decoder.experts.rank": (1, 4096),
+    "decoder.experts.top_k": (1, 4096),
+    "decoder.kernel": (1, 255),
+    "decoder.delta_rank": (1, 2**16),
+    "decoder.stm": (1, 32),
+    "decoder.ctm_gate": (0, 1),
+    "decoder.window": (1, 256),
+    "decoder.expand": (1, 64),
+    "decoder.head_width": (1, 2**16),
+    "decoder.drop_path": (0, 0.99),
+}
+"""Leaf of a network's settings → smallest and largest value it may have, and each entry of a list; None is allowed where the
+leaf's type allows it. They are wide: what one network of these sizes takes is a question of memory (see `build_model`)."""
+
+LONGEST = 64
+"""Most entries of `taps`; other lists have at most 8."""
+
+NAME = 200
+"""Most bytes of an experiment's name; a folder's has at most 255."""
+
 LIMITS: dict[str, tuple[float, float]] = {
+    "data.size": (1, 2**14),
+    "data.label_size": (1, 2**14),
+    "data.scale": (0.01, 100),
     "data.flip": (0, 1),
     "data.largest_class": (0, 1),
     "data.val_fraction": (0, 1),
-    "model.backbone.drop_path": (0, 0.99),
-    "model.decoder.width": (1, math.inf),
-    "model.decoder.state_size": (1, math.inf),
-    "model.decoder.orders": (1, 8),
-    "model.decoder.experts.count": (1, math.inf),
-    "model.decoder.experts.rank": (1, math.inf),
-    "model.decoder.experts.top_k": (1, math.inf),
-    "train.steps": (1, math.inf),
-    "train.batch": (1, math.inf),
-    "train.accumulate": (1, math.inf),
-    "train.lr": (0, math.inf),
-    "train.weight_decay": (0, math.inf),
-    "train.power": (0, math.inf),
-    "train.warmup": (0, math.inf),
-    "train.clip": (1e-12, math.inf),
-    "train.eval_every": (0, math.inf),
-    "train.save_every": (1, math.inf),
-    "train.save_minutes": (0, math.inf),
-    "train.backbone_lr_scale": (0, math.inf),
-    "train.log_every": (1, math.inf),
-    "train.workers": (0, math.inf),
+    "data.images": (0, MANY),
+    "data.seed": (0, 2**63 - 1),
+    **{f"model.{leaf}": limits for leaf, limits in MODEL_LIMITS.items()},
+    "train.steps": (1, MANY),
+    "train.batch": (1, 10**6),
+    "train.accumulate": (1, 10**6),
+    "train.lr": (0, 1e6),
+    "train.weight_decay": (0, 1e6),
+    "train.power": (0, 1000),
+    "train.warmup": (0, MANY),
+    "train.clip": (1e-12, 1e12),
+    "train.eval_every": (0, MANY),
+    "train.save_every": (1, MANY),
+    "train.save_minutes": (0, MANY),
+    "train.backbone_lr_scale": (0, 1e6),
+    "train.log_every": (1, MANY),
+    "train.workers": (0, 1024),
     "train.seed": (0, 2**31 - 1),
-    "train.devices": (1, math.inf),
-    "train.nodes": (1, math.inf),
+    "train.devices": (1, 1024),
+    "train.nodes": (1, 10**5),
 }
-"""Leaf → smallest and largest value it may have; None is allowed where the leaf's type allows it."""
+"""As MODEL_LIMITS, of an experiment."""
 
 
 def check(experiment: Experiment) -> None:
-    """Raises ConfigError for a number outside its range: a leaf of LIMITS, a task's weight, an image size."""
-    limits = LIMITS | {f"tasks.{name}.weight": (0, math.inf) for name in experiment.tasks}
-    limits |= {f"data.size.{index}": (1, math.inf) for index in (0, 1)}
+    """Raises ConfigError for a name that is no folder's and for a number outside its range (LIMITS, a task's weight)."""
+    check_name(experiment.name)
     tree = to_dict(experiment)
-    for leaf, (low, high) in limits.items():
-        value = tree
-        for key in leaf.split("."):
-            value = value[int(key)] if isinstance(value, list) else (value or {}).get(key)
-        if value is not None and not low <= value <= high:
-            wanted = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
-            raise ConfigError(f"{leaf}: found {value}, expected a number {wanted}")
+    check_ranges(tree, LIMITS | {f"tasks.{name}.weight": (0, 1e9) for name in experiment.tasks})
     if experiment.data.val_fraction and experiment.data.name != "folder":
         raise ConfigError(
             f"data.val_fraction is {experiment.data.val_fraction:g}, but data sets of the kind '{experiment.data.name}' have a "
@@ -356,4 +387,33 @@ def check(experiment: Experiment) -> None:
         raise ConfigError(
             "train.compile and train.recompute are both on: a compiled network chooses itself what it computes again; turn "
             "one of them off"
+        )
+
+
+def check_ranges(tree: dict[str, Any], limits: dict[str, tuple[float, float]]) -> None:
+    """Raises ConfigError for a leaf of the tree outside its limits, or a list that is too long."""
+    for leaf, (low, high) in limits.items():
+        value: Any = tree
+        for key in leaf.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        most = LONGEST if leaf.endswith("taps") else 8
+        if len(values) > most:
+            raise ConfigError(f"{leaf}: found {len(values)} entries, expected at most {most}")
+        for found in values:
+            if not low <= found <= high:
+                raise ConfigError(f"{leaf}: found {shown(found)}, expected a number from {low:g} to {high:g}")
+
+
+def check_name(name: str) -> None:
+    """Raises ConfigError for an experiment's name that would lead its run folder, runs/NAME, elsewhere."""
+    if (
+        not name.isprintable()
+        or re.search(r'[/\\:*?"<>|]', name)
+        or name[:1] in ("", ".", "~")
+        or len(name.encode()) > NAME
+    ):
+        raise ConfigError(
+            f"name: found '{shown(name)}', expected the name of a folder under runs/: 1 to {NAME} bytes, none of "
+            '/ \\ : * ? " < > |, and no dot or ~ as the first'
         )

@@ -1,17 +1,55 @@
-"""A tree of frozen dataclasses ↔ plain values, strictly: an unknown key and a value of another type are errors."""
+"""A tree of frozen dataclasses ↔ plain values, and JSON, strictly: an unknown key and a value of another type are errors."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
+import math
 import types
 import typing
 from difflib import get_close_matches
 from typing import Any, Literal
 
+from pamm.files import shown
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the key, what was found and what was expected."""
+
+
+def load_json(text: str, most: int = 2**24) -> Any:
+    """The content of a JSON text of at most `most` characters: each key once, numbers finite and below 2⁶³. Raises ValueError."""
+    if len(text) > most:
+        raise ValueError(f"{len(text)} characters, expected at most {most}")
+    try:
+        return json.loads(
+            text, parse_constant=_refuse_number, parse_int=_int, parse_float=_float, object_pairs_hook=_once
+        )
+    except RecursionError:
+        raise ValueError("too many lists or mappings inside each other") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        seen: set[str] = set()
+        again = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"the key '{shown(again)}' stands twice; keep one of the two")
+    return content
+
+
+def _int(text: str) -> int:
+    return int(text) if len(text) < 20 and abs(int(text)) < 2**63 else _refuse_number(text)
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _refuse_number(text)
+
+
+def _refuse_number(text: str) -> Any:
+    raise ValueError(f"the number {shown(text, 40)} is not finite, or too large")
 
 
 def to_dict(config: Any) -> Any:
@@ -33,14 +71,14 @@ def from_dict(kind: type, values: Any, where: str = "") -> Any:
     """
     if not isinstance(values, dict):
         raise ConfigError(
-            f"{where.rstrip('.') or kind.__name__}: expected a mapping of keys to values, found {values!r}"
+            f"{where.rstrip('.') or kind.__name__}: expected a mapping of keys to values, found {_told(values)}"
         )
     hints = typing.get_type_hints(kind)
     for key in values:
         if key not in hints:
             near = get_close_matches(str(key), hints, n=1)
             hint = f" Did you mean '{near[0]}'?" if near else ""
-            raise ConfigError(f"unknown key '{where}{key}'.{hint} Known keys: {', '.join(hints)}")
+            raise ConfigError(f"unknown key '{where}{shown(key)}'.{hint} Known keys: {', '.join(hints)}")
     return kind(**{key: _convert(hints[key], value, f"{where}{key}") for key, value in values.items()})
 
 
@@ -53,7 +91,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return from_dict(hint, value, f"{where}.")
     if origin is Literal:
         if value not in arguments:
-            raise ConfigError(f"{where}: found {value!r}, expected one of {', '.join(map(repr, arguments))}")
+            raise ConfigError(f"{where}: found {_told(value)}, expected one of {', '.join(map(repr, arguments))}")
         return value
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:
@@ -61,28 +99,34 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         members = tuple(a for a in arguments if a is not type(None))
         return _convert(_member(members, value, where) if len(members) > 1 else members[0], value, where)
     if origin is dict and isinstance(value, dict):
-        return {str(key): _convert(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+        return {str(key): _convert(arguments[1], item, f"{where}.{shown(key)}") for key, item in value.items()}
     if origin is tuple and isinstance(value, (list, tuple)):
         kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
         if len(kinds) != len(value):
-            raise ConfigError(f"{where}: found {len(value)} values {list(value)}, expected {len(kinds)}")
+            raise ConfigError(f"{where}: found {len(value)} values {_told(list(value))}, expected {len(kinds)}")
         return tuple(_convert(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
     if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError):  # YAML reads 1e-5, without a point, as text
-            return float(value)
+        with contextlib.suppress(ValueError, OverflowError):  # YAML reads 1e-5, without a point, as text
+            value = float(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where}: found {value}, expected a finite number")
     if isinstance(hint, type) and type(value) is hint:
         return value
-    raise ConfigError(f"{where}: found {value!r} ({type(value).__name__}), expected {_describe(hint)}")
+    raise ConfigError(f"{where}: found {_told(value)} ({type(value).__name__}), expected {_describe(hint)}")
 
 
 def _plain(value: Any, where: str) -> Any:
     """A value whose meaning is judged elsewhere: a scalar or a list of scalars."""
     if isinstance(value, (list, tuple)):
         return [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where}: found {value}, expected a finite number")
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     kind = type(value).__name__
-    raise ConfigError(f"{where}: found {value!r} ({kind}), expected a number, true or false, a text or a list of them")
+    raise ConfigError(
+        f"{where}: found {_told(value)} ({kind}), expected a number, true or false, a text or a list of them"
+    )
 
 
 def _member(members: tuple[type, ...], value: Any, where: str) -> type:
@@ -102,7 +146,15 @@ def _member(members: tuple[type, ...], value: Any, where: str) -> type:
     for member, own in zip(members, choices, strict=True):
         if value[tag] in own:
             return member
-    raise ConfigError(f"{where}.{tag}: found {value[tag]!r}, expected one of {', '.join(map(repr, known))}")
+    raise ConfigError(f"{where}.{tag}: found {_told(value[tag])}, expected one of {', '.join(map(repr, known))}")
+
+
+def _told(value: Any) -> str:
+    """A value from outside as one short line."""
+    try:
+        return shown(repr(value))
+    except (ValueError, RecursionError):  # a number of thousands of digits, lists inside each other
+        return f"a {type(value).__name__} that is too large to show"
 
 
 def _describe(hint: Any) -> str:

@@ -163,10 +163,11 @@ BROKEN = {
         "the key 'tasks' stands in line 1 and again in line 3",
     ),
     "task twice": (text("tasks:\n  sal: {}\n  sal: {}"), "the key 'sal' stands in line 2 and again in line 3"),
-    "impossible date": (
-        text("tasks: {sal: {}}\ndescription: 2020-13-41"),
-        r"dataset\.yaml is not a readable YAML file",
+    "alias": (
+        text("tasks: &a {sal: {}}\nlabelled: *a"),
+        r"not a readable YAML file: line 2, .* an alias, \*a, is not read",
     ),
+    "tag": (text("tasks: !!set {sal}"), r"the tag !!set is not read"),
     "endless nesting": (text("[" * 5000), r"dataset\.yaml is not a readable YAML file"),
     "weight": (text("tasks: {sal: {weight: 2}}"), r"weight.*belongs to the experiment.*--tasks\.sal\.weight 2"),
     "classes are one text": (text("tasks: {semseg: {classes: background}}"), r"classes is 'background'.*list of names"),

@@ -33,12 +33,11 @@ from pamm.data.listing import (
     names_in,
     near_name,
     preview,
-    read_text,
 )
 from pamm.data.sample import DataError, Sample, register_dataset
 from pamm.files import shown
 from pamm.images import IMAGE_SUFFIXES, image_orientation, image_size, read_image
-from pamm.strict_yaml import load_yaml
+from pamm.strict_yaml import read_yaml
 from pamm.tasks import TASKS, Task, create_task
 
 if TYPE_CHECKING:
@@ -107,13 +106,15 @@ class FolderDataset(FileDataset):
         for name, options in tasks.items():
             if "weight" in options:
                 raise DataError(
-                    f"{root / 'dataset.yaml'} gives task '{name}' a weight, which belongs to the experiment, not to the "
-                    f"data: remove it there and set --tasks.{name}.weight {options['weight']} in training."
+                    f"{root / 'dataset.yaml'} gives task '{shown(name)}' a weight, which belongs to the experiment, not to the "
+                    f"data: remove it there and set --tasks.{name}.weight {shown(options['weight'])} in training."
                 )
             try:
                 task = create_task(name, **options)
             except (TypeError, ValueError) as error:
-                raise DataError(f"{root}: task '{name}' cannot be built with the options {options}: {error}") from None
+                raise DataError(
+                    f"{root}: task '{shown(name)}' cannot be built with the options {shown(options)}: {shown(error, 300)}"
+                ) from None
             if "classes" in task.options() and "classes" not in options:
                 raise DataError(
                     f"{root}: the class names of '{name}' are not known. List them, in the order of their indices, in "
@@ -316,9 +317,9 @@ def _describe(root: Path) -> Description:
             )
         return Description(tasks)
     try:
-        content = load_yaml(read_text(path))
+        content = read_yaml(path)
     except (OSError, yaml.YAMLError) as error:
-        raise DataError(f"{path} is not a readable YAML file: {error}") from None
+        raise DataError(f"{path} is not a readable YAML file: {shown(error, 300)}") from None
     if not isinstance(content, dict) or not isinstance(content.get("tasks"), dict):
         raise DataError(
             f"{path} has no mapping 'tasks', e.g. 'tasks: {{semseg: {{classes: [sky, tree]}}, depth: {{}}}}'"
@@ -342,7 +343,7 @@ def _check_keys(path: Path, content: dict[str, Any]) -> None:
         if key not in known:
             near = get_close_matches(str(key), known, n=1)
             hint = f" Did you mean '{near[0]}'?" if near else ""
-            raise DataError(f"{path}: unknown key '{key}'.{hint} Known keys: {', '.join(known)}")
+            raise DataError(f"{path}: unknown key '{shown(key)}'.{hint} Known keys: {', '.join(known)}")
     nested = [content.get(key) for key in _NESTED]
     nested += [
         value for key in ("tasks", "labelled") if isinstance(content.get(key), dict) for value in content[key].values()
@@ -354,4 +355,4 @@ def _check_keys(path: Path, content: dict[str, Any]) -> None:
     counts = [*(content.get("splits") or {}).values()]
     counts += [count for split in (content.get("labelled") or {}).values() for count in (split or {}).values()]
     if not all(type(count) is int for count in counts):
-        raise DataError(f"{path}: splits and labelled must give whole numbers, found {counts}")
+        raise DataError(f"{path}: splits and labelled must give whole numbers, found {shown(counts)}")

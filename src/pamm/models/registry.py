@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from pamm.experiment import ModelConfig, MTMambaConfig, PAMMConfig, ReleasedConfig
+from pamm.experiment import LIMITS, MODEL_LIMITS, ModelConfig, MTMambaConfig, PAMMConfig, ReleasedConfig, check_ranges
+from pamm.files import shown
 from pamm.models.backbone import NoBackbone, Swin, ViT, create_backbone
 from pamm.models.heads import ConvHead
 from pamm.models.model import MultiTaskModel
@@ -63,15 +67,24 @@ DECODERS: dict[type, Callable[[Any, nn.Module, Mapping[str, Task]], Decoder]] = 
 }
 """Configuration class → builder of the decoder and heads."""
 
+LARGEST_TABLES = 2**30
+"""Bytes of what a network holds beside its weights: no saved file tells how much that may be."""
 
-def build_model(config: ModelConfig, tasks: Mapping[str, Task], image_size: tuple[int, int]) -> MultiTaskModel:
+
+def build_model(
+    config: ModelConfig, tasks: Mapping[str, Task], image_size: tuple[int, int], device: str = "cpu"
+) -> MultiTaskModel:
     """The configured network for these tasks, with random or the backbone's pretrained weights. Raises ConfigError.
 
-    Its weights are float32 on the CPU, whatever torch's default dtype and device are.
+    Its weights are float32 on `device`, "cpu" or "meta" (shapes without memory), whatever torch's default dtype and device are.
     """
     if not tasks:
         raise ConfigError("no tasks: an experiment needs at least one, e.g. tasks: {depth: {weight: 1.0}}")
-    with _float32(), torch.device("cpu"):
+    check_ranges(to_dict(config), MODEL_LIMITS)
+    check_ranges({"image_size": list(image_size)}, {"image_size": LIMITS["data.size"]})
+    if device != "meta":
+        _check_memory(build_model(_random(config), tasks, image_size, "meta"))
+    with _float32(), torch.device(device):
         backbone = create_backbone(config.backbone, image_size)
         decoder, heads = DECODERS[type(config.decoder)](config.decoder, backbone, tasks)
     settings = {
@@ -80,6 +93,46 @@ def build_model(config: ModelConfig, tasks: Mapping[str, Task], image_size: tupl
         "image_size": list(image_size),
     }
     return MultiTaskModel(backbone, decoder, heads, tasks=tasks, settings=settings)
+
+
+def _random(config: ModelConfig) -> ModelConfig:
+    """The same network without fetched weights."""
+    return replace(config, backbone=replace(config.backbone, pretrained=False))
+
+
+def _check_memory(skeleton: nn.Module) -> None:
+    """Raise ConfigError for a network whose weights alone are more than this machine's memory."""
+    needed = sum(4 * weight.numel() for weight in skeleton.state_dict().values())
+    tables = sum(buffer.numel() * buffer.element_size() for buffer in skeleton.buffers())
+    if tables > LARGEST_TABLES:
+        raise ConfigError(
+            f"backbone.window: the tables of positions inside windows take {tables / 1e9:.0f} GB; choose smaller windows"
+        )
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # a system that does not tell
+        return
+    if needed > memory:
+        raise ConfigError(
+            f"the weights of this network take {needed / 1e9:.0f} GB, more than the {memory / 1e9:.0f} GB of memory here; "
+            "choose smaller sizes of backbone and decoder"
+        )
+
+
+class WithoutDraws(TorchFunctionMode):
+    """Inside, new weights are not drawn: they are about to be loaded, and drawing them takes most of the time of a build."""
+
+    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        options = options or {}
+        if function in DRAWS:
+            return arguments[0] if arguments else options["tensor"]
+        return function(*arguments, **options)
+
+
+DRAWS = {Tensor.uniform_, Tensor.normal_, Tensor.erfinv_}
+DRAWS |= {
+    getattr(nn.init, name) for name in ("uniform_", "normal_", "trunc_normal_", "kaiming_uniform_", "xavier_uniform_")
+}
 
 
 @contextmanager
@@ -93,14 +146,20 @@ def _float32() -> Iterator[None]:
         torch.set_default_dtype(default)
 
 
-def rebuild_model(settings: Mapping[str, Any]) -> MultiTaskModel:
+def rebuild_model(settings: Mapping[str, Any], device: str = "cpu") -> MultiTaskModel:
     """The network that `settings` (a saved model's config.json) describe, without fetching weights. Raises ConfigError."""
     try:
-        saved, tasks, size = settings["model"], settings["tasks"], settings["image_size"]
-        config = from_dict(ModelConfig, {**saved, "backbone": {**saved["backbone"], "pretrained": False}})
+        saved, tasks, (height, width) = settings["model"], settings["tasks"], settings["image_size"]
+        config = _random(from_dict(ModelConfig, saved, "model."))
+        if not all(type(side) is int for side in (height, width)):
+            raise ConfigError(f"image_size: found {shown(settings['image_size'])}, expected whole numbers of pixels")
         built = {name: create_task(name, **options) for name, options in tasks.items()}
-        model = build_model(config, built, (int(size[0]), int(size[1])))
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise ConfigError(f"not a pamm model configuration: {type(error).__name__} {error}") from error
+        model = build_model(config, built, (height, width), device)
+    except (KeyError, TypeError, IndexError, AttributeError, OverflowError, RuntimeError) as error:
+        raise ConfigError(f"not a pamm model configuration: {type(error).__name__} {shown(error, 200)}") from error
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(shown(error, 400)) from error
     model.settings = dict(settings)
     return model

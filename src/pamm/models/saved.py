@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -15,9 +16,9 @@ from torch import Tensor
 from pamm.files import shown
 from pamm.models.hub import download, repository_name
 from pamm.models.model import CONFIG_FILE, WEIGHTS_FILE, MultiTaskModel
-from pamm.models.registry import rebuild_model
+from pamm.models.registry import WithoutDraws, rebuild_model
 from pamm.models.weights import RESTORE, CheckpointError, first_line, plain_names, tell_renamed
-from pamm.strict import ConfigError
+from pamm.strict import ConfigError, load_json
 
 
 def load_weights(model: MultiTaskModel, path: Path) -> None:
@@ -26,30 +27,55 @@ def load_weights(model: MultiTaskModel, path: Path) -> None:
     Parts that a wrapper put into the keys (`module.`, `model.`, `_orig_mod.`) are taken off, with a warning.
     """
     weights = read_weights(path)
+    model.load_state_dict(matched(model, weights, path))
+
+
+def matched(model: MultiTaskModel, weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The weights under the model's own names. Raises CheckpointError, naming `path`, unless every key, shape and kind fits.
+
+    The model may be one without memory: shapes are compared, no number is read.
+    """
     own, _ = plain_names(model.state_dict())
     expected = {own[key]: (key, value) for key, value in model.state_dict().items()}
     missing, foreign = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    both = sorted(expected.keys() & weights.keys())
     shapes = [
         f"{key} {list(weights[key].shape)} instead of {list(expected[key][1].shape)}"
-        for key in expected.keys() & weights.keys()
+        for key in both
         if weights[key].shape != expected[key][1].shape
     ]
-    if missing or foreign or shapes:
-        parts = [("missing", missing), ("unknown", foreign), ("of another shape", sorted(shapes))]
+    kinds = [f"{key} {weights[key].dtype}" for key in both if not _same_kind(weights[key], expected[key][1])]
+    if missing or foreign or shapes or kinds:
+        parts = [("missing", missing), ("unknown", foreign), ("of another shape", shapes), ("of another kind", kinds)]
         told = "; ".join(f"{len(keys)} {what}, e.g. {shown(', '.join(keys[:3]), 200)}" for what, keys in parts if keys)
         raise CheckpointError(
             f"{path} belongs to another architecture: {told}. Use the {CONFIG_FILE} saved beside the weights, or the recipe "
             "they were trained with"
         )
-    model.load_state_dict({key: weights[name] for name, (key, _) in expected.items()})
+    return {key: weights[name] for name, (key, _) in expected.items()}
+
+
+def _same_kind(given: Tensor, own: Tensor) -> bool:
+    """Whether both hold real numbers of the usual precisions, or both whole ones."""
+    kinds = FLOATS if own.is_floating_point() else WHOLE
+    return given.dtype in kinds
+
+
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+LARGEST_HEADER = 2**23
+"""Bytes of the names and shapes in a safetensors file: a thousand times those of the largest networks here."""
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Plain name → tensor of a safetensors file. Raises CheckpointError."""
     try:
-        with open(path, "rb"):  # safetensors takes a forbidden file for an absent one
-            pass
-        weights = load_file(path)
+        with open(path, "rb") as file:  # safetensors takes a forbidden file for an absent one
+            header = int.from_bytes(file.read(8), "little")
+        if header > LARGEST_HEADER:
+            raise ValueError(f"its header claims {header} bytes")
+        weights = load_file(path)  # mapped: a number takes memory when it is read
     except FileNotFoundError:
         raise CheckpointError(
             f"no weights at {path}; expected a folder saved by `pamm train` or `save_pretrained`. {RESTORE}"
@@ -131,14 +157,35 @@ def load_model(source: str | Path, **options: Any) -> MultiTaskModel:
     path = Path(os.path.expanduser(source))
     folder = find_checkpoint(path) if _is_there(path) else download(repository_name(str(source)), **options)
     try:
-        model = rebuild_model(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
+        settings = read_settings(folder / CONFIG_FILE)
+        skeleton = rebuild_model(settings, "meta")
     except PermissionError:
         raise forbidden(folder / CONFIG_FILE) from None
     except (ValueError, OSError, ConfigError) as error:
         raise CheckpointError(
-            f"{folder / CONFIG_FILE} does not describe a pamm model: {error}. Restore it from a copy, or save the model again "
-            "with `save_pretrained`"
+            f"{folder / CONFIG_FILE} does not describe a pamm model: {shown(error, 400)}. Restore it from a copy, or save the "
+            "model again with `save_pretrained`"
         ) from error
-    load_weights(model, folder / WEIGHTS_FILE)
+    weights = read_weights(folder / WEIGHTS_FILE)
+    matched(skeleton, weights, folder / WEIGHTS_FILE)  # the file holds all that the settings ask memory for
+    with WithoutDraws():
+        model = rebuild_model(settings)
+    model.load_state_dict(matched(model, weights, folder / WEIGHTS_FILE))
     model.origin = folder
     return model.eval()
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The content of a saved model's config.json. Raises ValueError and OSError."""
+    with open(path, "rb") as file:
+        content = file.read(LARGEST_SETTINGS + 1)
+    if len(content) > LARGEST_SETTINGS:
+        raise ValueError(f"it has more than {LARGEST_SETTINGS} bytes")
+    settings = load_json(content.decode("utf-8-sig"))
+    if not isinstance(settings, dict):
+        raise ValueError(f"it holds a {type(settings).__name__}, expected a mapping")
+    return settings
+
+
+LARGEST_SETTINGS = 2**22
+"""Bytes of a config.json: the names of a hundred thousand classes."""

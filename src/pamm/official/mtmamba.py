@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from pamm.experiment import BackboneConfig, ModelConfig, MTMambaConfig
 from pamm.models.backbone import Swin
 from pamm.models.model import MultiTaskModel
 from pamm.models.mtmamba import CTM, MFE, SCTM, STM, DenseHead, Stage
-from pamm.models.registry import build_model
+from pamm.models.registry import WithoutDraws, build_model
 from pamm.official.names import LoadReport, OfficialError, count_parameters, match_keys
 from pamm.official.parts import (
     LINEAR,
@@ -105,8 +104,7 @@ def read(
     config, tasks = inspect(state, report.notices)
     meta = any(tensor.is_meta for tensor in state.values())
     try:
-        with torch.device("meta") if meta else nullcontext():
-            model = build_model(config, tasks, image_size)
+        model = build_model(config, tasks, image_size, "meta")
     except (ConfigError, ValueError) as error:
         raise OfficialError(
             f"no network has these shapes at {image_size[0]}×{image_size[1]} pixels: {error}"
@@ -115,6 +113,11 @@ def read(
     report.system = config.decoder.system
     report.used, report.ignored, _ = match_keys(state, table, {}, UNUSED)
     report.parameters = count_parameters(state, report.used)
+    shapes = {key: tensor.to("meta") for key, tensor in state.items()}
+    network_tensors(report.used, shapes, model.state_dict())  # all fit together, before any memory is taken for them
+    if not meta:
+        with WithoutDraws():
+            model = build_model(config, tasks, image_size)
     check_indices(state, model)
     model.load_state_dict(network_tensors(report.used, state, model.state_dict()), assign=meta)
     model.load_report = report

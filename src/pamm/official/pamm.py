@@ -239,7 +239,10 @@ def grids(
     if old is None and new[0] * new[1] == tokens:
         old = new
     if old is None:
-        pairs = [(rows, tokens // rows) for rows in range(1, tokens + 1) if tokens % rows == 0]
+        short = [rows for rows in range(1, side + 1) if tokens % rows == 0]
+        pairs = [
+            (rows, tokens // rows) for rows in dict.fromkeys([*short, *(tokens // rows for rows in reversed(short))])
+        ]
         old = min(pairs, key=lambda pair: abs(math.log(pair[0] * new[1] / (pair[1] * new[0]))))
         notices.append(
             f"the checkpoint's {tokens} positions taken as {old[0]}×{old[1]} (give checkpoint_size where that is wrong)"
@@ -323,9 +326,14 @@ def read(
             "task convolution or experts are off: read by their shapes, with no published outputs to compare"
         )
     tasks = tasks_of(layout.channels, report.notices)
-    with torch.device("meta"):
-        model = build_model(config, tasks, (new[0] * layout.patch, new[1] * layout.patch))
+    model = build_model(config, tasks, (new[0] * layout.patch, new[1] * layout.patch), "meta")
     own = model.state_dict()
+    numbers, given_numbers = (sum(tensor.numel() for tensor in tensors.values()) for tensors in (own, state))
+    if numbers > 8 * given_numbers and old == new:
+        raise OfficialError(
+            f"the network of these shapes has {numbers} numbers, the checkpoint {given_numbers}: shapes that do not belong "
+            "together; use the file as its authors published it"
+        )
     names = table(own, list(tasks))
     given = constants_given(extras or {}, names)
     report.used, report.ignored, report.missed = match_keys(state | given, names, CONSTANTS, UNUSED)
