@@ -221,7 +221,7 @@ MISTAKES = {
     "padded": (lambda m, t: Image.fromarray(np.zeros((48, 64), np.uint8)).save(m), "has 48 x 64 .* without padding"),
     "colour": (
         lambda m, t: Image.fromarray(np.zeros((40, 50, 3), np.uint8)).save(m),
-        "mode RGB .* expected a grey map",
+        r"maps/a\.png is a 8-bit RGB PNG, expected a grey map",
     ),
     "0 and 1": (
         lambda m, t: Image.fromarray(np.eye(40, 50, dtype=np.uint8)).save(m),
@@ -239,7 +239,7 @@ MISTAKES = {
         r"a\.npy is no whole NumPy file of plain arrays",
     ),
     "archive": (lambda m, t: write_archive(m), r"a\.npy is an archive of arrays \(\.npz\)"),
-    "truncated": (lambda m, t: m.write_bytes(m.read_bytes()[:90]), "empty or damaged"),
+    "truncated": (lambda m, t: m.write_bytes(m.read_bytes()[:90]), "not a whole picture.*Expected a grey map"),
     "labels": (lambda m, t: Image.fromarray(example(0)[0]).save(t), "give --outline"),
     "no groundTruth": (
         lambda m, t: replace_truth(t, LabelMap=np.ones((40, 50))),

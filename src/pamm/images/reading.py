@@ -247,6 +247,8 @@ def decoding(source: Source) -> Iterator[None]:
     except PermissionError:
         raise ImageError(f"{name} may not be read: change the permissions of the file or of its folder.") from None
     except Exception as error:
+        if type(error).__module__.startswith("pamm."):  # a judgement on the picture by who opened it
+            raise
         if isinstance(error, OSError) and error.errno in _NO_FILE:
             raise ImageError(f"{name} cannot be opened: {error.strerror}. Give the path of a picture file.") from None
         if isinstance(source, (str, os.PathLike)) and os.path.isfile(source) and os.path.getsize(source) == 0:
