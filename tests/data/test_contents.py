@@ -178,6 +178,48 @@ def test_before_training_a_part_of_many_labels_is_read_and_a_rare_class_is_found
     assert len(notes) == 2 and all("no label holds c" in note and "seen in 20 of 30 labels" in note for note in notes)
 
 
+SETTINGS = (
+    *(
+        "--train.steps",
+        1,
+        "--train.batch",
+        2,
+        "--train.workers",
+        0,
+        "--train.accelerator",
+        "cpu",
+        "--data.size",
+        16,
+        16,
+    ),
+    "--quiet",
+)
+
+
+def test_training_tells_it_before_the_first_step(tmp_path, capsys):
+    root = make(tmp_path / "mine", "semseg: {classes: [background, object]}", {"semseg": lambda index: halves(255, 0)})
+    told = run_command(capsys, "train", "folder-pamm", "--data.root", root, "--out", tmp_path / "run", *SETTINGS)
+    assert "note: train: semseg: no label holds object" in told and "note: val: semseg: no label holds object" in told
+    assert told.index("no label holds object") < told.index("run folder")
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_training_without_validation_images_does_not_start(tmp_path, capsys, empty):
+    root = make(tmp_path / "mine", "semseg: {classes: [a, b]}", {"semseg": lambda index: halves(0, 1)}, count=12)
+    shutil.rmtree(root / "val")
+    if empty:
+        (root / "val" / "images").mkdir(parents=True)
+        (root / "val" / "images" / ".keep").touch()
+    start = ("train", "folder-pamm", "--data.root", root, "--out", tmp_path / "run", *SETTINGS)
+    told = run_command(capsys, *start, code=1)
+    assert "val/images" in told and "--data.val-fraction 0.1" in told
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+    run_command(capsys, *start, "--data.val-fraction", 0.3)
+    count = len(open_dataset(DataConfig(root=str(root), val_fraction=0.3), "val", {}))
+    told = run_command(capsys, "eval", tmp_path / "run", "--workers", 0)
+    assert f"val split, {count} images" in told
+
+
 def test_a_label_that_cannot_be_read_stops_before_training(tmp_path):
     root = make(tmp_path, "semseg: {classes: [a, b]}", {"semseg": lambda index: halves(0, 1)})
     (root / "val" / "semseg" / "001.png").write_bytes(b"no picture")

@@ -14,6 +14,7 @@ import torch
 
 from pamm.build import create_tasks
 from pamm.data import Batch, Dataset, open_dataset
+from pamm.data.inspect import notes_before_training
 from pamm.data.loader import train_loader
 from pamm.data.transforms import TrainTransform
 from pamm.evaluate import Evaluation
@@ -94,7 +95,10 @@ def _create_loop(
     if resumes:
         check_tasks(out, tasks)
     data = open_dataset(experiment.data, "train", tasks)
-    tell_unmeasured(fabric, open_dataset(experiment.data, "val", tasks), tasks)
+    validation = open_dataset(experiment.data, "val", tasks)  # if there is none, that is told now and not after hours
+    tell_unmeasured(fabric, validation, tasks)
+    for note in notes_before_training((data, validation)):
+        tell(fabric, f"note: {note}")
     network = create_network(fabric, experiment, tasks, out, resumes=resumes)
     model, optimizer = fabric.setup(network, create_optimizer(network, config))
     state = {"step": 0, "evaluated": 0, "best": math.inf, "best_step": 0}
