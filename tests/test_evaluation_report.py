@@ -7,6 +7,7 @@ import math
 
 from page import Page
 from pamm.evaluate import Evaluation, OriginalResults
+from pamm.evaluation_command import compare_with
 from pamm.evaluation_report import format_evaluation, write_evaluation_report
 from pamm.gain import compare
 from pamm.ranking import Ranking
@@ -53,6 +54,28 @@ def test_the_gain_of_each_task_and_what_is_not_compared(tmp_path):
     assert text.count("untrained") == 2 and "at their own size" in text
     page = Page(write_evaluation_report(tmp_path, named, TASKS, comparisons=comparisons).read_text(encoding="utf-8"))
     assert {"+8.64", "40.00", "43.46", "41.00", "not compared: depth: no RMSE was measured"} <= set(page.words)
+
+
+def test_a_papers_saliency_stands_in_a_column_of_its_own(tmp_path):
+    """Its printed maxF is maxF_released here: neither the column of the true maxF nor its Δ holds it."""
+    row = {"sal": {"maxF": 80.0, "maxF_released": 85.0}, "edge": {"odsF": 72.0}}
+    tasks = {name: create_task(name) for name in row}
+    result = Evaluation(row, 5105, "p", data="pascal", boundaries="bdet")
+    comparisons = compare_with("pamm-table-1-pascal", result)
+    lines = format_evaluation([("mine", result)], tasks, comparisons).splitlines()
+    assert [cell.strip() for cell in lines[0].split("  ") if cell] == [
+        "sal maxF ↑",
+        "sal maxF_released ↑",
+        "edge odsF ↑",
+        "Δ % ↑",
+    ]
+    assert lines[2].split()[1:] == ["–", "84.13", "71.32", "–"]
+    assert lines[3].split()[:4] == ["mine", "80.00", "85.00", "72.00"]
+    assert "compared by what the baseline's paper measured: sal by maxF_released" in lines
+    assert "not measured alike: edge: measured on the split 'val', printed of 'test_new'" in lines
+    path = write_evaluation_report(tmp_path, [("mine", result)], tasks, comparisons=comparisons)
+    assert {"sal maxF_released ↑", "84.13"} <= set(Page(path.read_text(encoding="utf-8")).words)
+    assert "not measured alike: edge" in (tmp_path / "results.md").read_text(encoding="utf-8")
 
 
 def test_images_of_the_frames_size_have_one_table(tmp_path):

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from pamm.gain import GainError, baselines, compare, multi_task_gain, paper_tables
+from pamm.gain import Conditions, GainError, baselines, compare, multi_task_gain, paper_tables
 from pamm.tasks import TASKS
 
 PRINTED_TO = {"PAMM": 0.005, "MTMamba": 0.01}
@@ -63,7 +63,7 @@ def test_every_table_and_row_is_there() -> None:
         ("MTMamba", "5", "nyud"): 3,
         ("MTMamba", "6", "nyud"): 4,
     }
-    assert len(PRINTED) == 63
+    assert len(PRINTED) == 65
 
 
 @pytest.mark.parametrize("table", paper_tables(), ids=name)
@@ -133,6 +133,65 @@ def test_gain_of_an_evaluation_over_a_named_baseline_leaves_out_what_is_not_comp
     assert found.left_out == {"edge": "no odsF was measured", "normals": "no mErr was measured"}
     assert "Swin-L" in found.source and "nyud" in found.source
     assert compare(row, "mtmamba-nyud-single-task", "original") == found
+    assert found.metrics == {"semseg": "mIoU", "depth": "RMSE"}
+
+
+SAL = {"sal": {"maxF": 80.0, "maxF_released": 84.13}, "edge": {"odsF": 71.32}, "semseg": {"mIoU": 78.67}}
+
+
+def test_saliency_is_compared_with_a_paper_by_what_the_paper_measured():
+    found = compare(SAL, "pamm-table-1-pascal")
+    assert found.gains == {"sal": 0, "edge": 0, "semseg": 0} and found.metrics["sal"] == "maxF_released"
+    assert found.summary()["metrics"]["sal"] == "maxF_released"
+    without = compare({"sal": {"maxF": 80.0}, "semseg": {"mIoU": 78.67}}, "pamm-table-1-pascal")
+    assert without.left_out["sal"] == "no maxF_released was measured"
+    prism = compare(SAL, "prism-pascal-vit-l-single-task")  # measured without the second sigmoid
+    assert prism.gains["sal"] == pytest.approx(100 * (80.0 - 83.80) / 83.80) and prism.metrics["sal"] == "maxF"
+
+
+@pytest.mark.parametrize(
+    ("baseline", "own", "told"),
+    [
+        (
+            "pamm-table-1-pascal",
+            Conditions("pascal", "val"),
+            ["edge: measured on the split 'val', printed of 'test_new'"],
+        ),
+        (
+            "pamm-table-1-pascal",
+            Conditions("pascal", "test_new"),
+            ["sal, semseg: measured on the split 'test_new', printed of 'val'"],
+        ),
+        (
+            "pamm-table-1-pascal",
+            Conditions("pascal", {"sal": "val", "semseg": "val", "edge": "test_new"}, "seism"),
+            ["edge: measured by the protocol 'seism', printed by 'bdet'"],
+        ),
+        (
+            "pamm-table-1-pascal",
+            Conditions("synthetic", "val"),
+            ["measured on the data set 'synthetic', printed of 'pascal'"],
+        ),
+        ("pamm-table-1-nyud", Conditions("nyud", "val"), []),
+        (
+            "prism-pascal-vit-l-single-task",
+            Conditions("pascal", "val"),
+            ["edge: measured by the protocol 'bdet', printed by 'seism'"],
+        ),
+    ],
+)
+def test_what_was_measured_differently_from_a_paper_is_told(baseline, own, told):
+    found = compare(SAL, baseline, own=own)
+    assert list(found.differences) == told == found.summary()["measured_differently"]
+
+
+def test_what_was_measured_differently_from_a_file_is_told(tmp_path):
+    path = tmp_path / "before.json"
+    path.write_text(json.dumps({"protocol": "mine val split", "results": SAL}))
+    assert compare(SAL, str(path), protocol="mine val split").differences == []
+    told = compare(SAL, str(path), protocol="mine test split").differences
+    assert told == ["measured on: mine test split; the baseline on: mine val split"]
+    assert compare(SAL, str(path), protocol="mine val split").metrics["sal"] == "maxF"
 
 
 def test_gain_over_a_file_of_results(tmp_path):
@@ -148,7 +207,13 @@ def test_gain_over_a_file_of_results(tmp_path):
         "depth": "the baseline's score is 0",
     }
     assert found.left_out == absent
-    assert found.summary() == {"percent": 25.0, "tasks": {"edge": 25.0}, "left_out": absent}
+    assert found.summary() == {
+        "percent": 25.0,
+        "tasks": {"edge": 25.0},
+        "metrics": {"edge": "odsF"},
+        "left_out": absent,
+        "measured_differently": [],
+    }
 
 
 def test_a_file_of_results_is_compared_at_the_same_resolution(tmp_path):

@@ -65,6 +65,10 @@ class Evaluation:
     """Task → its best and worst images."""
     gain: Mapping[str, Any] = field(default_factory=dict)
     """What the results gain over a baseline, see `pamm.gain.Comparison.summary`."""
+    data: str = ""
+    """Kind of the data set."""
+    boundaries: str = ""
+    """Protocol of the boundary benchmark; empty where boundaries were not measured."""
 
     @property
     def rows(self) -> dict[Resolution, Row]:
@@ -80,7 +84,7 @@ class Evaluation:
 
     def content(self) -> dict[str, Any]:
         """What `save` writes, as JSON values; a value that is not finite is None."""
-        content = {"split": self.split, "images": self.images, "model": self.model}
+        content = {"data": self.data, "split": self.split, "images": self.images, "model": self.model}
         if self.row:
             content |= {"resolution": "frame", "protocol": self.protocol, "results": _finite(self.row)}
         if self.original:
@@ -241,22 +245,34 @@ def evaluate_split(
     options = {"device": fabric.device, "resolutions": resolutions, "quick": quick, "progress": progress}
     draw = partial(draw_shown, config=config) if pictures else None
     rows, resized = evaluate(model, loader, measured, rankings=rankings, draw=draw, **options)
-    protocol, own = _protocols(config, split, data, resized)
+    protocol, own = _protocols(config, split, data, resized, measured.get("edge"))
     original = OriginalResults(rows["original"], own, resized) if "original" in rows else None
-    return Evaluation(rows.get("frame", {}), len(data), protocol, split=split, original=original, rankings=rankings)
+    return Evaluation(
+        rows.get("frame", {}),
+        len(data),
+        protocol,
+        split=split,
+        original=original,
+        rankings=rankings,
+        data=config.name,
+        boundaries=measured["edge"].options()["protocol"] if "edge" in measured else "",
+    )
 
 
-def _protocols(config: DataConfig, split: str, data: Dataset, resized: int) -> tuple[str, str]:
-    """What was measured, in words: at the frame's resolution, and at the images' own size."""
+def _protocols(config: DataConfig, split: str, data: Dataset, resized: int, edge: Task | None) -> tuple[str, str]:
+    """What was measured, in words: at the frame's resolution, and at the images' own size. edge: the task, if measured."""
+    lines = ""
+    if edge:
+        lines = "; boundaries by '{protocol}', within {max_distance:g} of the diagonal".format(**edge.options())
     shrunk = "larger images shrunk to fit, " if config.fit else ""
     shrunk += f"seen at {config.size[0]}×{config.size[1]}, " if config.frame != config.size else ""
     frame = (
         f"{config.name} {split} split, {len(data)} images, frame {config.frame[0]}×{config.frame[1]} ({shrunk}centred"
     )
     return (
-        f"{frame}, padding ignored), maps compared at the frame's resolution, single scale",
+        f"{frame}, padding ignored), maps compared at the frame's resolution, single scale{lines}",
         f"{frame}), maps cropped to the image, brought to its own size (bilinear logits) and compared there with "
-        f"{data.label_sizes}, single scale; {resized} of the images have another size in the frame",
+        f"{data.label_sizes}, single scale; {resized} of the images have another size in the frame{lines}",
     )
 
 

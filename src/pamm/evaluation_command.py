@@ -126,12 +126,14 @@ def check_outputs(out: Path | None, report: Path | None) -> None:
 
 def compare_with(baseline: str, result: Evaluation) -> dict[Resolution, Comparison]:
     """The comparison at every resolution that both have; prints why another has none. Raises GainError where none has."""
-    from pamm.gain import GainError, compare
+    from pamm.gain import Conditions, GainError, compare
 
     found, failures = {}, {}
+    own = Conditions(result.data, result.split, result.boundaries)
     for resolution, row in result.rows.items():
+        protocol = result.protocol if resolution == "frame" else result.original.protocol
         try:
-            found[resolution] = compare(row, baseline, resolution)
+            found[resolution] = compare(row, baseline, resolution, own=own, protocol=protocol)
         except GainError as error:
             failures[resolution] = error
     if not found:

@@ -47,7 +47,8 @@ def format_evaluation(named: Named, tasks: Mapping[str, Task], comparisons: Comp
     """Plain text: the table, the protocol and the gain at every resolution."""
     parts = []
     for resolution, rows, gains, protocol in _tables(named, comparisons):
-        text = f"{format_table(rows, tasks, gains=gains)}\n{protocol}"
+        columns = _columns(comparisons.get(resolution), tasks)
+        text = f"{format_table(rows, tasks, gains=gains, columns=columns)}\n{protocol}"
         if resolution in comparisons:
             text += f"\n{_gain_line(comparisons[resolution])}"
         parts.append(text)
@@ -90,7 +91,7 @@ def _tables(
         gains = None
         if resolution in comparisons:
             found = comparisons[resolution]
-            scores = {task: {TASKS[task].score: value} for task, value in found.scores.items()}
+            scores = {task: {found.metrics[task]: value} for task, value in found.scores.items()}
             rows.insert(0, (found.baseline, scores))
             gains = [None] * (len(rows) - 1) + [found.mean]
         tables.append((resolution, rows, gains, last.protocol if resolution == "frame" else last.original.protocol))
@@ -102,11 +103,20 @@ def _is_same(result: Evaluation) -> bool:
     return len(result.rows) == 2 and result.original.resized == 0
 
 
+def _columns(found: Comparison | None, tasks: Mapping[str, Task]) -> dict[str, list[str]]:
+    """Task → the metrics its columns show, where a baseline is compared by another one than the task's score."""
+    metrics = found.metrics if found else {}
+    return {task: [tasks[task].score, m] for task, m in metrics.items() if task in tasks and m != tasks[task].score}
+
+
 def _gain_line(found: Comparison) -> str:
     gains = ", ".join(f"{task} {gain:+.2f}" for task, gain in found.gains.items())
-    text = f"Δ over {found.baseline}, %: {gains}; mean {found.mean:+.2f} (baseline: {found.source})"
+    lines = [f"Δ over {found.baseline}, %: {gains}; mean {found.mean:+.2f} (baseline: {found.source})"]
+    others = [f"{task} by {metric}" for task, metric in found.metrics.items() if metric != TASKS[task].score]
+    lines += [f"compared by what the baseline's paper measured: {', '.join(others)}"] if others else []
+    lines += [f"not measured alike: {text}" for text in found.differences]
     absent = "; ".join(f"{task}: {reason}" for task, reason in found.left_out.items())
-    return f"{text}\nnot compared: {absent}" if absent else text
+    return "\n".join([*lines, f"not compared: {absent}"] if absent else lines)
 
 
 def _facts(result: Evaluation, command: str) -> dict[str, str]:
@@ -142,7 +152,7 @@ def _markdown(named: Named, tasks: Mapping[str, Task], comparisons: Comparisons,
             "",
             plain_markdown(protocol),
             "",
-            markdown_table(rows, tasks, gains=gains),
+            markdown_table(rows, tasks, gains=gains, columns=_columns(comparisons.get(resolution), tasks)),
         ]
         if resolution in comparisons:
             lines += [*map(plain_markdown, _gain_line(comparisons[resolution]).splitlines()), ""]
@@ -195,7 +205,7 @@ def _html(named: Named, tasks: Mapping[str, Task], comparisons: Comparisons, com
     summary = details = ""
     for resolution, rows, gains, protocol in tables:
         summary += f'<h2>{HEADINGS[resolution]}</h2><p class="protocol">{escape(protocol)}</p>'
-        summary += html_scores(rows, tasks, gains)
+        summary += html_scores(rows, tasks, gains, _columns(comparisons.get(resolution), tasks))
         if resolution in comparisons:
             summary += "".join(f"<p>{escape(line)}</p>" for line in _gain_line(comparisons[resolution]).splitlines())
         measured = rows[1:] if resolution in comparisons else rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -19,13 +19,59 @@ class GainError(ValueError):
 
 
 @dataclass(frozen=True)
+class Conditions:
+    """What scores were measured on, as far as it decides whether they may stand beside others."""
+
+    data: str
+    """Kind of data set, as `data.name` of an experiment."""
+    split: str | Mapping[str, str]
+    """Name of the split, or task → its name."""
+    boundaries: str = "bdet"
+    """Protocol of the boundary benchmark."""
+
+    def split_of(self, task: str) -> str:
+        """The split on which the task was measured."""
+        return self.split if isinstance(self.split, str) else self.split[task]
+
+
+@dataclass(frozen=True)
+class PublishedEvaluation:
+    """How a line of papers measured what it prints."""
+
+    metrics: Mapping[str, str]
+    """Task → the metric of this package that computes what they print."""
+    boundaries: str
+    """Protocol of the boundary benchmark."""
+    split: str
+    boundary_splits: Mapping[str, str]
+    """Data set → the split on which boundaries are measured, where it is another one."""
+
+    def differences(self, dataset: str, tasks: Iterable[str], own: Conditions) -> list[str]:
+        """In what `own` differs from how these papers measured `tasks` on `dataset`, in words; empty where it does not."""
+        if own.data != dataset:
+            return [f"measured on the data set '{own.data}', printed of '{dataset}'"]
+        found: dict[str, list[str]] = {}
+        for task in tasks:
+            theirs = self.boundary_splits.get(dataset, self.split) if task == "edge" else self.split
+            if own.split_of(task) != theirs:
+                found.setdefault(f"measured on the split '{own.split_of(task)}', printed of '{theirs}'", []).append(
+                    task
+                )
+        said = [f"{', '.join(names)}: {text}" for text, names in found.items()]
+        if "edge" in tasks and own.boundaries != self.boundaries:
+            said.append(f"edge: measured by the protocol '{own.boundaries}', printed by '{self.boundaries}'")
+        return said
+
+
+@dataclass(frozen=True)
 class PaperRow:
     """One row of a published table."""
 
     method: str
     """What the row is, as the table names it."""
     scores: Mapping[str, float]
-    """Task → its score: mIoU, maxF and odsF in percent, RMSE in metres, mErr in degrees; tasks not reported are absent."""
+    """Task → its score: mIoU, maxF and odsF in percent, RMSE in metres, mErr in degrees; tasks not reported are absent.
+    What is computed under these names is told by the table's `evaluation`."""
     details: Mapping[str, Any]
     """The row's other columns and, under `note`, what a reader must know; `parameters` in millions, `flops` in 10⁹."""
     gain: float | None = None
@@ -46,6 +92,8 @@ class PaperTable:
     baseline: str | None
     """Name, among `baselines()`, of what the printed Δ compare with; None where the table prints no Δ."""
     note: str = ""
+    evaluation: str = "invpt"
+    """Name among `evaluations()` of how the scores were measured."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +104,8 @@ class Baseline:
     dataset: str
     scores: Mapping[str, float]
     """Task → score, in the units of `PaperRow.scores`."""
+    evaluation: str = "invpt"
+    """Name among `evaluations()` of how the scores were measured."""
 
 
 def multi_task_gain(
@@ -89,6 +139,12 @@ def multi_task_gain(
 
 
 @cache
+def evaluations() -> dict[str, PublishedEvaluation]:
+    """Name → how a line of papers measured."""
+    return {name: PublishedEvaluation(**values) for name, values in _data()["evaluations"].items()}
+
+
+@cache
 def paper_tables() -> tuple[PaperTable, ...]:
     """The tables of the PAMM and MTMamba papers, every row."""
     return tuple(_table(values) for values in _data()["tables"])
@@ -103,7 +159,7 @@ def baselines() -> dict[str, Baseline]:
         for row, entry in zip(table.rows, values["rows"], strict=True):
             if "baseline" in entry:
                 source = f"{table.paper} paper, Table {table.number}, row '{row.method}'"
-                named[entry["baseline"]] = Baseline(source, table.dataset, row.scores)
+                named[entry["baseline"]] = Baseline(source, table.dataset, row.scores, table.evaluation)
     return named
 
 
@@ -120,6 +176,10 @@ class Comparison:
     """Task → relative gain, percent, above 0 where the evaluation is better."""
     left_out: Mapping[str, str]
     """Task → why it is not compared."""
+    metrics: Mapping[str, str]
+    """Task → the metric compared."""
+    differences: Sequence[str] = ()
+    """In what the two were measured differently, in words."""
 
     @property
     def mean(self) -> float:
@@ -129,30 +189,38 @@ class Comparison:
     def summary(self) -> dict[str, Any]:
         """As JSON values, to 6 significant digits."""
         gains = {task: float(f"{value:.6g}") for task, value in self.gains.items()}
-        return {"percent": float(f"{self.mean:.6g}"), "tasks": gains, "left_out": dict(self.left_out)}
+        content = {"percent": float(f"{self.mean:.6g}"), "tasks": gains, "metrics": dict(self.metrics)}
+        return content | {"left_out": dict(self.left_out), "measured_differently": list(self.differences)}
 
 
-def compare(row: Mapping[str, Mapping[str, float]], baseline: str, resolution: str = "frame") -> Comparison:
+def compare(
+    row: Mapping[str, Mapping[str, float]],
+    baseline: str,
+    resolution: str = "frame",
+    *,
+    own: Conditions | None = None,
+    protocol: str | None = None,
+) -> Comparison:
     """An evaluation's row beside a baseline: Δ of each task and their mean.
 
     row: task → metric → value. baseline: a name of `baselines()`, or a JSON file of results that `pamm eval` or `pamm train`
-    wrote, of which the results at `resolution` ("frame" or "original") are taken. Compared are the reported scores of
-    the tasks that both have; the others are named.
+    wrote, of which the results at `resolution` ("frame" or "original") are taken. Compared are the scores of the tasks that
+    both have, over a paper's baseline what the paper measured (`PublishedEvaluation.metrics`); the others are named.
+    own, protocol: what the row was measured on, the latter in the words of a results file; where they are given, the
+    comparison tells in what the baseline's scores were measured differently.
     Raises GainError, naming the baselines, where there is none of that name or nothing to compare.
     """
-    from pamm.tasks import TASKS
-
-    references = baseline_scores(baseline)
+    references, metrics = baseline_scores(baseline), metrics_over(baseline)
     if resolution not in references:
         raise GainError(
             f"{baseline} has no results at the resolution '{resolution}', only: {', '.join(references)}. Measure it again "
             "with pamm eval --resolution both --out"
         )
     source, reference = references[resolution]
-    scores = {task: values.get(TASKS[task].score) for task, values in row.items()}
+    scores = {task: values.get(metrics[task]) for task, values in row.items()}
     left_out = {}
     for task in dict.fromkeys([*scores, *reference]):
-        reason = _why_not(TASKS[task].score, scores.get(task), reference.get(task))
+        reason = _why_not(metrics[task], scores.get(task), reference.get(task))
         left_out |= {task: reason} if reason else {}
     known = {task: reference[task] for task in scores if task not in left_out}
     if not known:
@@ -162,7 +230,29 @@ def compare(row: Mapping[str, Mapping[str, float]], baseline: str, resolution: s
             + ". Choose a baseline of the same tasks"
         )
     gains = {task: multi_task_gain({task: scores[task]}, known) for task in known}
-    return Comparison(baseline, source, known, gains, left_out)
+    used = {task: metrics[task] for task in known}
+    differences = _differences(baseline, source, known, own, protocol)
+    return Comparison(baseline, source, known, gains, left_out, used, differences)
+
+
+def metrics_over(baseline: str) -> dict[str, str]:
+    """Task → the metric that is compared over this baseline: the task's score, or what a paper printed in its place."""
+    from pamm.tasks import TASKS
+
+    own = {name: task.score for name, task in TASKS.items()}
+    return own | dict(evaluations()[baselines()[baseline].evaluation].metrics) if baseline in baselines() else own
+
+
+def _differences(
+    baseline: str, source: str, tasks: Iterable[str], own: Conditions | None, protocol: str | None
+) -> list[str]:
+    """In what an evaluation and a baseline were measured differently, as far as it is known."""
+    if baseline in baselines():
+        known = baselines()[baseline]
+        return evaluations()[known.evaluation].differences(known.dataset, tasks, own) if own else []
+    if protocol is not None and protocol != source:
+        return [f"measured on: {protocol}; the baseline on: {source}"]
+    return []
 
 
 def _why_not(score: str, own: float | None, other: float | None) -> str:
@@ -182,9 +272,8 @@ def baseline_scores(baseline: str) -> dict[str, tuple[str, dict[str, float | Non
     from pamm.tasks import TASKS
 
     if baseline in baselines():
-        known, metrics = baselines()[baseline], _data()["metrics"]
-        scores = {task: score for task, score in known.scores.items() if metrics[task] == TASKS[task].score}
-        return dict.fromkeys(("frame", "original"), (f"{known.source}; {known.dataset}", scores))
+        known = baselines()[baseline]
+        return dict.fromkeys(("frame", "original"), (f"{known.source}; {known.dataset}", dict(known.scores)))
     if not Path(baseline).is_file():
         raise GainError(f"no baseline '{baseline}' and no results file; known baselines: {', '.join(baselines())}")
     try:
@@ -217,6 +306,7 @@ def _table(values: Mapping[str, Any]) -> PaperTable:
         rows=tuple(_row(tasks, entry) for entry in values["rows"]),
         baseline=values.get("baseline"),
         note=values.get("note", ""),
+        evaluation=values.get("evaluation", "invpt"),
     )
 
 

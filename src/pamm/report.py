@@ -34,12 +34,19 @@ SHOWN = 190
 # -- tables --------------------------------------------------------------------------------------------------------------
 
 
-def format_table(rows: Sequence[Row], tasks: Mapping[str, Task], *, gains: Sequence[float | None] | None = None) -> str:
+def format_table(
+    rows: Sequence[Row],
+    tasks: Mapping[str, Task],
+    *,
+    gains: Sequence[float | None] | None = None,
+    columns: Mapping[str, Sequence[str]] | None = None,
+) -> str:
     """Plain text, aligned: one row per result, one column per task's score, ↑ where higher is better and ↓ where lower.
 
-    gains: the multi-task gain Δ of each row, percent, as a last column.
+    gains: the multi-task gain Δ of each row, percent, as a last column. columns: task → the metrics of its columns, where
+    they are not its score alone.
     """
-    return aligned([[cell for cell, _ in line] for line in _score_cells(rows, tasks, gains)])
+    return aligned([[cell for cell, _ in line] for line in _score_cells(rows, tasks, gains, columns)])
 
 
 def aligned(table: Sequence[Sequence[str]]) -> str:
@@ -54,10 +61,14 @@ def aligned(table: Sequence[Sequence[str]]) -> str:
 
 
 def markdown_table(
-    rows: Sequence[Row], tasks: Mapping[str, Task], *, gains: Sequence[float | None] | None = None
+    rows: Sequence[Row],
+    tasks: Mapping[str, Task],
+    *,
+    gains: Sequence[float | None] | None = None,
+    columns: Mapping[str, Sequence[str]] | None = None,
 ) -> str:
     """As `format_table`, for a Markdown page; the best of several rows is bold."""
-    return as_markdown(_score_cells(rows, tasks, gains))
+    return as_markdown(_score_cells(rows, tasks, gains, columns))
 
 
 def as_markdown(table: Sequence[Sequence[tuple[str, bool]]]) -> str:
@@ -80,15 +91,19 @@ def plain_markdown(text: object) -> str:
 
 
 def _score_cells(
-    rows: Sequence[Row], tasks: Mapping[str, Task], gains: Sequence[float | None] | None
+    rows: Sequence[Row],
+    tasks: Mapping[str, Task],
+    gains: Sequence[float | None] | None,
+    metrics: Mapping[str, Sequence[str]] | None = None,
 ) -> list[list[tuple[str, bool]]]:
     """Header and rows of (text, whether it is the best of its column)."""
     header = [("", False)]
     columns = [[(name, False) for name, _ in rows]]
     for name, task in tasks.items():
-        header.append((f"{name} {task.titled(task.score)} {_arrow(task.higher_is_better)}", False))
-        values = [row.get(name, {}).get(task.score) for _, row in rows]
-        columns.append(_column(values, task.higher_is_better))
+        for metric in (metrics or {}).get(name, [task.score]):
+            header.append((f"{name} {task.titled(metric)} {_arrow(task.higher_is_better)}", False))
+            values = [row.get(name, {}).get(metric) for _, row in rows]
+            columns.append(_column(values, task.higher_is_better))
     if gains is not None:
         if len(gains) != len(rows):
             raise ValueError(f"{len(gains)} gains for {len(rows)} rows; give one per row, None where there is none")
@@ -204,9 +219,14 @@ def escape(value: object) -> str:
     return html.escape(escaped(str(value), keep="\n"))
 
 
-def html_scores(rows: Sequence[Row], tasks: Mapping[str, Task], gains: Sequence[float | None] | None = None) -> str:
+def html_scores(
+    rows: Sequence[Row],
+    tasks: Mapping[str, Task],
+    gains: Sequence[float | None] | None = None,
+    columns: Mapping[str, Sequence[str]] | None = None,
+) -> str:
     """As `format_table`, as HTML; the best of several rows is bold."""
-    return _html_table(_score_cells(rows, tasks, gains))
+    return _html_table(_score_cells(rows, tasks, gains, columns))
 
 
 def _html_table(lines: Sequence[Sequence[tuple[str, bool]]]) -> str:
