@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from command import run_command
 from pamm.ablate.command import main
 from pamm.ablate.cost import count_cost
-from pamm.ablate.result import collect, mean_and_spread
+from pamm.ablate.result import collect, mean_and_spread, printed_notes
 from pamm.ablate.runs import make_plan
 from pamm.ablate.tables import TABLES, AblationRow, AblationTable
 from pamm.build import create_tasks
@@ -21,6 +22,7 @@ from pamm.cli import parse_experiment
 from pamm.experiment import dump
 from pamm.gain import GainError
 from pamm.ops import attention, winograd
+from pamm.recipes import get_recipe
 from pamm.strict import ConfigError
 from pamm.training.run import create_loop
 from tiny import experiment
@@ -171,6 +173,75 @@ def test_a_curve_has_a_row_per_evaluation(base, tmp_path, capsys):
         log.write('{"kind": "val", "st')  # as a full disk leaves it
     told(capsys, "pamm-fig8", "--base", base, "--out", tmp_path, "--tasks", "normals,edge", "--report")
     assert read(tmp_path, "pamm-fig8")["rows"] == rows
+
+
+def test_a_task_is_measured_on_another_split(done, base, tmp_path, capsys):
+    """Trained runs, boundaries on the training images: what `pamm eval --split` gives, written beside the run, once."""
+    shutil.copytree(done, tmp_path / "out")
+    arguments = ["pamm-2", "--base", base, "--out", tmp_path / "out", *ROWS]
+    assert "measured on the splits of --split" in told(capsys, *arguments, "--split", "edge=train", "--report", code=1)
+    text = told(capsys, *arguments, "--split", "edge=train")
+    assert "0 of 4 runs to train" in text and text.count("edge on the split 'train'") == 4
+    assert "edge: synthetic train split, " in text and "synthetic val split, 5 images" in text
+    before, after = read(done), read(tmp_path / "out")
+    assert after["splits"] == {"edge": "train"} and before["splits"] == {}
+    folder = tmp_path / "out/tiny.yaml+baseline/seed-0"
+    run_command(capsys, "eval", folder, "--split", "train", "--pictures", 0, "--out", tmp_path / "e.json", code=0)
+    expected = json.loads((tmp_path / "e.json").read_text())["results"]["edge"]["odsF"]
+    assert after["rows"][0]["scores"]["0"] == before["rows"][0]["scores"]["0"] | {"edge": expected}
+    assert "on the split" not in told(capsys, *arguments, "--split", "edge=train")
+    assert read(tmp_path / "out") == after
+    told(capsys, *arguments, "--split", "val", "--report")
+    assert read(tmp_path / "out")["rows"] == before["rows"]
+
+
+@pytest.mark.parametrize(
+    ("table", "split", "message"),
+    [
+        ("pamm-2", "test_new", "synthetic data has no split 'test_new'"),
+        ("pamm-2", "dept=val", "--split: 'dept' is none of the tasks here"),
+        ("pamm-2", "=val", "--split: found '=val', expected a split's name or TASK=NAME"),
+        ("pamm-2", "../../x", "--split: found '../../x', expected"),
+        ("pamm-fig8", "train", "--split: 'pamm-fig8' shows the evaluations of a training"),
+    ],
+)
+def test_splits_that_cannot_be_are_told_before_training(base, tmp_path, capsys, table, split, message):
+    out = tmp_path / "new"
+    assert message in told(capsys, table, "--base", base, "--out", out, "--split", split, code=1)
+    assert not out.exists()
+
+
+def test_a_papers_table_shows_what_the_paper_measured(done, base, tmp_path, capsys):
+    """Printed maxF is maxF_released: the column and Δ hold it; that other data were measured is told."""
+    out = tmp_path / "out"
+    shutil.copytree(done, out)
+    for variant, score in (("baseline", 40.0), ("task-conv", 44.0)):
+        path = out / f"tiny.yaml+{variant}/seed-0/results.json"
+        content = json.loads(path.read_text())
+        content["results"] = {"sal": content["results"]["sal"] | {"maxF": 77.7, "maxF_released": score}}
+        path.write_text(json.dumps(content))
+    text = told(capsys, "pamm-2", "--base", base, "--out", out, *ROWS, "--report")
+    assert text.count("sal maxF_released ↑") == 2 and "sal maxF ↑" not in text
+    assert "maxF_released is what the paper prints as maxF" in text
+    assert "Not measured alike: measured on the data set 'synthetic', printed of 'pascal'." in text
+    rows = read(out)["rows"]
+    assert [row["scores"]["0"] for row in rows] == [{"sal": 40.0}, {"sal": 44.0}]
+    assert rows[1]["gains"]["0"] == pytest.approx(10.0)
+
+
+def test_boundaries_on_the_papers_images_are_asked_for(capsys, tmp_path):
+    plan = make_plan(
+        TABLES["pamm-2"],
+        TABLES["pamm-2"].rows,
+        base="pascal-pamm-b",
+        seeds=[0],
+        out=tmp_path,
+        resolve=get_recipe,
+    )
+    notes = printed_notes(plan)
+    assert "Not measured alike: edge: measured on the split 'val', printed of 'test_new'." in notes
+    assert "--split edge=test_new measures boundaries as printed." in notes
+    assert len(printed_notes(replace(plan, splits={"edge": "test_new"}))) == 1
 
 
 def test_why_no_row_can_be_is_told(base, tmp_path, capsys):

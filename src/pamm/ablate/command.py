@@ -30,7 +30,10 @@ def main(arguments: list[str], parse: Parse, first: Callable[[], bool]) -> int:
         raise ConfigError(f"--base: the rows of '{table.name}' name their recipes; leave it out")
     if plain.tasks:
         overrides = ["--tasks", plain.tasks, *overrides]
+    if plain.split and table.curve:
+        raise ConfigError(f"--split: '{table.name}' shows the evaluations of a training, which are on its own split")
     from pamm.ablate.runs import make_plan, train_all
+    from pamm.ablate.splits import check_splits, measure_all
 
     plan = make_plan(
         table,
@@ -39,6 +42,7 @@ def main(arguments: list[str], parse: Parse, first: Callable[[], bool]) -> int:
         seeds=plain.seeds,
         out=plain.out,
         resolve=lambda recipe: parse([recipe, *overrides]),
+        split=plain.split,
     )
     say = print if first() else lambda line: None
     if plain.dry_run:
@@ -48,8 +52,10 @@ def main(arguments: list[str], parse: Parse, first: Callable[[], bool]) -> int:
     elif plain.report:
         failed = plan.failed
     else:
+        check_splits(plan)
         plain.out.mkdir(parents=True, exist_ok=True)
         failed = train_all(plan, progress=not plain.quiet, say=say)
+        failed |= measure_all(plan, progress=not plain.quiet, say=say)
     if first() and not plain.dry_run:
         write(plan, plain.out, failed)
     for label, reason in failed.items() if first() else ():
@@ -60,7 +66,7 @@ def main(arguments: list[str], parse: Parse, first: Callable[[], bool]) -> int:
 def write(plan: Plan, out: Path, failed: dict[str, str]) -> None:
     """Print the table of what is finished, and write it as <out>/<table>.md and <out>/<table>.json."""
     from pamm.ablate import result
-    from pamm.ablate.runs import FINISHED
+    from pamm.ablate.splits import results_on
     from pamm.files import replace_text, shown
 
     rows = result.collect(plan)
@@ -69,14 +75,15 @@ def write(plan: Plan, out: Path, failed: dict[str, str]) -> None:
         raise ConfigError(f"no row of '{plan.table.name}' has results. {reasons}")
     if not any(row.scores for row in rows):
         states = "; ".join(dict.fromkeys(run.state() for run in plan.runs))
+        wanted = " and measured on the splits of --split" if plan.splits else ""
         raise ConfigError(
-            f"no run of '{plan.table.name}' in {out} is finished ({states}). Give the --out, --seeds and settings that the "
-            "runs were made with, or run without --report"
+            f"no run of '{plan.table.name}' in {out} is finished{wanted} ({states}). Give the --out, --seeds and settings "
+            "that the runs were made with, or run without --report"
         )
     add_costs(plan, rows)
     tasks = list(dict.fromkeys(task for run in plan.runs for task in run.experiment.tasks))
-    finished = [run.folder for run in plan.runs if run.state() == FINISHED]
-    protocol = next((text for folder in finished if (text := protocol_of(folder))), "")
+    measured = [found for run in plan.runs if (found := results_on(run, plan.splits))]
+    protocol = next(("; ".join(texts) for _, texts in measured if any(texts)), "")
     page, data = out / f"{plan.table.name}.md", out / f"{plan.table.name}.json"
     replace_text(page, result.markdown(plan, rows, tasks, protocol))
     replace_text(data, json.dumps(result.as_json(plan, rows, protocol, failed), indent=1, ensure_ascii=False) + "\n")
@@ -96,11 +103,6 @@ def add_costs(plan: Plan, rows: list[RowResult]) -> None:
         if runs:
             counts = [count_cost(run.experiment, create_tasks(run.experiment)) for run in runs]
             row.cost = Cost(sum(c.parameters for c in counts), sum(c.multiply_adds for c in counts))
-
-
-def protocol_of(folder: Path) -> str:
-    """What a finished run's results were measured on, in words."""
-    return json.loads((folder / "results.json").read_text(encoding="utf-8")).get("protocol", "")
 
 
 def chosen_rows(table: AblationTable, only: str | None) -> list[AblationRow]:
@@ -142,6 +144,11 @@ def arguments_parser() -> argparse.ArgumentParser:
     own.add_argument("--out", type=Path, default=Path("runs/ablate"), help="runs and table (default: %(default)s)")
     own.add_argument("--only", metavar="ROW,...", help="only these rows, by label, variant or recipe")
     own.add_argument("--tasks", help="only these tasks, e.g. semseg,depth")
+    own.add_argument(
+        "--split",
+        metavar="[TASK=]NAME,...",
+        help="measure finished runs on this split, or some tasks on one, as in edge=test_new (default: as in training, val)",
+    )
     own.add_argument("--dry-run", action="store_true", help="list the runs and how far each is")
     own.add_argument("--report", action="store_true", help="print the table of what is finished; train nothing")
     own.add_argument("--quiet", action="store_true", help="no progress bar")

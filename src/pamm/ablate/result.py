@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pamm.ablate.cost import Cost
-from pamm.ablate.runs import Plan, Run
+from pamm.ablate.runs import OWN_SPLIT, Plan, Run
+from pamm.ablate.splits import results_on
 from pamm.ablate.tables import AblationTable
 from pamm.build import label_options
-from pamm.gain import GainError, PaperTable, multi_task_gain, paper_tables
+from pamm.gain import Conditions, GainError, PaperTable, evaluations, multi_task_gain, paper_tables
 from pamm.report import MISSING, aligned, as_markdown, decimals
 from pamm.tasks import TASKS, Task, create_task
 
@@ -41,8 +42,14 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def score_names(table: AblationTable, tasks: Sequence[str]) -> dict[str, str]:
-    """Task → the metric that its column shows; a curve has the stand-ins of metrics that take long."""
-    return {task: (table.curve and TASKS[task].quick_score) or TASKS[task].score for task in tasks}
+    """Task → the metric that its column shows: what the paper of the table measured, else the task's score.
+
+    A curve has the stand-ins of metrics that take long.
+    """
+    printed = printed_table(table)
+    metrics = evaluations()[printed.evaluation].metrics if printed else {}
+    own = {task: metrics.get(task, TASKS[task].score) for task in tasks}
+    return {task: (table.curve and TASKS[task].quick_score) or own[task] for task in tasks}
 
 
 def collect(plan: Plan) -> list[RowResult]:
@@ -53,7 +60,7 @@ def collect(plan: Plan) -> list[RowResult]:
     for row in plan.rows:
         result = RowResult(row.label, next((run.recipe for run in plan.runs if run.label == row.label), ""))
         for seed in plan.seeds:
-            scores = _scores(plan.of(row.label, seed))
+            scores = _scores(plan, plan.of(row.label, seed))
             if scores:
                 result.scores[seed] = scores
         results.append(result)
@@ -61,12 +68,13 @@ def collect(plan: Plan) -> list[RowResult]:
     return results
 
 
-def _scores(runs: Sequence[Run]) -> dict[str, float]:
-    """Task → score of the runs of one row and seed; empty where one of them is not finished."""
-    found = [run.results() for run in runs]
+def _scores(plan: Plan, runs: Sequence[Run]) -> dict[str, float]:
+    """Task → score of the runs of one row and seed; empty where one of them is not finished or not measured."""
+    found = [results_on(run, plan.splits) for run in runs]
     if not found or None in found:
         return {}
-    values = {task: metrics.get(TASKS[task].score) for results in found for task, metrics in results.items()}
+    rows = {task: metrics for results, _ in found for task, metrics in results.items()}
+    values = {task: rows[task].get(name) for task, name in score_names(plan.table, list(rows)).items()}
     return {task: value for task, value in values.items() if value is not None and math.isfinite(value)}
 
 
@@ -161,24 +169,26 @@ def _shown(values: Sequence[float], digits: int, sign: str = "") -> str:
 
 def printed_table(table: AblationTable) -> PaperTable | None:
     """The paper's own table."""
-    return next((t for t in paper_tables() if (t.paper, t.number) == table.paper), None)
+    found = (t for t in paper_tables() if (t.paper, t.number) == table.paper)
+    return next((t for t in found if table.dataset in (None, t.dataset)), None)
 
 
 def printed_cells(table: AblationTable, printed: PaperTable) -> list[list[str]]:
-    """The paper's figures of the table's rows, in the form of `cells`."""
-    header = [""] + [heading(create_task(name), TASKS[name].score) for name in printed.tasks]
+    """The paper's figures of the table's rows, or of all methods, in the form of `cells`."""
+    names = score_names(table, printed.tasks)
+    header = [""] + [heading(create_task(name), names[name]) for name in printed.tasks]
     extra = ["parameters", "flops"] if table.cost else []
     header += (["Δ % ↑"] if table.baseline else []) + (["parameters, M", "10⁹ FLOP"] if extra else [])
     lines = [header]
-    for row in table.rows:
-        if row.printed is None:
-            continue
-        found = printed.rows[row.printed]
+    own = {row.printed: row.label for row in table.rows if row.printed is not None}
+    for place in range(len(printed.rows)) if table.others else own:
+        found = printed.rows[place]
+        label = own.get(place) or ", ".join([found.method, *map(str, found.details.values())])
         scores = [found.scores.get(task) for task in printed.tasks]
         line = [MISSING if score is None else f"{score:.{decimals(score)}f}" for score in scores]
         if table.baseline:
             line.append(MISSING if found.gain is None else f"{found.gain:+.2f}")
-        lines.append([row.label, *line, *(f"{found.details[key]:.2f}" for key in extra)])
+        lines.append([label, *line, *(f"{found.details[key]:.2f}" for key in extra)])
     return lines
 
 
@@ -191,6 +201,30 @@ def notes(plan: Plan, results: Sequence[RowResult], protocol: str) -> list[str]:
         said.append(f"Δ is the mean relative gain over '{plan.table.baseline}', each seed against the same seed.")
     if plan.table.curve and any(TASKS[t].quick_score for run in plan.runs for t in run.experiment.tasks):
         said.append("During training a quick stand-in replaces odsF.")
+    return said + printed_notes(plan)
+
+
+def printed_notes(plan: Plan) -> list[str]:
+    """In what the table's figures and the printed ones were measured differently."""
+    printed = printed_table(plan.table)
+    if not printed or not plan.runs:
+        return []
+    experiment = plan.runs[0].experiment
+    tasks = [task for task in printed.tasks if any(task in run.experiment.tasks for run in plan.runs)]
+    edge = next((run.experiment.tasks["edge"] for run in plan.runs if "edge" in run.experiment.tasks), None)
+    splits = {task: plan.splits.get(task, OWN_SPLIT) for task in tasks}
+    own = Conditions(experiment.data.name, splits, str(edge.options.get("protocol", "bdet")) if edge else "bdet")
+    evaluation = evaluations()[printed.evaluation]
+    said = [
+        f"{task}: {name} is what the paper prints as {TASKS[task].score} ({TASKS[task].score}, without its second sigmoid, "
+        "stands in each run's results.json)"
+        for task, name in score_names(plan.table, tasks).items()
+        if name != TASKS[task].score
+    ]
+    said += [f"Not measured alike: {text}." for text in evaluation.differences(printed.dataset, tasks, own)]
+    if own.data == printed.dataset and "edge" in tasks:
+        split = evaluation.boundary_splits.get(printed.dataset)
+        said += [f"--split edge={split} measures boundaries as printed."] if split not in (None, splits["edge"]) else []
     return said
 
 
@@ -250,7 +284,10 @@ def as_json(plan: Plan, results: Sequence[RowResult], protocol: str, failed: Map
         "table": plan.table.name,
         "title": plan.table.title,
         "baseline": plan.table.baseline,
+        "metrics": score_names(plan.table, list(dict.fromkeys(t for run in plan.runs for t in run.experiment.tasks))),
         "protocol": protocol,
+        "splits": dict(plan.splits),
+        "measured_differently": printed_notes(plan),
         "seeds": list(plan.seeds),
         "rows": rows,
         "failed": dict(failed),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from pamm.ablate.tables import AblationRow, AblationTable
 from pamm.experiment import Experiment, load
@@ -19,6 +21,9 @@ EVALUATIONS = 8
 """Points of a curve, where the recipe evaluates only at the end."""
 
 FINISHED, BEGUN, ABSENT = "finished", "begun", "not begun"
+
+OWN_SPLIT = "val"
+"""The split that training evaluates on."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +49,16 @@ class Run:
             return f"holds another experiment ({'; '.join(other[:4])})"
         return FINISHED if (self.folder / "results.json").exists() else BEGUN
 
-    def results(self) -> dict[str, dict[str, float | None]] | None:
-        """Task → metric → value of a finished run, else None. Raises GainError for a file that is not one of results."""
+    def content(self) -> dict[str, Any] | None:
+        """What results.json of a finished run holds, else None. Raises GainError for a file that is not one of results."""
         if self.state() != FINISHED:
             return None
         path = self.folder / "results.json"
         try:
-            return json.loads(path.read_text())["results"]
-        except (ValueError, KeyError, TypeError) as error:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            found = {"results": dict(content["results"]), "model": dict(content.get("model") or {})}
+            return found | {"protocol": content.get("protocol", "")}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise GainError(
                 f"{path} is not a results file ({error!r}). Remove it: the run is then evaluated again"
             ) from None
@@ -78,6 +85,8 @@ class Plan:
     """All rows of the first seed, then all of the second, so that a table is whole, with fewer seeds, early."""
     failed: dict[str, str]
     """Label → why the row cannot be."""
+    splits: Mapping[str, str] = field(default_factory=dict)
+    """Task → the split it is measured on; tasks that are absent are measured where training evaluates."""
 
     def of(self, label: str, seed: int) -> list[Run]:
         """The runs of a row and a seed; several where it has one per task."""
@@ -96,10 +105,11 @@ def make_plan(
     seeds: Sequence[int],
     out: Path,
     resolve: Callable[[str], Experiment],
+    split: str | None = None,
 ) -> Plan:
     """The runs of `rows`, in folders <out>/<recipe>/seed-<n>, those of a curve in <out>/<table>/<recipe>/seed-<n>.
 
-    `resolve`: a recipe's full name → its experiment.
+    `resolve`: a recipe's full name → its experiment. split: as on the command line, see `parse_splits`. Raises ConfigError.
     """
     experiments, failed = {}, {}
     for row in rows:
@@ -111,7 +121,22 @@ def make_plan(
     for seed in seeds:
         for row, experiment in experiments.items():
             runs += _runs(table, row, row.recipe_on(base), _seeded(table, experiment, seed), out)
-    return Plan(table, tuple(rows), tuple(seeds), tuple(runs), failed)
+    tasks = list(dict.fromkeys(task for run in runs for task in run.experiment.tasks))
+    splits = parse_splits(split, tasks) if split and runs else {}
+    return Plan(table, tuple(rows), tuple(seeds), tuple(runs), failed, splits)
+
+
+def parse_splits(text: str, tasks: list[str]) -> dict[str, str]:
+    """`NAME` for all tasks or `TASK=NAME,TASK=NAME` → task → split. Raises ConfigError."""
+    found: dict[str, str] = {}
+    for part in text.split(","):
+        task, given, split = part.strip().rpartition("=")
+        if not re.fullmatch(r"\w[\w.-]*", split) or bool(given) != bool(task):
+            raise ConfigError(f"--split: found '{part}', expected a split's name or TASK=NAME, as in edge=test_new")
+        if task and task not in tasks:
+            raise ConfigError(f"--split: '{task}' is none of the tasks here: {', '.join(tasks)}")
+        found |= dict.fromkeys([task] if task else tasks, split)
+    return {task: split for task, split in found.items() if split != OWN_SPLIT}
 
 
 def _seeded(table: AblationTable, experiment: Experiment, seed: int) -> Experiment:

@@ -47,6 +47,10 @@ class AblationTable:
     """The scores at every evaluation of the one row's training, in place of its last."""
     fixed: bool = False
     """The rows name their recipes; there is no other base."""
+    dataset: str | None = None
+    """Data set of the printed table, where the paper has one of each."""
+    others: bool = False
+    """Whether the printed rows of other methods are shown too."""
 
 
 SINGLE = AblationRow("Single-task: 2·Swin", "+swin-blocks", 0, per_task=True)
@@ -54,6 +58,24 @@ REFERENCE = AblationRow("Single-task: 2·Swin (not in the paper's table)", "+swi
 TOP_K = (1, 3, 5, 7, 9, 11, 13, 15)
 
 _ALL = (
+    *(
+        AblationTable(
+            f"pamm-1-{dataset}",
+            f"Comparison with other methods, {words}",
+            f"{dataset}-pamm-l",
+            (
+                AblationRow("PAMM, ViT-B", f"{dataset}-pamm-b", first),
+                AblationRow("baseline, ViT-L", f"{dataset}-pamm-l+baseline", first + 1),
+                AblationRow("PAMM, ViT-L", f"{dataset}-pamm-l", last),
+            ),
+            "baseline, ViT-L",
+            ("PAMM", "I"),
+            fixed=True,
+            dataset=dataset,
+            others=True,
+        )
+        for dataset, words, first, last in (("pascal", "PASCAL-Context", 5, 11), ("nyud", "NYUD-v2", 6, 12))
+    ),
     AblationTable(
         "pamm-2",
         "Task Convolution (TC) and Parameter Aware Mamba Experts (PAME)",
@@ -139,6 +161,20 @@ _ALL = (
         "pascal-pamm-l",
         (AblationRow("PAMM"),),
         curve=True,
+    ),
+    *(
+        AblationTable(
+            f"mtmamba-1-{dataset}",
+            f"Comparison with other methods, {words}",
+            f"{dataset}-mtmamba",
+            (AblationRow("MTMamba, Swin-L", f"{dataset}-mtmamba", 8),),
+            None,
+            ("MTMamba", "1"),
+            fixed=True,
+            dataset=dataset,
+            others=True,
+        )
+        for dataset, words in (("nyud", "NYUD-v2"), ("pascal", "PASCAL-Context"))
     ),
     AblationTable(
         "mtmamba-2",
