@@ -6,6 +6,7 @@ strictly. This file imports no torch.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -374,7 +375,8 @@ LIMITS: dict[str, tuple[float, float]] = {
 
 
 def check(experiment: Experiment) -> None:
-    """Raises ConfigError for a name that is no folder's and for a number outside its range (LIMITS, a task's weight)."""
+    """Raises ConfigError for a name that is no folder's, for a number outside its range (LIMITS, a task's weight), for settings
+    that exclude each other and for a batch that the configured processes cannot share."""
     check_name(experiment.name)
     tree = to_dict(experiment)
     check_ranges(tree, LIMITS | {f"tasks.{name}.weight": (0, 1e9) for name in experiment.tasks})
@@ -388,6 +390,8 @@ def check(experiment: Experiment) -> None:
             "train.compile and train.recompute are both on: a compiled network chooses itself what it computes again; turn "
             "one of them off"
         )
+    if not STARTED_OUTSIDE & os.environ.keys():  # torchrun and SLURM have numbers of processes of their own
+        check_batch(experiment.train, experiment.train.devices * experiment.train.nodes)
 
 
 def check_ranges(tree: dict[str, Any], limits: dict[str, tuple[float, float]]) -> None:
@@ -417,3 +421,24 @@ def check_name(name: str) -> None:
             f"name: found '{shown(name)}', expected the name of a folder under runs/: 1 to {NAME} bytes, none of "
             '/ \\ : * ? " < > |, and no dot or ~ as the first'
         )
+
+
+STARTED_OUTSIDE = {"TORCHELASTIC_RUN_ID", "SLURM_PROCID"}
+"""Variables of the environment that torchrun and SLURM set."""
+
+
+def check_batch(config: TrainConfig, processes: int) -> None:
+    """Raises ConfigError unless the batch can be cut into equal parts for so many processes and `accumulate`."""
+    parts = processes * max(1, config.accumulate)
+    if config.batch >= 1 and config.accumulate >= 1 and config.batch % parts == 0:
+        return
+    below, above = config.batch // parts * parts, -(-config.batch // parts) * parts
+    numbers = " or ".join(str(number) for number in (below, above or parts) if number > 0)
+    fewer = range(min(processes - 1, 1024), 0, -1)
+    fitting = next((n for n in fewer if config.batch % (n * max(1, config.accumulate)) == 0), 0)
+    remedy = f", or take {fitting} device{'s' if fitting > 1 else ''} in all" if fitting else ""
+    raise ConfigError(
+        f"train.batch = {config.batch} cannot be shared by {processes} process{'es' if processes > 1 else ''} (train.devices × "
+        f"train.nodes) in {config.accumulate} equal part{'s' if config.accumulate > 1 else ''} each (train.accumulate): set "
+        f"train.batch to a multiple of {parts}, e.g. {numbers}{remedy}"
+    )

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from pamm.data.sample import Batch, DataError, Dataset, Sample, collate
 from pamm.data.transforms import EvalTransform, TrainTransform
-from pamm.strict import ConfigError
+from pamm.experiment import check_batch
 from pamm.tasks import Task
 from pamm.workers import WorkerError, data_worker_ended, serve_parent
 
@@ -31,12 +31,8 @@ class StepSampler:
     def __init__(self, length: int, config: TrainConfig, *, rank: int = 0, world: int = 1, start_step: int = 0):
         if length == 0:
             raise DataError("the training split has no image")
+        check_batch(config, world)
         parts = world * config.accumulate
-        if config.batch < 1 or parts < 1 or config.batch % parts:
-            raise ConfigError(
-                f"train.batch = {config.batch} cannot be cut into {world} devices x {config.accumulate} parts "
-                f"(train.accumulate): set train.batch to a multiple of {parts}"
-            )
         self.length, self.seed, self.steps, self.start = length, config.seed, config.steps, start_step
         self.batch, self.accumulate, self.part = config.batch, config.accumulate, config.batch // parts
         self.offset = rank * config.accumulate * self.part

@@ -18,7 +18,7 @@ from pamm.data.inspect import notes_before_training
 from pamm.data.loader import train_loader
 from pamm.data.transforms import TrainTransform
 from pamm.evaluate import Evaluation
-from pamm.experiment import Experiment, ModelConfig, check, dump, load
+from pamm.experiment import Experiment, ModelConfig, check, check_batch, dump, load
 from pamm.files import replace_text, shown
 from pamm.models.model import CONFIG_FILE, MultiTaskModel
 from pamm.models.registry import build_model
@@ -75,6 +75,7 @@ def create_loop(experiment: Experiment, out: Path, *, progress: bool = False) ->
     """
     check(experiment)
     fabric = launch(experiment.train)
+    check_batch(experiment.train, fabric.world_size)
     lock = lock_folder(fabric, out)
     try:
         return _create_loop(fabric, experiment, out, lock, progress)
