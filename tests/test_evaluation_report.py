@@ -74,7 +74,7 @@ def test_a_papers_saliency_stands_in_a_column_of_its_own(tmp_path):
     assert "compared by what the baseline's paper measured: sal by maxF_released" in lines
     assert "not measured alike: edge: measured on the split 'val', printed of 'test_new'" in lines
     path = write_evaluation_report(tmp_path, [("mine", result)], tasks, comparisons=comparisons)
-    assert {"sal maxF_released ↑", "84.13"} <= set(Page(path.read_text(encoding="utf-8")).words)
+    assert {"sal maxF_released, % ↑", "84.13"} <= set(Page(path.read_text(encoding="utf-8")).words)
     assert "not measured alike: edge" in (tmp_path / "results.md").read_text(encoding="utf-8")
 
 
