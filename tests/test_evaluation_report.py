@@ -64,9 +64,9 @@ def test_a_papers_saliency_stands_in_a_column_of_its_own(tmp_path):
     comparisons = compare_with("pamm-table-1-pascal", result)
     lines = format_evaluation([("mine", result)], tasks, comparisons).splitlines()
     assert [cell.strip() for cell in lines[0].split("  ") if cell] == [
-        "sal maxF ↑",
-        "sal maxF_released ↑",
-        "edge odsF ↑",
+        "sal maxF, % ↑",
+        "sal maxF_released, % ↑",
+        "edge odsF, % ↑",
         "Δ % ↑",
     ]
     assert lines[2].split()[1:] == ["–", "84.13", "71.32", "–"]
