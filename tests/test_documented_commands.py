@@ -36,7 +36,7 @@ def command_lines(page: Path) -> Iterator[str]:
     yield from (line.strip().removeprefix("$ ") for line in lines if re.match(r"\s*(\$ )?pamm ", line))
     prose = re.sub(r"^```\w*\n.*?^```", "", text, flags=re.M | re.S)
     spans = (" ".join(span.split()) for span in re.findall(r"`(pamm [^`]+)`", prose))
-    yield from (span for span in spans if " --" in span and "…" not in span)
+    yield from (span for span in spans if re.match(r"pamm \w+ [^-].* --\w", span) and "…" not in span)
 
 
 def variants(line: str) -> Iterator[list[str]]:
