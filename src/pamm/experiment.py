@@ -135,8 +135,8 @@ class PAMMConfig:
     """Parameter Prior on C (Table IV)."""
     state_size: int = 16
     """State size N of the selective scan."""
-    scan: Literal["hilbert", "snake", "morton"] = "hilbert"
-    """Scan curve: H-scan, S-scan or Z-scan (Table VI)."""
+    scan: Literal["hilbert", "snake", "morton", "hilbert-bottom-left"] = "hilbert"
+    """Scan curve: H-scan, S-scan or Z-scan (Table VI); or the H-scan cropped to the bottom left, as the paper's text has it."""
     orders: int = 4
     """Number of scan orders (Table VIII)."""
 

@@ -110,6 +110,18 @@ def test_released_orders_follow_the_published_construction(curve, size):
         ranks = [list(column) for column in zip(*ranks, strict=True)][::-1]  # what was the right side is the top
 
 
+@pytest.mark.parametrize("size", GRIDS, ids=lambda s: f"{s[0]}x{s[1]}")
+def test_the_papers_crop_keeps_the_bottom_left_of_the_same_curve(size):
+    """The whole square's orders with what lies above and to the right of the map left out."""
+    height, width = size
+    side = 1 << (max(size) - 1).bit_length()
+    found = scan_orders("hilbert-bottom-left", height, width, 8)
+    for whole, order in zip(scan_orders("hilbert", side, side, 8).tolist(), found.tolist(), strict=True):
+        places = [(position // side - (side - height), position % side) for position in whole]
+        assert order == [row * width + column for row, column in places if row >= 0 and column < width]
+    assert torch.equal(found, scan_orders("hilbert", *size, 8)) == (height == side)
+
+
 def test_released_orders_by_hand():
     assert scan_orders("snake-released", 2, 3).tolist() == [
         [0, 1, 2, 5, 4, 3],
@@ -173,7 +185,10 @@ def test_orders_made_under_inference_mode_serve_training_later():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("peano", 4, 4, 4), "unknown scan curve 'peano'; known curves: hilbert, morton, morton-released, snake"),
+        (
+            ("peano", 4, 4, 4),
+            "unknown scan curve 'peano'; known curves: hilbert, hilbert-bottom-left, morton, morton-released, snake",
+        ),
         (("hilbert", 4, 4, 9), "found 9 scan orders, expected 1 to 8"),
         (("snake-released", 4, 4, 5), "found 5 scan orders, expected 1 to 4, which the curve 'snake-released' has"),
         (("hilbert", 0, 4, 4), "found a map of 0×4"),

@@ -72,7 +72,7 @@ def arguments_parser() -> argparse.ArgumentParser:
         "--curve",
         nargs="+",
         default=["hilbert", "snake", "morton"],
-        help="hilbert, snake, morton; snake-released, morton-released (of pamm-released, whose hilbert is the same); cross "
+        help="hilbert, snake, morton, hilbert-bottom-left; snake-released, morton-released (of pamm-released, whose hilbert is the same); cross "
         "(MTMamba's)",
     )
     scans.add_argument(

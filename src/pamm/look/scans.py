@@ -25,6 +25,7 @@ TURNS = ("0°", "90°", "180°", "270°")
 LINES = ("rows", "columns", "rows, backwards", "columns, backwards")
 NAMES = {
     "hilbert": (*TURNS, *(f"{turn}, backwards" for turn in TURNS)),
+    "hilbert-bottom-left": (*TURNS, *(f"{turn}, backwards" for turn in TURNS)),
     "morton": (*TURNS, *(f"mirrored, {turn}" for turn in TURNS)),
     "snake": (*LINES, *(f"mirrored {line}" for line in LINES)),
     "snake-released": TURNS,

@@ -36,7 +36,7 @@ def scan_orders(name: str, height: int, width: int, count: int = 4) -> Tensor:
 
     "hilbert" (H-scan): the Hilbert curve of the smallest power of two that covers the map, turned by 0°, 90°, 180° and
     270° counter-clockwise and cropped to the map's top left (PAMM, paper eq. 17). "morton" (Z-scan): turned and cropped
-    likewise. "snake" (S-scan): along rows, along columns, and both backwards. Orders 5 to 8 of Hilbert are its first four
+    likewise. "hilbert-bottom-left": as "hilbert", cropped to the bottom left. "snake" (S-scan): along rows, along columns, and both backwards. Orders 5 to 8 of Hilbert are its first four
     backwards; Morton and snake hold their reversals among the first four and continue with the mirrored curves.
     "snake-released" and "morton-released": the S- and Z-scan of PAMM's published code, which turns and crops a square as
     large as the map's longer side, whatever that is; they have four orders. Its Hilbert orders are "hilbert".
@@ -77,14 +77,22 @@ def _square(height: int, width: int) -> tuple[np.ndarray, np.ndarray, int]:
     return x, y, bits
 
 
-def _turned(square: np.ndarray, height: int, width: int) -> list[np.ndarray]:
-    """Orders of a square of ranks in its four rotations, cropped to the map's top left corner."""
-    return [np.argsort(np.rot90(square, turns)[:height, :width], axis=None, kind="stable") for turns in range(4)]
+def _turned(square: np.ndarray, height: int, width: int, *, top: int = 0) -> list[np.ndarray]:
+    """Orders of a square of ranks in its four rotations, cropped to the map: on the left, from row `top` on."""
+    turned = (np.rot90(square, turns)[top : top + height, :width] for turns in range(4))
+    return [np.argsort(ranks, axis=None, kind="stable") for ranks in turned]
 
 
 @curve("hilbert", orders=8)
 def _hilbert(height: int, width: int) -> list[np.ndarray]:
     orders = _turned(_hilbert_rank(*_square(height, width)), height, width)
+    return [*orders, *(order[::-1] for order in orders)]
+
+
+@curve("hilbert-bottom-left", orders=8)
+def _hilbert_bottom_left(height: int, width: int) -> list[np.ndarray]:
+    square = _hilbert_rank(*_square(height, width))
+    orders = _turned(square, height, width, top=len(square) - height)
     return [*orders, *(order[::-1] for order in orders)]
 
 
