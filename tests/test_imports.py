@@ -205,3 +205,17 @@ def test_help_does_not_wait_for_torch():
     code = "import sys; from pamm.cli import main; main(['--help']); sys.exit('torch' in sys.modules or 'tyro' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "doctor" in done.stdout
+
+
+def test_pictures_are_opened_in_one_room():
+    """There they are opened as one of the listed formats; elsewhere Pillow might start other programs for them."""
+    for file in SOURCE.rglob("*.py"):
+        calls = [node.func for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+        opened = [
+            call
+            for call in calls
+            if isinstance(call, ast.Attribute)
+            and call.attr == "open"
+            and ast.unparse(call.value) in ("Image", "PIL.Image")
+        ]
+        assert not opened or file.parent.name == "images", file

@@ -5,14 +5,16 @@ from __future__ import annotations
 import importlib.util
 import io
 import os
+import struct
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps, features
 
-from data.png_files import GREY_ALPHA, RGB, RGBA, png
+from data.png_files import GREY_ALPHA, RGB, RGBA, chunk, png
 from pamm.images import (
     FORMATS,
     IMAGE_SUFFIXES,
@@ -170,6 +172,19 @@ def test_labels_are_png_whatever_their_name_says(tmp_path, suffix):
         create_task("semseg").read(path)
 
 
+@pytest.mark.parametrize("suffix", each([".jp2"]))
+def test_a_small_file_that_claims_a_huge_picture_is_refused_before_it_is_decoded(tmp_path, suffix):
+    path = write(tmp_path / "a.jp2", **WRITTEN[suffix])
+    content, side = bytearray(path.read_bytes()), struct.pack(">II", 15_000, 15_000)
+    at = content.index(b"ihdr")
+    content[at + 4 : at + 12] = side
+    at = content.index(b"\xff\x51")
+    content[at + 6 : at + 14] = content[at + 22 : at + 30] = side
+    path.write_bytes(content)
+    with pytest.raises(ImageError, match=r"has 15000 x 15000 = 225,000,000 pixels; the limit is 100,000,000\. Shrink"):
+        read_image(path)
+
+
 # -- kinds of pixels -------------------------------------------------------------------------------------------------------
 
 
@@ -256,3 +271,20 @@ def test_a_damaged_orientation_leaves_the_picture_as_stored(tmp_path):
     ):
         path = write(tmp_path / "a.jpg", exif=body, **WRITTEN[".jpg"])
         assert read_image(path).shape == SMOOTH.shape
+
+
+def test_a_photograph_of_108_megapixels_is_read_in_the_memory_it_needs(tmp_path):
+    width, height = 12_000, 9_000
+    packer, rows = zlib.compressobj(1), bytes(100 * (3 * width + 1))
+    pixels = b"".join(packer.compress(rows) for _ in range(height // 100)) + packer.flush()
+    header = struct.pack(">IIBBBBB", width, height, 8, RGB, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+    code = (
+        "import resource; from pamm.images import read_image; peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; "
+        f"before = peak(); shape = read_image({str(tmp_path / 'a.png')!r}).shape; print(*shape, peak() - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    *shape, kilobytes = map(int, done.stdout.split())
+    assert shape == [height, width, 3]
+    assert 3 * width * height < 1024 * kilobytes < 9 * width * height

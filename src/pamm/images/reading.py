@@ -23,6 +23,9 @@ from pamm.images.png import NOTE, pixels_of_png
 MAX_PIXELS = 250_000_000
 """Pictures with more pixels, images and labels alike, are refused before they are decoded."""
 
+_MOST_PIXELS = {"JPEG2000": 100_000_000, "WEBP": 150_000_000, "AVIF": 150_000_000, "HEIF": 150_000_000}
+"""The same for formats whose decoders take several times as much memory, 11 to 23 bytes per pixel."""
+
 _GLOBALS = threading.Lock()
 """Held while a global of Pillow or of Python's warnings is changed."""
 
@@ -38,19 +41,20 @@ _KINDS = {0: "grey", 2: "RGB", 3: "palette", 4: "grey and alpha", 6: "RGBA"}
 Source = str | os.PathLike[str] | BinaryIO
 
 
-def read_image(source: Source, *, exif: bool = True, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def read_image(source: Source, *, exif: bool = True, max_pixels: int | None = None) -> np.ndarray:
     """Photograph → (H, W, 3) uint8 RGB.
 
     Grey is repeated to three channels, 16 bits are scaled to 8, transparency is laid over white, palettes and CMYK are
     converted, colour profiles are not applied; of an animation the first frame is read. `exif` turns the picture as its
     EXIF orientation says, which is how every viewer shows it; Pillow turns `.heic` and `.tif` in any case. Takes 7 bytes of
-    memory per pixel. Raises ImageError for anything that is not a whole picture of at most `max_pixels`.
+    memory per pixel, 11 to 23 where the format is WebP, AVIF, HEIF or JPEG 2000. Raises ImageError for anything that is not a
+    whole picture of at most `max_pixels`, by default `MAX_PIXELS`, and fewer of those formats.
     """
     with decoding(source):
         return np.ascontiguousarray(_read(source, exif, max_pixels))  # turned when Pillow's copy is gone
 
 
-def _read(source: Source, exif: bool, max_pixels: int) -> np.ndarray:
+def _read(source: Source, exif: bool, max_pixels: int | None) -> np.ndarray:
     with open_picture(source) as picture:
         _check_size(picture, name_of(source), max_pixels)
         return _rgb(picture, name_of(source), exif)
@@ -68,7 +72,7 @@ def image_orientation(path: Path) -> int:
         return _orientation(picture)
 
 
-def read_values(path: Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def read_values(path: Path, *, max_pixels: int | None = None) -> np.ndarray:
     """Label PNG → its stored values, (H, W) or (H, W, channels), see `LabelPicture.values`. Raises ImageError."""
     with open_label(path) as label:
         _check_size(label.picture, name_of(path), max_pixels)
@@ -177,8 +181,10 @@ def name_of(source: Source) -> str:
     return str(getattr(source, "name", "the image"))
 
 
-def _check_size(picture: Image.Image, name: str, most: int) -> None:
+def _check_size(picture: Image.Image, name: str, most: int | None) -> None:
     pixels = picture.width * picture.height
+    if most is None:
+        most = _MOST_PIXELS.get(picture.format or "", MAX_PIXELS)
     if pixels > most:
         raise ImageError(
             f"{name} has {picture.height} x {picture.width} = {pixels:,} pixels; the limit is {most:,}. Shrink the "

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pamm.tasks.metrics import Sums, sum_metric
-from pamm.tasks.pictures import check_readable, colour_map, paint, png_bytes, read_png
+from pamm.tasks.pictures import by_strips, check_readable, colour_map, paint, png_bytes, read_png
 from pamm.tasks.scores import full_precision, mean_over
 from pamm.tasks.task import LabelError, LabelStatistics, Task, percent, register
 
@@ -203,10 +203,12 @@ class Depth(Task):
         """16-bit PNG in `unit`, rounded to its steps; `.npy`, in which nothing is rounded or cut, where the unit is coarser
         than a centimetre or a depth is beyond the PNG's 65535 steps.
         """
-        values = np.nan_to_num(np.asarray(prediction, np.float32), posinf=0).clip(min=0)
-        steps = np.rint(values.astype(np.float64) * self.steps)
-        if self.steps >= COARSEST and steps.max(initial=0) <= 65535:
-            return ".png", png_bytes(steps.astype(np.uint16))
+        values = np.nan_to_num(np.asarray(prediction, np.float32), posinf=0)
+        np.maximum(values, 0, out=values)
+        if self.steps >= COARSEST and np.rint(float(values.max(initial=0)) * self.steps) <= 65535:
+            return ".png", png_bytes(
+                by_strips(lambda part: np.rint(part.astype(np.float64) * self.steps).astype(np.uint16), values)
+            )
         buffer = io.BytesIO()
         np.save(buffer, values)
         return ".npy", buffer.getvalue()

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pamm.tasks.metrics import Sums, sum_metric
-from pamm.tasks.pictures import paint, png_bytes, read_png, to_byte
+from pamm.tasks.pictures import by_strips, paint, png_bytes, read_png, to_byte
 from pamm.tasks.scores import full_precision, mean_over
 from pamm.tasks.task import Task, register
 
@@ -125,7 +125,7 @@ class Normals(Task):
 
 def encode(normals: np.ndarray) -> np.ndarray:
     """(H, W, 3) in [−1, 1] → uint8."""
-    return to_byte((np.asarray(normals, np.float32) + 1) / 2)
+    return by_strips(lambda part: to_byte((np.asarray(part, np.float32) + 1) / 2), normals)
 
 
 def histogram_median(bins: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -16,6 +16,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from pamm.images import MAX_PIXELS, NOTE, ImageError, LabelPicture, open_label
 from pamm.tasks.task import LabelError
+
+STRIP_VALUES = 2**22
+"""Values that are encoded at once."""
 
 GREY = 128
 """Level of pixels that are not drawn."""
@@ -125,7 +128,16 @@ def probability_png(probability: np.ndarray) -> bytes:
 
 def to_byte(values: np.ndarray) -> np.ndarray:
     """Float array in [0, 1] → uint8 in [0, 255], rounded to nearest; NaN → 0."""
-    return np.rint(np.clip(np.nan_to_num(values), 0, 1) * 255).astype(np.uint8)
+    return by_strips(lambda part: np.rint(np.clip(np.nan_to_num(part), 0, 1) * 255).astype(np.uint8), values)
+
+
+def by_strips(function: Callable[[np.ndarray], np.ndarray], values: np.ndarray) -> np.ndarray:
+    """(H, ...) → `function` of it, strip by strip of rows, so that what is computed on the way stays small."""
+    values = np.asarray(values)
+    if values.ndim < 2 or values.size <= STRIP_VALUES:
+        return function(values)
+    rows = max(1, STRIP_VALUES * len(values) // values.size)
+    return np.concatenate([function(values[top : top + rows]) for top in range(0, len(values), rows)])
 
 
 def paint(picture: np.ndarray, valid: np.ndarray | None) -> np.ndarray:
