@@ -9,11 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from pamm.files import shown
-from pamm.images import ImageError
+from pamm.images import ImageError, open_picture
 from pamm.pictures import SheetRow, compose_sheet, save_sheet, sheet_row
 from pamm.prediction.inputs import PredictError, file_names
 from pamm.prediction.maps import DEFAULT_FORMATS, FORMATS, FolderError, check_folder, check_formats, try_folder
@@ -135,7 +134,7 @@ def _is_whole(path: Path) -> bool:
         if path.suffix == ".npy":
             np.load(path, mmap_mode="r", allow_pickle=False)
         else:
-            with Image.open(path, formats=["PNG"]) as picture:
+            with open_picture(path) as picture:
                 picture.verify()
     except Exception:  # Pillow and NumPy raise many kinds for what is no whole file
         return False
