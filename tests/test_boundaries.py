@@ -156,6 +156,77 @@ def test_the_outline_of_a_label_map_is_the_truth_where_asked_for(tmp_path) -> No
         measure_folders(*given)
 
 
+def inverted(folder: Path, new: Path, suffix: str = ".png") -> Path:
+    """The pictures of a folder with dark and light exchanged, as PNG or as floating point."""
+    new.mkdir()
+    for path in folder.iterdir():
+        values = 255 - np.asarray(Image.open(path))
+        if suffix == ".png":
+            Image.fromarray(values).save(new / path.name)
+        else:
+            np.save(new / f"{path.stem}.npy", values / 255)
+    return new
+
+
+@pytest.mark.parametrize("suffix", [".png", ".npy"])
+def test_inverted_maps_are_refused_and_measured_where_said(folders, tmp_path, suffix, capsys) -> None:
+    maps, truths = folders
+    dark = inverted(maps, tmp_path / "dark", suffix)
+    text = told(capsys, dark, truths)
+    assert "3 of 3 maps say of most pixels that they are boundaries" in text and "give --invert-maps" in text
+    assert "leave out --invert-maps" in told(capsys, maps, truths, "--invert-maps")
+    expected = measure_folders(maps, truths, max_distance=0.03)
+    found = measure_folders(dark, truths, max_distance=0.03, invert_maps=True)
+    assert found.scores()["ODS"]["F"] == pytest.approx(expected.scores()["ODS"]["F"], abs=0.01)
+    assert found.notes() == expected.notes() == []
+
+
+def test_inverted_truths_are_refused_and_measured_where_said(folders, tmp_path, capsys) -> None:
+    maps, truths = folders
+    dark = inverted(truths, tmp_path / "dark")
+    assert re.search(r"a\.png has lines on 98 % .*dark lines on white give --invert-truths", told(capsys, maps, dark))
+    assert "leave out --invert-truths" in told(capsys, maps, truths, "--invert-truths")
+    expected = measure_folders(maps, truths, max_distance=0.03).counts
+    found = measure_folders(maps, dark, max_distance=0.03, invert_truths=True).counts
+    assert all((found[name] == expected[name]).all() for name in expected)
+    (tmp_path / "mat").mkdir()
+    for seed, name in enumerate("abc"):
+        save_bsds(tmp_path / "mat" / f"{name}.mat", [~example(seed)[1]])
+    assert "give --invert-truths" in told(capsys, maps, tmp_path / "mat")
+    found = measure_folders(maps, tmp_path / "mat", max_distance=0.03, invert_truths=True).counts
+    assert all((found[name] == expected[name]).all() for name in expected)
+
+
+def test_a_mask_is_no_line_but_has_an_outline(folders, capsys) -> None:
+    maps, truths = folders
+    mask = np.zeros((40, 50), np.uint8)
+    mask[8:32, 10:40] = 255
+    Image.fromarray(mask).save(truths / "b.png")
+    text = told(capsys, maps, truths)
+    assert re.search(r"b\.png holds regions, \d+ pixels wide on average, .*give --outline", text), text
+    thick = np.zeros((40, 50), np.uint8)
+    thick[20:26, 5:45] = 255
+    Image.fromarray(thick).save(truths / "b.png")
+    assert measure_folders(maps, truths).counts["b"][1, 0] > 20
+
+
+def test_odd_files_are_told_beside_the_scores(folders, capsys) -> None:
+    maps, truths = folders
+    Image.fromarray(255 - np.asarray(Image.open(maps / "a.png"))).save(maps / "a.png")
+    for path in (maps / "b.png", truths / "c.png"):
+        Image.fromarray(np.zeros((40, 50), np.uint8)).save(path)
+    text = told(capsys, maps, truths, code=0)
+    for line in (
+        "1 of 3 maps are boundaries on most pixels",
+        "1 of 3 maps are 0 everywhere: b",
+        "truths have no line: c",
+    ):
+        assert line in text
+    for name in "ab":
+        Image.fromarray(np.zeros((40, 50), np.uint8)).save(truths / f"{name}.png")
+    assert "none of the 3 truths" in told(capsys, maps, truths)
+
+
 # -- the command ---------------------------------------------------------------------------------------------------------
 
 

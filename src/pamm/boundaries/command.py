@@ -33,6 +33,8 @@ def main(arguments: list[str]) -> int:
         ids=plain.ids,
         outline=plain.outline,
         suppressed=plain.suppressed,
+        invert_maps=plain.invert_maps,
+        invert_truths=plain.invert_truths,
         workers=plain.workers or processes(),
         progress=sys.stderr.isatty(),
     )
@@ -67,6 +69,8 @@ def arguments_parser() -> argparse.ArgumentParser:
         help="truths are outlines of regions of equal values: label maps, and NYUD-v2's boundary pictures under bdet",
     )
     own.add_argument("--suppressed", action="store_true", help="the maps went through non-maximum suppression already")
+    own.add_argument("--invert-maps", action="store_true", help="boundaries are dark on light in the maps")
+    own.add_argument("--invert-truths", action="store_true", help="lines are dark on light in the truths")
     own.add_argument(
         "--workers", type=at_least(1), help="processes (default: one per core); does not change the result"
     )
@@ -79,7 +83,8 @@ def format_scores(scores: BoundaryScores, *, every: bool = False) -> str:
     """The scores as text, with each image's best F: of all images, or of the worst."""
     found = scores.scores()
     lines = [
-        f"{len(scores.counts)} images, protocol {scores.protocol}, distance {scores.max_distance:g} of the diagonal"
+        *scores.notes(),
+        f"{len(scores.counts)} images, protocol {scores.protocol}, distance {scores.max_distance:g} of the diagonal",
     ]
     for name in ("ODS", "OIS"):
         at = f"threshold {found[name]['threshold']:g}" if name == "ODS" else "each image at its own threshold"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -17,6 +17,8 @@ from tqdm import tqdm
 
 from pamm.boundaries import BoundaryError
 from pamm.boundaries.files import pair_files, read_map, read_truths
+from pamm.data.listing import preview
+from pamm.files import shown
 from pamm.tasks.boundary import PROTOCOLS, average_precision, f_measure, protocol_counts
 from pamm.workers import serve_parent
 
@@ -35,6 +37,8 @@ class BoundaryScores:
     max_distance: float
     counts: dict[str, np.ndarray]
     """Image's name → (4, thresholds) int64, rows as in `COUNTS`."""
+    light: tuple[str, ...] = ()
+    """Maps most of whose pixels are boundaries."""
 
     @property
     def total(self) -> np.ndarray:
@@ -48,6 +52,20 @@ class BoundaryScores:
         """
         best = sum(found[:, f_measure(found).argmax()] for found in self.counts.values())
         return {"ODS": self._best(self.total), "OIS": _rates(best), "AP": average_precision(self.total)}
+
+    def notes(self) -> list[str]:
+        """What is odd about the files, in words."""
+        total = len(self.counts)
+        kinds = {
+            f"of {total} maps are boundaries on most pixels (median above {LIGHT:g}); inverted?": self.light,
+            f"of {total} maps are 0 everywhere": [n for n, found in self.counts.items() if not found[3].any()],
+            f"of {total} truths have no line": [n for n, found in self.counts.items() if not found[1].any()],
+        }
+        return [
+            f"note: {len(names)} {what}: {preview(shown(name) for name in names)}"
+            for what, names in kinds.items()
+            if names
+        ]
 
     def images(self) -> dict[str, dict[str, float]]:
         """Image's name → its best F, with threshold, recall and precision."""
@@ -91,6 +109,8 @@ def measure_folders(
     ids: Path | None = None,
     outline: bool = False,
     suppressed: bool = False,
+    invert_maps: bool = False,
+    invert_truths: bool = False,
     workers: int = 1,
     progress: bool = False,
 ) -> BoundaryScores:
@@ -104,10 +124,12 @@ def measure_folders(
         ids: list of the names to measure, one per line; all files of both folders by default.
         outline: the truths are the outlines of the regions that the values of their files form.
         suppressed: the maps went through non-maximum suppression already.
+        invert_maps: boundaries are dark on light in the maps.
+        invert_truths: lines are the pixels of 0 in the truths.
         workers: processes that share the images; the result is the same for any number.
         progress: show a bar on the standard error.
 
-    Raises BoundaryError, and DataError and LabelError for files that cannot be read. Needs pamm[train].
+    Raises BoundaryError, also for inverted maps, and DataError and LabelError for files that cannot be read. Needs pamm[train].
     """
     if protocol not in PROTOCOLS:
         raise BoundaryError(f"unknown protocol '{protocol}'; known protocols: {', '.join(PROTOCOLS)}")
@@ -116,14 +138,20 @@ def measure_folders(
             f"max_distance is {max_distance:g}, expected a fraction of the image's diagonal, e.g. 0.0075"
         )
     pairs = pair_files(Path(predictions), Path(truths), ids)
-    work = partial(measure_image, protocol=protocol, max_distance=max_distance, outline=outline, suppressed=suppressed)
+    light = light_maps({name: files[0] for name, files in pairs.items()}, invert_maps)
+    rule = {"protocol": protocol, "max_distance": max_distance, "suppressed": suppressed}
+    work = partial(measure_image, **rule, outline=outline, invert_maps=invert_maps, invert_truths=invert_truths)
     found = {}
     images = _start(work, pairs, workers)  # before the bar, which starts a thread: processes are forked without threads
     with tqdm(total=len(pairs), desc="boundaries", unit="image", disable=not progress) as bar:
         for name, counted in images:
             found[name] = counted
             bar.update()
-    return BoundaryScores(protocol, max_distance, {name: found[name] for name in pairs})
+    if not any(counted[1].any() for counted in found.values()):
+        raise BoundaryError(
+            f"none of the {len(pairs)} truths in {shown(truths, 300)} has a line: give the folder of the truths"
+        )
+    return BoundaryScores(protocol, max_distance, {name: found[name] for name in pairs}, tuple(light))
 
 
 def _start(work: Work, pairs: dict[str, tuple[Path, Path]], workers: int) -> Iterator[tuple[str, np.ndarray]]:
@@ -147,11 +175,36 @@ def _collect(pool: ProcessPoolExecutor, running: dict[Future, str]) -> Iterator[
         pool.shutdown(cancel_futures=True)
 
 
+LIGHT = 0.75
+"""A map whose median is higher is one of boundaries dark on light; the median of HED's 200 maps of BSDS is 0 everywhere."""
+
+
+def light_maps(maps: Mapping[str, Path], invert: bool) -> list[str]:
+    """Names of the maps that are light on most pixels. Raises BoundaryError where most maps are, and what `read_map` does."""
+    light = [name for name, path in maps.items() if np.median(read_map(path, invert=invert)) > LIGHT]
+    if 2 * len(light) > len(maps):
+        remedy = "leave out --invert-maps" if invert else "give --invert-maps"
+        raise BoundaryError(
+            f"{len(light)} of {len(maps)} maps say of most pixels that they are boundaries (median above {LIGHT:g}), e.g. "
+            f"{shown(maps[light[0]], 300)}: such maps have boundaries dark on light; {remedy}"
+        )
+    return light
+
+
 def measure_image(
-    prediction: Path, truth: Path, *, protocol: str, max_distance: float, outline: bool, suppressed: bool
+    prediction: Path,
+    truth: Path,
+    *,
+    protocol: str,
+    max_distance: float,
+    outline: bool,
+    suppressed: bool,
+    invert_maps: bool = False,
+    invert_truths: bool = False,
 ) -> np.ndarray:
     """Counts of one image, (4, thresholds) int64. Raises BoundaryError, LabelError."""
-    probability, truths = read_map(prediction), read_truths(truth, outline=outline)
+    probability = read_map(prediction, invert=invert_maps)
+    truths = read_truths(truth, outline=outline, invert=invert_truths)
     height, width = probability.shape
     for marked in truths:
         if marked.shape != probability.shape:
