@@ -72,8 +72,8 @@ def arguments_parser() -> argparse.ArgumentParser:
         "--curve",
         nargs="+",
         default=["hilbert", "snake", "morton"],
-        help="hilbert, snake, morton, hilbert-bottom-left; snake-released, morton-released (of pamm-released, whose hilbert is the same); cross "
-        "(MTMamba's)",
+        help="hilbert, snake, morton, hilbert-bottom-left; snake-released, morton-released (of pamm-released, whose hilbert "
+        "is the same); cross (MTMamba's)",
     )
     scans.add_argument(
         "--orders", type=at_least(1), default=4, help="orders of each curve (default: 4, as in the papers)"

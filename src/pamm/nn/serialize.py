@@ -35,11 +35,12 @@ def scan_orders(name: str, height: int, width: int, count: int = 4) -> Tensor:
     """The first `count` scan orders of a curve over a height×width map: LongTensor (count, height·width).
 
     "hilbert" (H-scan): the Hilbert curve of the smallest power of two that covers the map, turned by 0°, 90°, 180° and
-    270° counter-clockwise and cropped to the map's top left (PAMM, paper eq. 17). "morton" (Z-scan): turned and cropped
-    likewise. "hilbert-bottom-left": as "hilbert", cropped to the bottom left. "snake" (S-scan): along rows, along columns, and both backwards. Orders 5 to 8 of Hilbert are its first four
-    backwards; Morton and snake hold their reversals among the first four and continue with the mirrored curves.
-    "snake-released" and "morton-released": the S- and Z-scan of PAMM's published code, which turns and crops a square as
-    large as the map's longer side, whatever that is; they have four orders. Its Hilbert orders are "hilbert".
+    270° counter-clockwise and cropped to the map's top left (PAMM, paper eq. 17). "hilbert-bottom-left": as "hilbert",
+    cropped to the bottom left. "morton" (Z-scan): turned and cropped as "hilbert". "snake" (S-scan): along rows, along
+    columns, and both backwards. Orders 5 to 8 of Hilbert are its first four backwards; Morton and snake hold their reversals
+    among the first four and continue with the mirrored curves. "snake-released" and "morton-released": the S- and Z-scan of
+    PAMM's published code, which turns and crops a square as large as the map's longer side, whatever that is; they have four
+    orders. Its Hilbert orders are "hilbert".
 
     A compiled graph holds them as a constant. Raises ValueError for an unknown curve, an empty map, or a count outside 1 to
     what the curve offers.
