@@ -84,6 +84,8 @@ def test_one_process_per_run_folder(rooms, tmp_path):
     second = run("train", given, "--out", folder, "--quiet")
     assert second.returncode == 1 and second.stderr.count("\n") == 1
     assert f"another process (pid {process.pid} on " in second.stderr and "--out" in second.stderr
+    third = run("demo", "--out", folder, "--quiet")
+    assert third.returncode == 1 and f"another process (pid {process.pid} on " in third.stderr
     lines = (folder / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, len(lines) + 1)) and len(lines) >= 3
     workers = children(process.pid)

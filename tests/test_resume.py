@@ -297,6 +297,23 @@ def test_an_option_of_a_task_is_part_of_the_run(rooms, tmp_path):
         train(other, tmp_path, progress=False)
 
 
+def test_another_number_of_images_is_told(folder, tmp_path, capsys):
+    loop, loader = create_loop(on_folder(folder, steps=3), tmp_path / "run")
+    loop._one_step(next(iter(loader)))
+    loop.close()
+    for kind in ("images", "semseg", "depth"):
+        shutil.copy(folder / "train" / kind / "0.png", folder / "train" / kind / "9.png")
+    capsys.readouterr()
+    train(on_folder(folder, steps=3), tmp_path / "run", progress=False)
+    assert "had 2 images when" in (told := capsys.readouterr().err) and "has 3 now" in told
+
+
+def test_what_is_doubtful_in_the_data_is_told_before_the_first_step(folder, tmp_path, capsys):
+    describe(folder, classes="[sky, tree, road, car]")
+    create_loop(on_folder(folder), tmp_path / "run")[0].close()
+    assert "car" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_an_absent_split_is_told_before_the_first_step(folder, tmp_path, split):
     shutil.rmtree(folder / split)

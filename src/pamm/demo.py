@@ -16,6 +16,7 @@ from pamm.experiment import Experiment
 from pamm.models.saved import load_model
 from pamm.report import Figure, figure_from, format_table, write_report
 from pamm.strict import ConfigError
+from pamm.training.lock import FolderLock
 from pamm.training.processes import launch
 from pamm.training.run import train
 
@@ -29,6 +30,8 @@ def run_demo(experiment: Experiment, out: Path, *, progress: bool = True) -> Pat
         raise ConfigError(
             "pamm demo shows the synthetic rooms; for your own images: pamm train folder-pamm --data.root FOLDER"
         )
+    out.mkdir(parents=True, exist_ok=True)
+    FolderLock(out).release()  # another process in the folder is told now, not after the rooms are made
     started = time.perf_counter()
     tasks = create_tasks(experiment)
     for split in ("train", "val"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -177,6 +178,7 @@ def _batches(loader: DataLoader) -> Iterator[dict[str, Any] | str]:
         except (OSError, EOFError) as error:
             if not loader.num_workers:
                 raise
+            time.sleep(1)  # torch's handler of SIGCHLD raises its own error, with the cause, where a process has died
             raise WorkerError(data_worker_ended(str(error) or type(error).__name__)) from error
         yield loaded
 

@@ -105,6 +105,8 @@ def load_training(target: Path, model: MultiTaskModel, optimizer: Any, state: di
         if not isinstance(saved, dict) or "optimizer" not in saved:
             raise ValueError("it holds no state of an optimizer")
         moments = saved.pop("optimizer")
+        if "images" in state:  # states of earlier releases lack it
+            saved.setdefault("images", state["images"])
         _check_numbers(saved, state)
         own = optimizer.state_dict()
         _check_groups(moments, own["param_groups"])
@@ -130,8 +132,8 @@ def _check_numbers(saved: dict[str, Any], state: Mapping[str, Any]) -> None:
     """Raise ValueError unless `saved` has the keys and types of `state`, and steps in an order that a run has."""
     if {key: type(value) for key, value in saved.items()} != {key: type(value) for key, value in state.items()}:
         raise ValueError(f"it holds {', '.join(map(str, saved))} instead of {', '.join(state)}")
-    step = saved["step"]
-    if step < 0 or not all(0 <= saved[key] <= step for key in ("evaluated", "best_step")) or math.isnan(saved["best"]):
+    step, later = saved["step"], [saved["evaluated"], saved["best_step"]]
+    if step < 0 or saved.get("images", 0) < 0 or not all(0 <= s <= step for s in later) or math.isnan(saved["best"]):
         raise ValueError(f"its steps and best loss are {saved}")
 
 

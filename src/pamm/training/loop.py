@@ -105,22 +105,26 @@ class Loop:
     def run(self, loader: Iterable[list[Batch]]) -> Evaluation:
         """All remaining steps, then the evaluation of the best weights."""
         try:
-            with self.signals:
-                self.saved_at = time.monotonic()
-                self.model.train()
-                if self._due(self.state["step"]):  # killed between saving and evaluating
-                    self.validate()
-                    self.save()
-                for parts in loader:
-                    self._one_step(parts)
-                return self._finish()
+            try:
+                with self.signals:
+                    return self._run(loader)
+            finally:
+                self.close()
         except Exception as error:
             told = exhausted(error)
             if told is None:
                 raise
             raise TrainingError(f"{told}. {self._kept()}") from error
-        finally:
-            self.close()
+
+    def _run(self, loader: Iterable[list[Batch]]) -> Evaluation:
+        self.saved_at = time.monotonic()
+        self.model.train()
+        if self._due(self.state["step"]):  # killed between saving and evaluating
+            self.validate()
+            self.save()
+        for parts in loader:
+            self._one_step(parts)
+        return self._finish()
 
     def close(self) -> None:
         """Close the log and the progress bar, and give the run folder up."""

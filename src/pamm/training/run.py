@@ -98,13 +98,20 @@ def _create_loop(
     data = open_dataset(experiment.data, "train", tasks)
     validation = open_dataset(experiment.data, "val", tasks)  # if there is none, that is told now and not after hours
     tell_unmeasured(fabric, validation, tasks)
-    for note in notes_before_training((data, validation)):
+    for note in () if resumes else notes_before_training((data, validation)):
         tell(fabric, f"note: {note}")
     network = create_network(fabric, experiment, tasks, out, resumes=resumes)
     model, optimizer = fabric.setup(network, create_optimizer(network, config))
-    state = {"step": 0, "evaluated": 0, "best": math.inf, "best_step": 0}
+    state = {"step": 0, "evaluated": 0, "best": math.inf, "best_step": 0, "images": len(data)}
     if resumes:
         state = load_training(out / "last", network, optimizer, state)
+        if state["images"] != len(data):
+            tell(
+                fabric,
+                f"the training split had {state['images']} images when {out / 'last'} was saved and has {len(data)} now: the run "
+                "goes on with other batches than one that was not stopped",
+            )
+            state["images"] = len(data)
         if state["step"] > config.steps:
             raise CheckpointError(
                 f"{out / 'last'} holds step {state['step']}, but train.steps is {config.steps}: choose another folder with --out"
