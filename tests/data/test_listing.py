@@ -1,6 +1,7 @@
 """No file of a folder is passed over in silence, and lists of names mean the same however they were written."""
 
 import os
+import re
 import unicodedata
 
 import numpy as np
@@ -15,6 +16,8 @@ from pamm.data import DataError, dataset_options, open_dataset
 from pamm.data.inspect import inspect_dataset
 from pamm.data.listing import list_folder, read_ids
 from pamm.experiment import DataConfig
+from pamm.look import LookError
+from pamm.look.subjects import from_files
 from pamm.prediction import list_inputs
 from pamm.tasks import create_task
 
@@ -259,6 +262,8 @@ def test_inputs_that_are_not_read_are_counted_with_the_remedy(tmp_path):
     named = list_inputs([tmp_path / "c", tmp_path])  # a file given by its name is taken
     assert [path.name for path in named.images] == ["c", "a.png"]
     assert [path.name for path in named.unread] == ["b.exr", "d.tga"]
+    with pytest.raises(LookError, match=r"3 of the files given are not read.*b\.exr"):
+        from_files([tmp_path])
 
 
 def test_boundary_maps_that_are_not_read_are_named(tmp_path):
@@ -320,10 +325,11 @@ def test_where_an_image_goes_is_written_down(undivided):
 
 
 def test_fractions_that_leave_nothing_and_a_second_validation_split_are_refused(undivided):
-    with pytest.raises(DataError, match=r"leaves no image to val of the 40.*more than"):
-        open_split(undivided, "val", val_fraction=1e-9)
-    with pytest.raises(DataError, match=r"leaves no image to train of the 40.*at most"):
-        open_split(undivided, val_fraction=1)
+    for split, fraction in (("val", 1e-9), ("train", 1)):
+        with pytest.raises(DataError, match=rf"leaves no image to {split} of the 40") as raised:
+            open_split(undivided, split, val_fraction=fraction)
+        bound = re.search(r"--data\.val-fraction to at (?:least|most) ([0-9.]+),", str(raised.value))
+        assert len(open_split(undivided, split, val_fraction=float(bound[1]))) >= 1
     write(undivided / "val" / "images" / "a.png", np.zeros((12, 16, 3)))
     with pytest.raises(DataError, match=r"val_fraction is 0\.1.*val/images holds files too"):
         open_split(undivided, val_fraction=0.1)

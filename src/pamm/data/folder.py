@@ -10,6 +10,7 @@ With `data.val_fraction`, the validation split is a part of train's images, chos
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -87,10 +88,12 @@ class FolderDataset(FileDataset):
     def _keep(self, ids: set[str], val_fraction: float) -> None:
         """Leave out all other images and their labels. Raises DataError where none is left."""
         if self._images and not ids:
-            positions = sorted(map(position, self._images))
-            bound = f"more than {positions[0]:.3g}" if self.split == "val" else f"at most {positions[-1]:.3g}"
+            places = [math.floor(1000 * position(id)) for id in self._images]
+            bound = (
+                f"at least {(min(places) + 1) / 1000:g}" if self.split == "val" else f"at most {max(places) / 1000:g}"
+            )
             raise DataError(
-                f"data.val_fraction is {val_fraction:g}, which leaves no image to {self.split} of the {len(positions)} in "
+                f"data.val_fraction is {val_fraction:g}, which leaves no image to {self.split} of the {len(places)} in "
                 f"{self.folder / 'images'}. Set --data.val-fraction to {bound}, or make {self.root / 'val'} by hand."
             )
         self._images = {id: path for id, path in self._images.items() if id in ids}

@@ -15,10 +15,11 @@ from pamm.data import open_dataset
 from pamm.data.sample import Sample
 from pamm.evaluate import measurable_tasks, saved_experiment
 from pamm.experiment import Experiment
+from pamm.files import shown
 from pamm.look import LookError
 from pamm.models.backbone import NoBackbone
 from pamm.models.model import MultiTaskModel
-from pamm.prediction import Predictor, expand_inputs, file_names, to_array
+from pamm.prediction import Predictor, file_names, list_inputs, to_array
 from pamm.strict import ConfigError
 from pamm.tasks import Task, create_task
 
@@ -52,8 +53,18 @@ class Subjects(Sequence[Subject]):
 
 
 def from_files(patterns: Sequence[str | Path]) -> Subjects:
-    """Files, folders and globs of images → subjects without truths. Raises PredictError, and ImageError when read."""
-    paths = expand_inputs(patterns)
+    """Files, folders and globs of images → subjects without truths.
+
+    Raises PredictError, LookError where they hold files that are not read, and ImageError when an image is read.
+    """
+    inputs = list_inputs(patterns)
+    if inputs.unread:
+        path, reason = inputs.failures()[0]
+        raise LookError(
+            f"{len(inputs.unread)} of the files given are not read, e.g. {shown(path)}: {reason}; or name the images, e.g. "
+            "'photos/*.jpg'"
+        )
+    paths = inputs.images
     names = file_names(paths)
     return Subjects(names, lambda index: Subject(names[index], to_array(paths[index])))
 
