@@ -195,7 +195,7 @@ WRONG = {
     "no experts": (["router", "baseline", "--images", "photographs"], "built without experts"),
     "no data": (["predictions", "pamm"], "no experiment.yaml beside .*give photographs: --images photo.jpg"),
     "two kinds of images": (["predictions", "pamm", "--images", "photographs", "--ids", "0"], "exclude one another"),
-    "no model": (["features", "runs/gone/too", "--images", "photographs"], "no run folder"),
+    "no model": (["features", "runs/gone/too", "--images", "photographs"], "nothing at .*gone"),
     "names": (["predictions", "pamm", "--images", "photographs", "--names", "a", "b"], "--names: found 2 .*expected 1"),
     "twice": (["predictions", "pamm", "pamm", "--images", "photographs"], "pamm is given twice"),
     "stage": (["features", "pamm", "--images", "photographs", "--stages", "9"], "no '9' .*which has 1, 2, fused"),
