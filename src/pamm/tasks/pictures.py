@@ -79,8 +79,9 @@ def read_mask(path: Path, *, soft: bool = False) -> np.ndarray:
     """Grey PNG of 1 to 8 bits → (H, W) uint8 mask: 0 where the value is 0, 1 where it is the largest of its bits.
 
     Other values are refused: a third value may mean that a pixel is unknown, and 0 and 1, 2 or 100 in 8 bits would all
-    be black. soft: the file is a map of probabilities, of which more than half is a yes; so is a file that this library
-    wrote as such (`PROBABILITY`). Raises LabelError.
+    be black. In a map of probabilities, or a mask with softened edges, more than half is a yes. Such is a file with many
+    levels (`LEVELS`) of which some are above half, one that this library wrote as such (`PROBABILITY`), and every file
+    where `soft` is set. Raises LabelError.
     """
     expected = "a grey PNG, 0 = no, 255 = yes"
     with open_png(path, {"grey": (1, 2, 4, 8)}, expected) as label:
@@ -89,10 +90,12 @@ def read_mask(path: Path, *, soft: bool = False) -> np.ndarray:
     if full > 1 and values.max() == 1:
         raise LabelError(f"{path} holds the values 0 and 1 only, expected {expected}; multiply it by {full}")
     if not soft and not ((values == 0) | (values == full)).all():
-        raise LabelError(
-            f"{path} holds the values {listed(np.unique(values).tolist())}, expected {expected}. Write a mask of these two "
-            "values; for a map of probabilities, of which more than half is a yes, set the task's option soft: true"
-        )
+        found = np.unique(values).tolist()
+        if len(found) < LEVELS or found[-1] <= full // 2:
+            raise LabelError(
+                f"{path} holds the values {listed(found)}, expected {expected}. Write a mask of these two values; for a map of "
+                "probabilities, of which more than half is a yes, set the task's option soft: true"
+            )
     return (values > full // 2).astype(np.uint8)
 
 
@@ -101,6 +104,9 @@ def listed(values: Sequence[object], most: int = 8) -> str:
     more = f" and {len(values) - most} more" if len(values) > most else ""
     return (", " if more or len(values) > 2 else " and ").join(map(str, values[:most])) + more
 
+
+LEVELS = 16
+"""Different values from which on a mask of more than two is taken for a map of probabilities: codes and indices are fewer."""
 
 PROBABILITY = "probability"
 """Note of a PNG whose levels of grey are probabilities, 255 = 1."""
