@@ -201,7 +201,8 @@ def test_predict_writes_maps_and_reports_bad_files(trained, tmp_path, capsys):
     images.mkdir()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (61, 83, 3), np.uint8)).save(images / "good.png")
     (images / "empty.jpg").write_bytes(b"")
-    text = told(capsys, "predict", trained, images, "--out", tmp_path / "out", "--device", "cpu")
+    formats = ["--formats", "picture, npy,picture"]
+    text = told(capsys, "predict", trained, images, "--out", tmp_path / "out", "--device", "cpu", *formats)
     assert "1 of 2 images" in text and "empty.jpg" in text
     depth = [path for path in (tmp_path / "out").rglob("*.npy") if "depth" in str(path)]
     assert len(depth) == 1 and np.load(depth[0]).shape == (61, 83)

@@ -124,3 +124,11 @@ def test_what_a_terminal_would_obey_is_escaped_in_messages(tmp_path):
     for arguments in (("train", name), ("predict", name, tmp_path / name), ("eval", name), (name,)):
         said = b"".join(run_pamm(*arguments, code=2 if arguments == (name,) else 1))
         assert b"\x1b" not in said and b"\x07" not in said and "\u202e".encode() not in said and rb"\x1b" in said
+
+
+def test_a_page_shows_what_cannot_be_shown_as_escapes(tmp_path):
+    from pamm.report import escape, html_page
+
+    text = escape(f"<b>{ODD}\x07")
+    assert text == r"&lt;b&gt;caf\xe9 \x1b[31mred→.png\x07"
+    (tmp_path / "page.html").write_text(html_page(ODD, [text]), encoding="utf-8")
