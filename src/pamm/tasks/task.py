@@ -298,7 +298,9 @@ def create_task(name: str, **options: Any) -> Task:
     if name not in TASKS:
         raise ValueError(f"unknown task '{name}'; known tasks: {', '.join(sorted(TASKS))}")
     known = option_defaults(name)
-    hints = typing.get_type_hints(TASKS[name].__init__)
+    hints: dict[str, Any] = {}
+    with suppress(NameError):  # a task from elsewhere may name a type that it imports for type checkers alone
+        hints = typing.get_type_hints(TASKS[name].__init__)
     for option in options:
         if option not in known:
             near = get_close_matches(option, known, n=1)
