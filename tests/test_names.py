@@ -56,6 +56,17 @@ def test_an_experiments_file_names_its_data(mine, tmp_path, capsys):
     assert "semseg: 1 labels" in run_command(capsys, "data", "e.yaml", code=0)
 
 
+def test_an_experiments_options_say_how_its_labels_are_read(mine, tmp_path, capsys):
+    for split in ("train", "val"):
+        Image.fromarray(np.full((48, 64), 2, np.uint8)).save(mine / split / "semseg/a.png")
+    assert "class index 2" in run_command(capsys, "data", "mine", "--deep", code=1)
+    text = f"data: {{name: folder, root: {mine}}}\ntasks: {{semseg: {{options: {{classes: [a, b, c]}}}}}}"
+    (tmp_path / "three.yaml").write_text(text)
+    assert "problem" not in run_command(capsys, "data", "three.yaml", "--deep", code=0)
+    (tmp_path / "wrong.yaml").write_text(text.replace("classes", "clases"))
+    assert "Did you mean 'classes'" in run_command(capsys, "data", "wrong.yaml", code=1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -405,13 +405,16 @@ def data(arguments: list[str]) -> int:
     plain = own.parse_args(arguments)
     from dataclasses import replace
 
+    from pamm.build import check_options
     from pamm.data import DATASETS
     from pamm.data.inspect import format_inspection, inspect_dataset, reading_workers
     from pamm.experiment import Experiment, check
     from pamm.files import shown
     from pamm.recipes import named_data
 
-    config = named_data(plain.source, plain.root)
+    experiment = named_data(plain.source, plain.root)
+    config, own_options = experiment.data, {name: task.options for name, task in experiment.tasks.items()}
+    check_options(experiment)
     if plain.val_fraction is not None:
         config = replace(config, val_fraction=plain.val_fraction)
         check(Experiment(data=config))
@@ -419,7 +422,8 @@ def data(arguments: list[str]) -> int:
     if hasattr(DATASETS[config.name], "prepare"):
         for split in ("train", "val"):
             DATASETS[config.name].open(config, split, {}).prepare(workers=os.cpu_count() or 1)
-    rows = inspect_dataset(config, deep=plain.deep, workers=reading_workers(), progress=sys.stderr.isatty())
+    how = {"deep": plain.deep, "workers": reading_workers(), "progress": sys.stderr.isatty()}
+    rows = inspect_dataset(config, options=own_options, **how)
     print(format_inspection(rows))
     return 1 if any(row.problems for row in rows) else 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
@@ -46,11 +46,14 @@ def inspect_dataset(
     config: DataConfig,
     splits: Iterable[str] = ("train", "val"),
     *,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
     deep: bool = False,
     workers: int = 0,
     progress: bool = False,
 ) -> list[SplitReport]:
     """One report per split; problems are collected, not raised.
+
+    options: task → what an experiment sets of it, which comes before what the data set says (see `pamm.build.label_options`).
 
     Without `deep`, files are listed and the headers of images read. With `deep`, every image and label is read, by as many
     processes as `workers` (0: this one). Of synthetic data only what was made counts; nothing is made here (see
@@ -59,12 +62,11 @@ def inspect_dataset(
     reports = [SplitReport(split) for split in splits]
     for report in reports:
         try:
-            options = DATASETS[config.name].options(config)
-            tasks = {name: create_task(name, **values) for name, values in options.items()}
+            tasks = _readers(config, options or {})
             dataset = DATASETS[config.name].open(config, report.split, tasks)
         except DataError as error:
             report.problems.append(str(error))
-            report.problems += _further_problems(config, report.split, str(error))
+            report.problems += _further_problems(config, options or {}, report.split, str(error))
             continue
         absent = set(dataset.absent())
         present = [index for index in range(len(dataset)) if index not in absent]
@@ -80,16 +82,24 @@ def inspect_dataset(
     return reports
 
 
-def _further_problems(config: DataConfig, split: str, first: str) -> list[str]:
+def _readers(config: DataConfig, options: Mapping[str, Mapping[str, Any]]) -> dict[str, Task]:
+    """Every task of the data set, as its labels are read."""
+    described = DATASETS[config.name].options(config)
+    return {name: create_task(name, **(values | options.get(name, {}))) for name, values in described.items()}
+
+
+def _further_problems(
+    config: DataConfig, options: Mapping[str, Mapping[str, Any]], split: str, first: str
+) -> list[str]:
     """What is wrong with the labels of every task, where opening all of them ended with the first mistake."""
     kind, found = DATASETS[config.name], [first]
     try:
-        options = kind.options(config)
+        tasks = _readers(config, options)
     except DataError:
         return []
-    for name, values in options.items():
+    for name, task in tasks.items():
         try:
-            kind.open(config, split, {name: create_task(name, **values)})
+            kind.open(config, split, {name: task})
         except DataError as error:
             if str(error) not in found:
                 found.append(str(error))

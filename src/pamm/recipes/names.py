@@ -41,8 +41,8 @@ PACKAGES = {"gt_sets": "nyud-pamm-b", "JPEGImages": "pascal-pamm-b", "leftImg8bi
 """Folder by which a public data set is known → a recipe on it."""
 
 
-def named_data(name: str, root: str | None = None) -> DataConfig:
-    """A folder, a recipe's name or an experiment.yaml → its data set, with another root if one is given.
+def named_data(name: str, root: str | None = None) -> Experiment:
+    """A folder, a recipe's name or an experiment.yaml → an experiment on its data set, with another root if one is given.
 
     What holds a slash is a path; another name is a recipe, if there is one, before it is a folder. Raises ConfigError.
     """
@@ -51,7 +51,7 @@ def named_data(name: str, root: str | None = None) -> DataConfig:
     is_yaml = re.fullmatch(r".+\.ya?ml(\+.+)?", name) and not folder.is_dir()
     is_recipe = name.partition("+")[0] in {**RECIPES, **RENAMED}
     if is_yaml or not (is_path or (folder.is_dir() and not is_recipe)):
-        return named_experiment(name, root).data
+        return named_experiment(name, root)
     if root is not None:
         raise ConfigError(f"--root {root} and the folder {name} are both given; give the data set's folder once")
     if not folder.is_dir():
@@ -60,10 +60,10 @@ def named_data(name: str, root: str | None = None) -> DataConfig:
         )
     package = next((recipe for part, recipe in PACKAGES.items() if (folder / part).is_dir()), None)
     if package:
-        return named_experiment(package, str(folder)).data
+        return named_experiment(package, str(folder))
     if (folder / "experiment.yaml").is_file() and not (folder / "train").is_dir():
         raise ConfigError(f"{name} is a run's folder; for the data of that run: pamm data {folder / 'experiment.yaml'}")
-    return DataConfig(name="folder", root=str(folder))
+    return Experiment(data=DataConfig(name="folder", root=str(folder)))
 
 
 def _unknown(name: str) -> str:
