@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pamm.training.run import train
 from runs import ENVIRONMENT, children, ended, logged, run, start, wait_until, written
 from tiny import experiment
 
@@ -128,8 +130,7 @@ def evaluate(arguments):
     metric = create_task("edge").metric()
     generator = torch.Generator().manual_seed(0)
     metric.update(torch.rand(8, 1, 200, 200, generator=generator), (torch.rand(8, 1, 200, 200) > 0.9).byte())
-    for process in metric.pool._processes.values():
-        os.kill(process.pid, signal.SIGKILL)
+    os.kill(next(iter(metric.pool._processes)), signal.SIGKILL)  # the other has to be ended
     metric.compute()
 
 import pamm.cli
@@ -180,6 +181,106 @@ def test_a_full_disk_keeps_the_last_checkpoint(rooms, tmp_path):
     assert told.startswith("pamm: could not save") and "is intact" in told and "Traceback" not in done.stderr
     assert saved_step(tmp_path / "run") == 2
     assert not list((tmp_path / "run").glob(".last.*"))
+
+
+FULL_FROM_THE_START = """
+import resource, signal, sys
+from pamm.cli import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@linux
+def test_a_disk_too_full_for_the_log_is_told(rooms, tmp_path):
+    train(experiment(rooms, steps=3), tmp_path / "rooms are made", progress=False)
+    given = written(experiment(rooms, steps=100, save_every=1000), tmp_path)
+    arguments = ["train", str(given), "--out", str(tmp_path / "run"), "--quiet"]
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_FROM_THE_START, *arguments],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        check=False,
+    )
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert str(tmp_path / "run") in done.stderr and "free space" in done.stderr, done.stderr
+
+
+PREPARE_AND_WAIT = """
+import multiprocessing, os, sys, time
+from concurrent.futures import ProcessPoolExecutor
+from pamm.workers import serve_parent
+if __name__ == "__main__":
+    pool = ProcessPoolExecutor(2, multiprocessing.get_context(sys.argv[1]), serve_parent)
+    print(*pool.map(abs, range(1)), *pool._processes, flush=True)
+    time.sleep(600)
+"""
+
+
+@linux
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_pool_workers_end_with_their_parent(tmp_path, method, number):
+    """However it ends; a Ctrl-C is the parent's to answer."""
+    (tmp_path / "parent.py").write_text(PREPARE_AND_WAIT)
+    parent = subprocess.Popen(
+        [sys.executable, tmp_path / "parent.py", method],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        start_new_session=True,
+    )
+    workers = [int(word) for word in parent.stdout.readline().split()[1:]]
+    assert workers
+    for worker in workers:
+        os.kill(worker, signal.SIGINT)
+    assert not any(map(ended, workers))
+    parent.send_signal(number)
+    parent.wait()
+    wait_until(lambda: all(map(ended, workers)))
+    parent.stdout.close()
+
+
+KILLED_READER = """
+import os, signal, sys
+from pamm.cli import main
+from pamm.data.synthetic import SyntheticDataset
+SyntheticDataset.__getitem__ = lambda self, index: os.kill(os.getpid(), signal.SIGKILL)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@linux
+def test_a_killed_data_worker_of_an_evaluation_is_told_in_a_line(rooms, tmp_path):
+    train(experiment(rooms, steps=1), tmp_path / "run", progress=False)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_READER, "eval", str(tmp_path / "run"), "--workers", "1"],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        check=False,
+    )
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("pamm: a data loading process ended") and "--workers 0" in done.stderr
+
+
+@pytest.mark.slow
+@linux
+def test_a_killed_maker_of_rooms_is_told_in_a_line(tmp_path):
+    settings = experiment(str(tmp_path / "rooms"))
+    settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, images=(3000, 5)))
+    process = start("data", written(settings, tmp_path))
+    wait_until(lambda: list((tmp_path / "rooms").rglob("*.z")), process)
+    makers = [c for c in children(process.pid) if "spawn_main" in Path(f"/proc/{c}/cmdline").read_text()]
+    os.kill(makers[0], signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    told = errors.strip().splitlines()[-1]
+    assert process.returncode == 1 and "Traceback" not in errors, errors
+    assert told.startswith("pamm: a process that made synthetic rooms ended")
 
 
 @pytest.mark.slow

@@ -57,12 +57,9 @@ def main(arguments: list[str] | None = None) -> int:
                 return 141
             say(f"pamm: standard output cannot be written ({error.strerror})")
             return 1
-        from pamm.workers import exhausted
-
-        told = str(error) if is_told(error) else exhausted(error)
-        if told is None:
+        if (text := told(error)) is None:
             raise
-        say(f"pamm: {told}")
+        say(f"pamm: {text}")
         return 1
 
 
@@ -130,18 +127,19 @@ def print_any_character() -> None:
             stream.reconfigure(errors="pamm")
 
 
-def is_told(error: Exception) -> bool:
-    """Whether the error's message tells the user what to do: one of this package's own, a missing extra, a file's error."""
+def told(error: Exception) -> str | None:
+    """What to say of an error: of one of this package's own, a missing extra, a file's error, a lack of memory; else None."""
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("pamm"):
-        error.args = (f"{error}. Install the missing extra: pip install 'pamm[train,demo]'",)
-        return True
+        return f"{error}. Install the missing extra: pip install 'pamm[train,demo]'"
     if isinstance(error, OSError) and error.filename is not None:
-        error.args = (f"{error.filename}: {error.strerror}. Choose another place, or free space or permissions there",)
-        return True
+        return f"{error.filename}: {error.strerror}. Choose another place, or free space or permissions there"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # of a write, which names no file
-        error.args = (f"{error.strerror}. Free some space, or write to another disk",)
-        return True
-    return type(error).__module__.startswith("pamm.")
+        return f"{error.strerror}. Free some space, or write to another disk"
+    if type(error).__module__.startswith("pamm."):
+        return str(error)
+    from pamm.workers import exhausted
+
+    return exhausted(error)
 
 
 def is_first_process() -> bool:

@@ -13,14 +13,21 @@ from concurrent.futures.process import BrokenProcessPool
 def serve_parent(*_: object) -> None:
     """Call first in a worker process, which `multiprocessing` started.
 
-    SIGINT and SIGTERM to the whole process group are the parent's to answer: it saves, then ends its workers itself. And where
-    the parent ends without a word, by SIGKILL, the worker ends too.
+    A Ctrl-C, which the whole process group receives, is the parent's to answer. SIGTERM ends the worker (a forked one has the
+    parent's handler): so a pool of which one worker died gets rid of the others. Where the parent ends without a word, by
+    SIGKILL, the worker ends too.
     """
-    for name in ("SIGINT", "SIGTERM"):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def serve_training(*_: object) -> None:
+    """As `serve_parent`, and a SIGTERM to the whole process group is the parent's too: it saves, then ends its workers itself."""
+    serve_parent()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _end_with(sentinel: int) -> None:
@@ -49,7 +56,7 @@ def exhausted(error: BaseException) -> str | None:
         return None
     text = str(error)
     first = (text.strip() or type(error).__name__).splitlines()[0]
-    if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
+    if isinstance(error, RuntimeError) and text.startswith(("DataLoader worker", "Pin memory thread")):
         return data_worker_ended(first)
     if isinstance(error, BrokenProcessPool):
         return (

@@ -15,7 +15,7 @@ from pamm.data.sample import Batch, DataError, Dataset, Sample, collate
 from pamm.data.transforms import EvalTransform, TrainTransform
 from pamm.experiment import check_batch
 from pamm.tasks import Task
-from pamm.workers import WorkerError, data_worker_ended, serve_parent
+from pamm.workers import WorkerError, data_worker_ended, serve_training
 
 if TYPE_CHECKING:
     from pamm.experiment import TrainConfig
@@ -196,6 +196,6 @@ def _loader(dataset: torch.utils.data.Dataset, tasks: Mapping[str, Task], worker
         num_workers=workers,
         collate_fn=partial(_collate, tasks=tasks),
         generator=torch.Generator().manual_seed(0),
-        worker_init_fn=serve_parent,
+        worker_init_fn=serve_training,
         **options,
     )

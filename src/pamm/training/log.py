@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pamm.files import replacing
@@ -14,6 +16,20 @@ LONGEST = 1 << 22
 
 Line = tuple[int, bytes, dict]
 """Step, the line as it stands, its content."""
+
+
+class _Thread:
+    """While it lives, an OSError in TensorBoard's writing thread is not printed there: the next write raises it."""
+
+    def __init__(self):
+        self.previous, threading.excepthook = threading.excepthook, self._receive
+
+    def _receive(self, found: threading.ExceptHookArgs) -> None:
+        if not issubclass(found.exc_type, OSError):
+            self.previous(found)
+
+    def close(self) -> None:
+        threading.excepthook = self.previous
 
 
 class Log:
@@ -26,18 +42,19 @@ class Log:
     def __init__(self, out: Path, step: int, evaluated: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        path = out / "log.jsonl"
+        self.path, self.folder = out / "log.jsonl", out / "tensorboard"
         gone, recent = step + 1, []
-        with replacing(path) as new, new.open("wb") as kept:
-            for number, line, content in _lines(path):
+        with replacing(self.path) as new, new.open("wb") as kept:
+            for number, line, content in _lines(self.path):
                 if number <= (evaluated if content["kind"] == "val" else step) and step:
                     kept.write(line + b"\n")
                     if number > evaluated:
                         recent.append((number, content))
                 else:
                     gone = min(gone, number)
-        self.file = path.open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(out / "tensorboard"), purge_step=gone)
+        self.file = self.path.open("a", encoding="utf-8")
+        self.thread = _Thread()
+        self.board = SummaryWriter(str(self.folder), purge_step=gone)
         for number, content in recent:
             if number >= gone:  # TensorBoard drops whole steps: what stays of them is written once more
                 self._draw(number, content["kind"], content)
@@ -45,23 +62,41 @@ class Log:
     def write(self, step: int, kind: str, values: dict[str, float]) -> None:
         """One line and the same numbers to TensorBoard; numbers that are not finite are left out."""
         finite = {key: value for key, value in values.items() if math.isfinite(value)}
-        self.file.write(json.dumps({"step": step, "kind": kind, **finite}) + "\n")
-        self.file.flush()
+        with _naming(self.path):
+            self.file.write(json.dumps({"step": step, "kind": kind, **finite}) + "\n")
+            self.file.flush()
         self._draw(step, kind, finite)
 
     def _draw(self, step: int, kind: str, values: dict[str, float]) -> None:
-        for key, value in values.items():
-            if key not in ("step", "kind") and isinstance(value, (int, float)):
-                self.board.add_scalar(f"{kind}/{key}", value, step)
+        with _naming(self.folder):
+            for key, value in values.items():
+                if key not in ("step", "kind") and isinstance(value, (int, float)):
+                    self.board.add_scalar(f"{kind}/{key}", value, step)
 
     def flush(self) -> None:
         """Let TensorBoard's file hold all that was written."""
-        self.board.flush()
+        with _naming(self.folder):
+            self.board.flush()
 
     def close(self) -> None:
         """Close both."""
-        self.file.close()
-        self.board.close()
+        with _naming(self.path):
+            self.file.close()
+        try:
+            with _naming(self.folder):
+                self.board.close()
+        finally:
+            self.thread.close()
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """A full disk names no file: its error does so after this."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def _lines(path: Path) -> Iterator[Line]:

@@ -171,6 +171,8 @@ def create_network(
         tell(fabric, str(fit))
         if fabric.is_global_zero:
             replace_text(out / "init.txt", f"{fit}\n")
+    if config.freeze and config.init is None and not (model.backbone.pretrained or resumes):
+        tell(fabric, "train.freeze without --init or pretrained weights: what is frozen keeps its random weights")
     network.settings["model"] = to_dict(model)
     freeze(network, config.freeze)
     network.set_recompute(config.recompute)
