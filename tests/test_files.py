@@ -50,7 +50,7 @@ def test_any_text_becomes_one_short_line_that_can_be_encoded(text, most):
 
 
 WRITE = """
-import os, sys, pathlib
+import os, sys, pathlib, tempfile
 sys.path[:0] = [{source!r}]
 from pamm.files import cache_folder
 if {user}:  # only now: a home that is root's may hold the interpreter
