@@ -16,6 +16,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from pamm.ablate.runs import Plan, Run, train_all
+from pamm.ablate.tables import TABLES
 from pamm.data import DataError
 from pamm.experiment import DataConfig, TaskConfig
 from pamm.models.saved import CheckpointError, load_model
@@ -234,6 +236,16 @@ def test_a_lock_is_one_processs_own(tmp_path):
     assert not list(tmp_path.iterdir())
     (tmp_path / ".lock").write_text("a lock file that a killed process left\n")
     FolderLock(tmp_path).release()
+
+
+def test_a_row_whose_folder_is_in_use_is_a_failed_row(rooms, tmp_path):
+    table = TABLES["pamm-2"]
+    own = Run("a row", "tiny", 0, one_task(rooms), tmp_path / "run")
+    plan = Plan(table, (), (0,), (own,), {})
+    (tmp_path / "run").mkdir()
+    with FolderLock(tmp_path / "run"):
+        failed = train_all(plan, progress=False, say=lambda line: None)
+    assert "trains into" in failed["a row"]
 
 
 def test_a_refused_start_gives_the_folder_up(rooms, tmp_path):

@@ -146,8 +146,7 @@ def _shapes(network: MultiTaskModel, tasks: Mapping[str, Task]) -> dict[str, tup
     """Name → shape in the same network with these tasks, which is not made."""
     config = from_dict(ModelConfig, network.settings["model"])
     config = replace(config, backbone=replace(config.backbone, pretrained=False))
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        built = build_model(config, tasks, network.image_size)
+    built = build_model(config, tasks, network.image_size, "meta")
     return {key: tuple(value.shape) for key, value in built.state_dict().items()}
 
 
