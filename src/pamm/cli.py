@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import codecs
 import errno
-import io
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pamm.arguments import at_least
-from pamm.files import escape, escaped, shown
+from pamm.files import shown
+from pamm.terminal import leave_lost_output, print_any_character, say
 
 if TYPE_CHECKING:
     from pamm.experiment import Experiment
@@ -21,9 +19,6 @@ if TYPE_CHECKING:
 PRECISION_HELP = (
     "arithmetic of matrix products; auto: bfloat16 on a CPU with units for it (see `pamm doctor`), else float32"
 )
-
-FAILURES_SHOWN = 50
-"""Images that could not be predicted, each named on a line of its own."""
 
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {}
 
@@ -63,26 +58,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
-def leave_lost_output() -> bool:
-    """Whether standard output or error cannot be written, tried with a line end; what waits to be written is then dropped."""
-    streams = [stream for stream in (sys.stdout, sys.stderr) if stream is not None and hasattr(stream, "buffer")]
-    for stream in streams:
-        try:
-            place = stream.fileno()
-            stream.flush()
-            os.write(place, b"\n")
-        except io.UnsupportedOperation:  # a stream in memory
-            continue
-        except OSError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            places = [other.fileno() for other in streams]
-            for lost in [other for other in places if os.path.sameopenfile(other, place)]:  # both after `2>&1`
-                os.dup2(nowhere, lost)
-            os.close(nowhere)
-            return True
-    return False
-
-
 def run(arguments: list[str]) -> int:
     """As `main`, without its care for errors."""
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -97,34 +72,6 @@ def run(arguments: list[str]) -> int:
         say(f"pamm: unknown command '{shown(arguments[0])}'\n\n{usage()}")
         return 2
     return COMMANDS[arguments[0]][1](arguments[1:])
-
-
-def say(text: str) -> None:
-    """Print to standard error; what a terminal would obey, which may come from a file's name, is escaped."""
-    print(escaped(text, keep="\n"), file=sys.stderr)
-
-
-PLAIN = dict(
-    zip(
-        "→←↑↓×–—−…≥≤±Δ§⊙",
-        ["->", "<-", "^", "v", "x", "-", "-", "-", "...", ">=", "<=", "+-", "d", "S", "o"],
-        strict=True,
-    )
-)
-"""Signs of printed tables → what stands for them where the output's encoding has no such character."""
-
-
-def print_any_character() -> None:
-    """From now on a character that the output cannot encode, among them bytes of a file's name, is replaced and no error."""
-
-    def replace(error: UnicodeError) -> tuple[str, int]:
-        signs = error.object[error.start : error.end]
-        return "".join(PLAIN.get(sign) or escape(sign) for sign in signs), error.end
-
-    codecs.register_error("pamm", replace)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="pamm")
 
 
 def told(error: Exception) -> str | None:
@@ -317,42 +264,9 @@ COMMANDS["eval"] = COMMANDS.pop("evaluate")
 
 @command("predict every task for images, folders or globs")
 def predict(arguments: list[str]) -> int:
-    own = parser("predict")
-    own.add_argument("source", help="run folder, saved model folder or hub repository")
-    own.add_argument("inputs", nargs="+", help="images, folders of images or globs")
-    own.add_argument("--out", type=Path, default=Path("predictions"))
-    own.add_argument("--formats", default="picture,png", help="any of picture,png,npy (default: picture,png)")
-    own.add_argument("--skip-existing", action="store_true", help="pass over images whose files are there and whole")
-    own.add_argument("--longest-side", type=at_least(1), help="shrink images to this longer side before the network")
-    own.add_argument("--device", default="auto")
-    own.add_argument("--precision", default="float32", choices=["auto", "float32", "bfloat16"], help=PRECISION_HELP)
-    own.add_argument("--compile", action="store_true", help="run the network through torch.compile")
-    own.add_argument("--no-sheet", action="store_true", help="no contact sheet")
-    plain = own.parse_args(arguments)
-    from pamm.prediction import Predictor, check_formats, check_output, list_inputs, predict_files
+    from pamm.prediction.command import main as run
 
-    formats = tuple(dict.fromkeys(part for part in map(str.strip, plain.formats.split(",")) if part))
-    check_formats(formats)
-    inputs = list_inputs(plain.inputs)
-    paths = inputs.images
-    check_output(plain.out, paths, formats, sheet=not plain.no_sheet)
-    settings = {"longest_side": plain.longest_side, "precision": plain.precision, "compile": plain.compile}
-    predictor = Predictor(plain.source, device=plain.device, **settings)
-    files = {"formats": formats, "sheet": not plain.no_sheet, "skip_existing": plain.skip_existing}
-    summary = predict_files(predictor, paths, plain.out, **files)
-    skipped = f", {len(summary.skipped)} were there already" if summary.skipped else ""
-    total = len(paths) + len(inputs.unread)
-    print(f"{len(summary.done)} of {total} images predicted into {shown(plain.out, 300)}{skipped}")
-    failed = [*summary.failed, *inputs.failures()]
-    for path, reason in failed[:FAILURES_SHOWN]:
-        say(f"  failed: {shown(path, 300)}: {shown(reason, 500)}")
-    if failed[FAILURES_SHOWN:]:
-        say(f"  and {len(failed) - FAILURES_SHOWN} more failed")
-    for note in inputs.notes():
-        print(f"  {note}")
-    if summary.stopped:
-        say(f"pamm: stopped: {summary.stopped}; then go on with --skip-existing")
-    return 1 if failed or summary.stopped else 0
+    return run(arguments)
 
 
 @command("turn a published PAMM or MTMamba checkpoint into a model of this package")

@@ -101,7 +101,8 @@ def test_the_output_folder_is_tried_before_the_model_is_loaded(tmp_path, capsys,
     assert "no-model" not in text
 
 
-def test_formats_are_checked_before_the_model_is_loaded(tmp_path, capsys):
+def test_formats_are_checked_before_the_model_is_loaded(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     pictures(tmp_path / "in", ["a.png"])
     for given in ("tiff", "png,tiff", "", ","):
         text = run_command(capsys, "predict", tmp_path / "no-model", tmp_path / "in", "--formats", given, code=1)
