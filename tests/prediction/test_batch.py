@@ -107,7 +107,9 @@ def test_formats_are_checked_before_the_model_is_loaded(tmp_path, capsys, monkey
     for given in ("tiff", "png,tiff", "", ","):
         text = run_command(capsys, "predict", tmp_path / "no-model", tmp_path / "in", "--formats", given, code=1)
         assert "png, npy, picture" in text and "no-model" not in text
-    assert not Path("predictions").exists()
+    deep = ("--out", tmp_path / "deep" / "out")
+    assert "nothing at" in run_command(capsys, "predict", tmp_path / "no-model", tmp_path / "in", *deep, code=1)
+    assert os.listdir(tmp_path) == ["in"], "no folder is left where nothing was predicted"
 
 
 def test_a_disk_that_fills_up_ends_the_batch_with_one_message(saved, predictor, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -144,8 +145,10 @@ def write_error(path: Path, error: OSError) -> PredictError:
 
 
 def try_folder(folder: Path) -> None:
-    """Make the output folder and write a file in it, before time is spent. Raises PredictError where that fails."""
+    """Write a file in the output folder, before time is spent; nothing of it is left. Raises PredictError where that fails."""
+    made: list[Path] = []
     try:
+        made = [place for place in (folder, *folder.parents) if not os.path.lexists(place)]
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / f".pamm-{os.getpid()}.probe", "wb", buffering=0) as probe:
             try:
@@ -158,6 +161,10 @@ def try_folder(folder: Path) -> None:
             f"the output folder {shown(folder, 300)} cannot be written ({reason}); choose another one, or free space or "
             "permissions there"
         ) from None
+    finally:
+        for place in made:
+            with suppress(OSError):
+                place.rmdir()
 
 
 def check_folder(folder: Path, formats: Sequence[str]) -> None:
