@@ -13,7 +13,7 @@ SOURCE = Path(pamm.__file__).parent
 
 MAY_USE = {
     "images": set(),
-    "tasks": {"images", "workers"},
+    "tasks": {"files", "images", "workers"},
     "ops": {"files"},
     "nn": {"ops"},
     "data": {"files", "images", "tasks", "experiment", "strict", "strict_yaml", "workers"},
@@ -23,7 +23,7 @@ MAY_USE = {
     "experiment": {"files", "strict", "strict_yaml"},
     "strict": {"files"},
     "recipes": {"experiment", "strict"},
-    "gain": {"tasks"},
+    "gain": {"files", "strict", "tasks"},
     "ablate": {
         "build",
         "data",
@@ -54,7 +54,7 @@ MAY_USE = {
         "training",
         "strict",
     },
-    "boundaries": {"arguments", "data", "files", "tasks", "workers"},
+    "boundaries": {"arguments", "data", "files", "images", "tasks", "workers"},
     "build": {"data", "models", "tasks", "experiment", "recipes", "strict"},
     "evaluate": {
         "build",

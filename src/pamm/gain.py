@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from pamm.files import shown
+from pamm.strict import read_json
 
 
 class GainError(ValueError):
@@ -277,18 +279,27 @@ def baseline_scores(baseline: str) -> dict[str, tuple[str, dict[str, float | Non
     if not Path(baseline).is_file():
         raise GainError(f"no baseline '{baseline}' and no results file; known baselines: {', '.join(baselines())}")
     try:
-        content = json.loads(Path(baseline).read_text())
+        content = read_json(Path(baseline), finite=False)
         parts = {"frame": content, "original": content.get("original", {})}
         found = {
-            name: (part.get("protocol", "protocol not stated"), {t: v.get(TASKS[t].score) for t, v in results.items()})
+            name: (
+                str(part.get("protocol", "protocol not stated")),
+                {t: _score(v.get(TASKS[t].score)) for t, v in results.items()},
+            )
             for name, part in parts.items()
             if (results := part.get("results"))
         }
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise GainError(f"{baseline} is not a results file of `pamm eval --out` ({error!r})") from error
+        raise GainError(f"{baseline} is not a results file of `pamm eval --out` ({shown(repr(error), 200)})") from error
     if not found:
         raise GainError(f"{baseline} is not a results file of `pamm eval --out`: it has no results")
     return found
+
+
+def _score(value: Any) -> float | None:
+    if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
+        return value
+    raise TypeError(f"a score is {shown(repr(value))}, expected a number")
 
 
 @cache

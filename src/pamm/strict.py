@@ -9,23 +9,33 @@ import math
 import types
 import typing
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, Literal
 
 from pamm.files import shown
+
+LARGEST_JSON = 2**24
+"""Bytes of a JSON file: the names and numbers of a hundred thousand images."""
 
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the key, what was found and what was expected."""
 
 
-def load_json(text: str, most: int = 2**24) -> Any:
-    """The content of a JSON text of at most `most` characters: each key once, numbers finite and below 2⁶³. Raises ValueError."""
-    if len(text) > most:
-        raise ValueError(f"{len(text)} characters, expected at most {most}")
+def read_json(path: Path, *, finite: bool = True) -> Any:
+    """As `load_json`, of a file in UTF-8 of at most LARGEST_JSON bytes. Raises ValueError and OSError."""
+    with open(path, "rb") as file:
+        content = file.read(LARGEST_JSON + 1)
+    if len(content) > LARGEST_JSON:
+        raise ValueError(f"more than {LARGEST_JSON} bytes")
+    return load_json(content.decode("utf-8-sig"), finite=finite)
+
+
+def load_json(text: str, *, finite: bool = True) -> Any:
+    """The content of a JSON text: each key once, whole numbers below 2⁶³, others finite (or NaN too). Raises ValueError."""
+    real, constant = (_float, _refuse_number) if finite else (float, float)
     try:
-        return json.loads(
-            text, parse_constant=_refuse_number, parse_int=_int, parse_float=_float, object_pairs_hook=_once
-        )
+        return json.loads(text, parse_constant=constant, parse_int=_int, parse_float=real, object_pairs_hook=_once)
     except RecursionError:
         raise ValueError("too many lists or mappings inside each other") from None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from pamm.ablate.tables import AblationTable
 from pamm.build import label_options
 from pamm.gain import Conditions, GainError, PaperTable, evaluations, multi_task_gain, paper_tables
 from pamm.report import MISSING, aligned, as_markdown, decimals
+from pamm.strict import load_json
 from pamm.tasks import TASKS, Task, create_task
 
 
@@ -97,9 +97,10 @@ def _curve(plan: Plan) -> list[RowResult]:
 def _record(line: str) -> dict:
     """A line of a log; nothing of one that a kill or a full disk cut off."""
     try:
-        return json.loads(line)
+        content = load_json(line)
     except ValueError:
         return {}
+    return content if isinstance(content, dict) and type(content.get("step")) is int else {}
 
 
 def add_gains(results: Sequence[RowResult], baseline: str | None) -> None:

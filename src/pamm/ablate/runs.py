@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import traceback
@@ -13,8 +12,9 @@ from typing import Any
 
 from pamm.ablate.tables import AblationRow, AblationTable
 from pamm.experiment import Experiment, load
+from pamm.files import shown
 from pamm.gain import GainError
-from pamm.strict import ConfigError
+from pamm.strict import ConfigError, read_json
 from pamm.training.run import differences, train
 
 EVALUATIONS = 8
@@ -55,12 +55,13 @@ class Run:
             return None
         path = self.folder / "results.json"
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            found = {"results": dict(content["results"]), "model": dict(content.get("model") or {})}
-            return found | {"protocol": content.get("protocol", "")}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            content = read_json(path, finite=False)
+            results = {task: dict(scores) for task, scores in content["results"].items()}
+            found = {"results": results, "model": dict(content.get("model") or {})}
+            return found | {"protocol": str(content.get("protocol", ""))}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise GainError(
-                f"{path} is not a results file ({error!r}). Remove it: the run is then evaluated again"
+                f"{path} is not a results file ({shown(repr(error), 200)}). Remove it: the run is then evaluated again"
             ) from None
 
 

@@ -10,12 +10,14 @@ import numpy as np
 
 from pamm.boundaries import BoundaryError
 from pamm.data.listing import check_all_read, is_folder, list_folder, preview, read_ids
+from pamm.data.matfile import read_mat
+from pamm.files import shown
+from pamm.images import open_array
 from pamm.tasks.metrics.correspondence import label_boundaries, thin
 from pamm.tasks.pictures import INDICES, open_png, read_png
 
 MAPS = (".png", ".npy")
 TRUTHS = (".mat", ".png", ".npy")
-MATLAB_HDF5 = 2
 """What MATLAB 7.3 writes as the version of a file, which scipy does not read."""
 
 
@@ -157,22 +159,12 @@ def _thinned(lines: np.ndarray, path: Path) -> np.ndarray:
 
 def read_array(path: Path) -> np.ndarray:
     """A .npy file; one that holds Python objects is refused, not run. Raises BoundaryError."""
-    values = _reading(path, "NumPy", lambda: np.load(path, allow_pickle=False))
-    if not isinstance(values, np.ndarray):
-        raise BoundaryError(f"{path} is an archive of arrays (.npz), expected one array; write it with numpy.save")
-    return values
+    return _reading(path, "NumPy", lambda: open_array(path))
 
 
 def _read_bsds(path: Path) -> list[np.ndarray]:
     """The maps 'Boundaries' of a BSDS groundTruth, (H, W) numbers each."""
-    from scipy.io import loadmat
-    from scipy.io.matlab import matfile_version
-
-    if _reading(path, "MATLAB", lambda: matfile_version(path))[0] == MATLAB_HDF5:
-        raise BoundaryError(
-            f"{path} is a MATLAB file of version 7.3 (HDF5); in MATLAB: save(file, '-v7', 'groundTruth')"
-        )
-    content = _reading(path, "MATLAB", lambda: loadmat(path, variable_names=["groundTruth"]))
+    content = _reading(path, "MATLAB", lambda: read_mat(path, ("groundTruth",)))
     try:
         cells = content["groundTruth"].ravel()
         maps = [cell["Boundaries"][0, 0] for cell in cells]
@@ -196,5 +188,5 @@ def _reading(path: Path, kind: str, read: Callable[[], Any]) -> Any:
         raise BoundaryError(f"{path} may not be read: change its permissions") from None
     except Exception as error:
         raise BoundaryError(
-            f"{path} is no whole {kind} file of plain arrays ({error}); copy or write it again"
+            f"{path} is no whole {kind} file of plain arrays ({shown(error, 200)}); copy or write it again"
         ) from None

@@ -38,9 +38,11 @@ from pamm.data.files import (
     package_root,
     plane,
 )
+from pamm.data.matfile import MatError, read_mat
 from pamm.data.sample import DataError, register_dataset
-from pamm.files import cache_folder, keep
+from pamm.files import cache_folder, keep, shown
 from pamm.images import ImageError, read_values
+from pamm.strict import read_json
 from pamm.tasks import Task
 from pamm.tasks.pictures import read_mask
 
@@ -158,23 +160,30 @@ class PascalContext(PackagedDataset):
 def read_objects(path: Path) -> list[tuple[int, list[tuple[str, np.ndarray]]]]:
     """PASCAL-Part annotation → per object its category and parts, each a name and an (H, W) mask. Raises DataError."""
     try:
-        listed = _load_mat(path)["anno"][0][0][1]
+        listed = _load_mat(path, "anno")[0][0][1]
         objects = listed[0] if listed.size else []
-        return [
+        found = [
             (int(entry[1][0][0]), [(str(part[0][0]), part[1]) for part in entry[3][0]] if entry[3].size else [])
             for entry in objects
         ]
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        masks = [mask for _, parts in found for _, mask in parts]
+        if any(mask.ndim != 2 or mask.dtype.kind not in "biuf" or mask.shape != masks[0].shape for mask in masks):
+            raise ValueError("its masks are no arrays (H, W) of one size")
+        return found
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise DataError(
-            f"{path} has no PASCAL-Part structure 'anno' ({type(error).__name__}: {error}). Unpack it again."
+            f"{path} has no PASCAL-Part structure 'anno' ({type(error).__name__}: {shown(error, 200)}). Unpack it again."
         ) from None
 
 
 def read_label_map(path: Path) -> np.ndarray:
     """PASCAL-Context annotation → (H, W) whole numbers in 1..459. Raises DataError."""
-    label_map = _load_mat(path).get("LabelMap")
-    if label_map is None or label_map.ndim != 2 or label_map.dtype.kind not in "uif":
-        raise DataError(f"{path} has no (H, W) array 'LabelMap'. Unpack it again.")
+    label_map = _load_mat(path, "LabelMap")
+    is_map = (
+        isinstance(label_map, np.ndarray) and label_map.ndim == 2 and label_map.dtype.kind in "uif" and label_map.size
+    )
+    if not is_map or not (label_map.min() >= 0 and label_map.max() < 2**16):  # NaN is neither
+        raise DataError(f"{path} has no (H, W) array 'LabelMap' of label numbers. Unpack it again.")
     return label_map.astype(np.int32)
 
 
@@ -201,7 +210,9 @@ def _read_human_parts(path: Path) -> np.ndarray:
     for category, parts in read_objects(path):
         for name, mask in parts if category == PERSON else ():
             if name not in PART_INDEX:
-                raise DataError(f"{path} has a person with a part '{name}', expected one of {', '.join(PART_INDEX)}.")
+                raise DataError(
+                    f"{path} has a person with a part '{shown(name)}', expected one of {', '.join(PART_INDEX)}."
+                )
             if label is None:
                 label = np.zeros(mask.shape, np.uint8)
             label[mask > 0] = PART_INDEX[name]
@@ -236,20 +247,17 @@ def _key(path: Path, *facts: object) -> str:
 def _read_json(path: Path) -> dict[str, Any]:
     """A JSON mapping; an absent or damaged one is empty, and is computed anew."""
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path)
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 
 
-def _load_mat(path: Path) -> dict[str, Any]:
+def _load_mat(path: Path, name: str) -> Any:
+    """A variable of a MATLAB file, or None. Raises DataError."""
     try:
-        from scipy.io import loadmat
-    except ModuleNotFoundError:
-        raise DataError("PASCAL-Context's annotations need SciPy: pip install 'pamm[train]'") from None
-    try:
-        return loadmat(path)
+        return read_mat(path, (name,)).get(name)
     except FileNotFoundError:
         raise DataError(f"no file {path}. Unpack the archive again.") from None
-    except Exception as error:
-        raise DataError(f"{path} is not a whole MATLAB file ({error}). Unpack it again.") from None
+    except (OSError, MatError) as error:
+        raise DataError(f"{path} is not a whole MATLAB file ({shown(error, 200)}). Unpack it again.") from None

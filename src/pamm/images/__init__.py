@@ -1,9 +1,10 @@
-"""Picture files in, and only in: this room uses no other of the package.
+"""Picture files and arrays in, and only in: this room uses no other of the package.
 
 Every picture file is opened here, by its content and as one of `FORMATS`, whatever its name says. Pillow's other plugins,
 some of which start programs, are never reached.
 """
 
+from pamm.images.arrays import open_array
 from pamm.images.formats import FORMATS, HEIF, IMAGE_SUFFIXES, UNREAD_SUFFIXES, ImageError
 from pamm.images.png import NOTE
 from pamm.images.reading import (
@@ -32,6 +33,7 @@ __all__ = [
     "decoding",
     "image_orientation",
     "image_size",
+    "open_array",
     "open_label",
     "open_picture",
     "quiet",

@@ -18,7 +18,7 @@ from pamm.models.hub import download, repository_name
 from pamm.models.model import CONFIG_FILE, WEIGHTS_FILE, MultiTaskModel
 from pamm.models.registry import WithoutDraws, rebuild_model
 from pamm.models.weights import RESTORE, CheckpointError, first_line, plain_names, tell_renamed
-from pamm.strict import ConfigError, load_json
+from pamm.strict import ConfigError, read_json
 
 
 def load_weights(model: MultiTaskModel, path: Path) -> None:
@@ -177,15 +177,7 @@ def load_model(source: str | Path, **options: Any) -> MultiTaskModel:
 
 def read_settings(path: Path) -> dict[str, Any]:
     """The content of a saved model's config.json. Raises ValueError and OSError."""
-    with open(path, "rb") as file:
-        content = file.read(LARGEST_SETTINGS + 1)
-    if len(content) > LARGEST_SETTINGS:
-        raise ValueError(f"it has more than {LARGEST_SETTINGS} bytes")
-    settings = load_json(content.decode("utf-8-sig"))
+    settings = read_json(path)
     if not isinstance(settings, dict):
         raise ValueError(f"it holds a {type(settings).__name__}, expected a mapping")
     return settings
-
-
-LARGEST_SETTINGS = 2**22
-"""Bytes of a config.json: the names of a hundred thousand classes."""

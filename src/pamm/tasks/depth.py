@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pamm.files import shown
+from pamm.images import open_array
 from pamm.tasks.metrics import Sums, sum_metric
 from pamm.tasks.pictures import by_strips, check_readable, colour_map, paint, png_bytes, read_png
 from pamm.tasks.scores import full_precision, mean_over
@@ -238,10 +240,12 @@ def read_array(path: Path, *, remedy: str = "write it again, or leave the image 
     """`.npy` of float metres, (H, W) or (H, W, 1) → (H, W) float32, 0 where unknown. Raises LabelError, which ends in `remedy`."""
     expected = "expected a .npy array of float metres, (H, W)"
     check_readable(path, f"{expected}; {remedy}")
-    try:  # mapped, not read, so that a damaged header cannot ask for all memory
-        values = np.lib.format.open_memmap(path, mode="r")
-    except Exception as error:  # NumPy's parser of headers raises many kinds
-        raise LabelError(f"{path} is not a whole .npy file ({error}), {expected}; {remedy}") from None
+    try:
+        values = open_array(path)
+    except (OSError, ValueError) as error:
+        raise LabelError(
+            f"{shown(path, 200)} is not a whole .npy file ({shown(error, 200)}), {expected}; {remedy}"
+        ) from None
     if values.ndim == 3 and values.shape[-1] == 1:
         values = values[..., 0]
     if values.ndim != 2 or values.dtype.kind != "f" or 0 in values.shape:
