@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from pamm.ablate.tables import TABLES, AblationRow, AblationTable, get_table
 from pamm.experiment import Experiment
-from pamm.strict import ConfigError, read_json
+from pamm.strict import ConfigError
 
 if TYPE_CHECKING:
     from pamm.ablate.result import RowResult
