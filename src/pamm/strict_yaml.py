@@ -113,8 +113,8 @@ def read_yaml(path: Path) -> Any:
         content = file.read(LARGEST + 1)
     if len(content) > LARGEST:
         raise yaml.YAMLError(f"more than {LARGEST} bytes: these are no settings")
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise yaml.YAMLError("its text is UTF-16; save it as UTF-8")
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content:
+        raise yaml.YAMLError("its text is UTF-16, or no text; save it as UTF-8")
     try:
         return load_yaml(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:

@@ -168,6 +168,10 @@ BROKEN = {
         lambda r: write_png(r / f"gtFine/train/{FIRST}_gtFine_labelIds.png", np.zeros((64, 128, 3), np.uint8)),
         "expected one channel",
     ),
+    "train ids in place of label ids": (
+        lambda r: write_png(r / f"gtFine/train/{FIRST}_gtFine_labelIds.png", np.full((64, 128), 255, np.uint8)),
+        "holds the value 255, expected label ids, 0 to 33; train ids",
+    ),
     "8-bit disparity": (
         lambda r: write_png(r / f"disparity/train/{FIRST}_disparity.png", np.zeros((64, 128), np.uint8)),
         "expected a 16-bit grey PNG",

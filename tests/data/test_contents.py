@@ -91,6 +91,17 @@ def test_labels_that_are_ignored_everywhere_are_named(tmp_path):
     assert "1 of 3 labels are ignored everywhere" in note and "000" in note
 
 
+def test_boundaries_dark_on_light_are_told(tmp_path):
+    def lines(index):
+        values = np.full((HEIGHT, WIDTH), 255, np.uint8)
+        values[index + 3] = 0
+        return values
+
+    (note,) = noted(make(tmp_path / "inverted", "edge: {}", {"edge": lines}))
+    assert note.startswith("edge: 91.7 % ") and "255 minus the values" in note
+    assert noted(make(tmp_path / "right", "edge: {}", {"edge": lambda index: 255 - lines(index)})) == []
+
+
 def test_a_mask_without_any_object_is_told(tmp_path):
     (note,) = noted(make(tmp_path, "edge: {}", {"edge": lambda index: halves(0, 0)}))
     assert "no label holds yes" in note
@@ -115,6 +126,14 @@ def metres(low, high):
         (lambda index: metres(0.5, 80), "", ""),
         (lambda index: np.where(metres(1, 5) > 4, 1e10, metres(1, 5)).astype(np.float32), "maximum: 1000", ""),
         (lambda index: metres(100, 200), "unit: disparity", ""),
+        (lambda index: metres(1, 40).astype(np.uint16), "", "unit: metre"),
+        (
+            lambda index: np.where(metres(0, 1) > 0.9, 65535, 256).astype(np.uint16),
+            "unit: disparity",
+            "maximum: 255.99",
+        ),
+        (lambda index: np.where(metres(0, 1) > 0.9, 1e10, 9).astype(np.float32), "unit: disparity", "maximum: 1000"),
+        (lambda index: np.where(metres(0, 1) > 0.9, 65535, 2560).astype(np.uint16), "unit: 256", "maximum: 255.99"),
     ],
 )
 def test_the_range_of_depth_tells_sentinels_and_other_units(tmp_path, label, options, words):

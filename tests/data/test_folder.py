@@ -179,6 +179,27 @@ BROKEN = {
     "options no mapping": (text("tasks: {sal: 3}"), "must be mappings"),
     "count no number": (text("tasks: {sal: {}}\nsplits: {train: many}"), "whole numbers"),
     "count left empty": (text("tasks: {sal: {}}\nlabelled: {train: {sal: }}"), "whole numbers"),
+    "split that is not there": (
+        text("tasks: {sal: {}}\nsplits: {training: 3}"),
+        "'splits' counts the split 'training'",
+    ),
+    "labels of a split that is not there": (text("tasks: {sal: {}}\nlabelled: {Train: {sal: 3}}"), "the split 'Train'"),
+    "labels of a task that is not there": (
+        text("tasks: {sal: {}}\nlabelled: {train: {saliency: 3}}"),
+        "'labelled: train' counts the task 'saliency', which there is not; expected sal",
+    ),
+    "tasks empty": (text("tasks: {}"), "no mapping 'tasks'"),
+    "classes left empty": (text("tasks: {semseg: {classes: }, sal: {}}"), "class names of 'semseg' are not known"),
+    "classes of spaces": (text("tasks: {semseg: {classes: [sky, ' ', tree]}, sal: {}}"), "non-empty"),
+    "classes that differ in spaces": (text("tasks: {semseg: {classes: [sky, 'sky ']}, sal: {}}"), "must be different"),
+    "UTF-16 without a mark": (
+        lambda r: (r / "dataset.yaml").write_bytes(YAML.encode("utf-16-le")),
+        "UTF-16, or no text; save it as UTF-8",
+    ),
+    "description is a folder": (
+        lambda r: (r / "dataset.yaml").unlink() or (r / "dataset.yaml").mkdir(),
+        r"dataset\.yaml is not a readable YAML file: Is a directory$",
+    ),
     "splits no mapping": (text("tasks: {sal: {}}\nsplits: [train]"), "must be mappings"),
 }
 

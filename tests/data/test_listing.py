@@ -97,14 +97,49 @@ def test_what_no_reader_takes_for_data_is_no_mistake(root):
     assert train.problems == [] and len(train.notes) == 1 and "README.md" in train.notes[0]
 
 
-def test_folders_that_are_no_task_of_the_description_are_named(root):
-    write(root / "train" / "saliency" / "a.png", np.zeros((12, 16)))
-    write(root / "train" / "depths" / "a.png", np.zeros((12, 16)))
-    (note,) = open_split(root).notes()
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_notes_in_a_label_folder_are_named(root, split):
+    for name in ("classes.txt", "annotations.json", "README"):
+        (root / split / "semseg" / name).write_text("sky, tree")
+    (note,) = open_split(root, split).notes()
+    assert "semseg, not read" in note and "README, annotations.json, classes.txt" in note
+    assert open_split(root, split).labelled() == {"semseg": 2}
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_folders_that_are_no_task_of_the_description_are_named(root, split):
+    write(root / split / "saliency" / "a.png", np.zeros((12, 16)))
+    write(root / split / "depths" / "a.png", np.zeros((12, 16)))
+    (note,) = open_split(root, split).notes()
     assert "saliency" in note and "depths" in note and "'depths' 'depth'" in note
+    assert "dataset.yaml lists no such task" in note
+
+
+def test_a_label_folder_that_the_description_leaves_out_is_told_as_that(root):
+    write(root / "train" / "sal" / "a.png", np.zeros((12, 16)))
+    (note,) = open_split(root).notes()
+    assert "list sal among the tasks" in note and "Did you mean" not in note
+
+
+def test_without_a_description_a_folder_that_is_no_task_is_told_as_that(root):
+    (root / "dataset.yaml").unlink()
+    for split in ("train", "val"):
+        (root / split / "semseg").rename(root / split / "segmentation")
+        write(root / split / "sal" / "a.png", np.zeros((12, 16)))
+    (note,) = open_split(root).notes()
+    assert "segmentation" in note and "no task has such a name" in note and "dataset.yaml" not in note
+
+
+@pytest.mark.parametrize("name", ["Images", "image", "imgs"])
+def test_a_folder_of_images_under_another_name_is_what_is_told(root, name):
+    (root / "train" / "images").rename(root / "train" / name)
+    with pytest.raises(DataError, match=rf"no folder .*train/images: .*train holds {name}, semseg"):
+        open_split(root)
+    assert len(inspect_dataset(DataConfig(root=str(root)), ("train",))[0].problems) == 1
 
 
 DESCRIPTIONS = ("dataset.yml", "Dataset.yaml", "DATASET.YAML", "dataset.yaml.txt", "dataset.txt", "data.yaml")
+DESCRIPTIONS += ("dataset.json", "dataset.yaml~", "dataset.yaml.bak", "dataset")
 
 
 @pytest.mark.parametrize("name", DESCRIPTIONS)
@@ -112,7 +147,7 @@ def test_a_description_under_another_name_is_refused(root, name):
     (root / "dataset.yaml").rename(root / name)
     with pytest.raises(DataError, match=rf"holds {name}, .*Rename it to dataset\.yaml"):
         open_split(root)
-    if name not in ("data.yaml",):
+    if name in DESCRIPTIONS[:5]:
         (root / "dataset.yaml").write_text("tasks: {semseg: {classes: [sky, tree]}}")
         with pytest.raises(DataError, match=rf"holds {name}, .*Remove it, or dataset\.yaml"):
             open_split(root)
@@ -151,8 +186,11 @@ def test_ids_are_in_one_order_whichever_form_their_accents_have(root):
 
 def test_pipes_are_not_opened(root):
     os.mkfifo(root / "train" / "images" / "c.png")
-    with pytest.raises(DataError, match=r"images holds c\.png"):
+    with pytest.raises(DataError, match=r"images holds c\.png, which is a pipe, a socket or a device"):
         open_split(root)
+    inputs = list_inputs([root / "train" / "images"])
+    assert [path.name for path in inputs.images] == ["a.png", "b.png"]
+    assert "a pipe" in inputs.failures()[0][1] and "not read" not in inputs.failures()[0][1]
 
 
 def test_control_characters_in_names_are_shown_escaped(root):
@@ -213,8 +251,8 @@ def test_lists_of_ids(tmp_path, encoding, end):
         ("0001\ncafé\n".encode("latin-1"), "line 2 holds the byte 0xe9.*as UTF-8"),
         (b"", "lists no image"),
         (b"\xef\xbb\xbf\n \n", "lists no image"),
-        (b"0001\n0001\n", "1 ids twice"),
-        ("caf\u00e9\ncafe\u0301\n".encode(), "1 ids twice"),
+        (b"0001\n0002\n0001\n", "repeats 1 of its 3 ids, e.g. 0001"),
+        ("caf\u00e9\ncafe\u0301\n".encode(), "repeats 1 of its 2 ids, e.g. caf\u00e9"),
         (b"../0001\n", "names without folders"),
         (b"images/0001\n", "names without folders"),
         (b"images\\0001\n", "names without folders"),
@@ -331,7 +369,7 @@ def test_fractions_that_leave_nothing_and_a_second_validation_split_are_refused(
         bound = re.search(r"--data\.val-fraction to at (?:least|most) ([0-9.]+),", str(raised.value))
         assert len(open_split(undivided, split, val_fraction=float(bound[1]))) >= 1
     write(undivided / "val" / "images" / "a.png", np.zeros((12, 16, 3)))
-    with pytest.raises(DataError, match=r"val_fraction is 0\.1.*val/images holds files too"):
+    with pytest.raises(DataError, match=r"val_fraction is 0\.1.*val/images holds files too.*or move .*/val elsewhere"):
         open_split(undivided, val_fraction=0.1)
 
 

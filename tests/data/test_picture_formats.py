@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -123,8 +124,19 @@ FOREIGN = {
     "ZIP": b"PK\x03\x04" + bytes(40),
     "metadata": b"\0\5\x16\7\0\2\0\0Mac OS X        ",
     "git lfs pull": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n",
-    "web page": b"\n<!DOCTYPE html><html><body>404</body></html>",
+    "git annex get": b"/annex/objects/SHA256E-s3--0.png\n",
+    "web page": b"\xef\xbb\xbf\n<!DOCTYPE html><html><body>404</body></html>",
+    "JSON": b'{"message": "not found"}',
 }
+REMEDIES = {
+    "ZIP": "Unpack it",
+    "metadata": "Remove it",
+    "git lfs pull": "Fetch the picture .*: git lfs pull",
+    "git annex get": "Fetch the picture .*: git annex get",
+    "web page": "Download the picture again",
+    "JSON": "Download the picture again",
+}
+"""What is to be done about content that cannot be converted."""
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
@@ -134,9 +146,11 @@ def test_foreign_content_is_refused_whatever_its_name_says(tmp_path, kind):
         path.write_bytes(FOREIGN[kind])
         for read in (read_image, image_size):
             with pytest.raises(
-                ImageError, match=rf"a\{suffix} is not a picture of a format .*{kind.split()[0]}.*Convert"
-            ):
+                ImageError, match=rf"a\{suffix} is not a picture of a format .*{kind.split()[0]}"
+            ) as told:
                 read(path)
+            assert re.search(REMEDIES.get(kind, "Convert it to PNG or JPEG"), str(told.value))
+            assert ("Convert it" in str(told.value)) == (kind not in REMEDIES)
     for name in ("semseg", "depth", "normals", "sal", "edge"):
         with pytest.raises(LabelError, match=r"a\.png is not a picture of a format that is read here"):
             create_task(name).read(tmp_path / "a.png")

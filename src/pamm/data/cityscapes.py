@@ -41,6 +41,9 @@ CLASSES = {
 SKY = 23
 """Label id of the sky. The published code masks 10, the sky's class index: it compares the converted labels, not the files' ids."""
 
+LAST_ID = 33
+"""The largest label id."""
+
 LIMIT = 80.0
 """Disparity, pixels, from which on the published metric leaves pixels out."""
 
@@ -104,12 +107,23 @@ class Cityscapes(PackagedDataset):
 
     def read_label(self, name: str, id: str, size: tuple[int, int]) -> Tensor:
         path = self.path_of(id, *_LABEL_IDS)
-        label_ids = nearest(plane(read_values(path), path, 255), size)
+        label_ids = nearest(read_label_ids(path), size)
         if name == "semseg":
             return torch.from_numpy(_INDEX[label_ids])[None]
         disparity = nearest(read_disparity(self.path_of(id, *_FILES["depth"])), size)
         label = torch.from_numpy(np.where(label_ids == SKY, np.float32(0), disparity))[None]
         return self.tasks[name].without_far(label)
+
+
+def read_label_ids(path: Path) -> np.ndarray:
+    """(H, W) uint8 label ids. Raises DataError, also for the train ids 0 to 18 and 255, which mean other classes."""
+    values = plane(read_values(path), path, 255)
+    if values.max() > LAST_ID:
+        raise DataError(
+            f"{path} holds the value {values.max()}, expected label ids, 0 to {LAST_ID}; train ids, 0 to 18 and 255, are another "
+            "encoding. Unpack gtFine again."
+        )
+    return values
 
 
 def read_disparity(path: Path) -> np.ndarray:

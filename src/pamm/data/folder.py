@@ -78,7 +78,11 @@ class FolderDataset(FileDataset):
         self.folder = root / ("train" if divided else split)
         images = list_folder(self.folder / "images", IMAGE_SUFFIXES)
         check_all_read(images, "images", IMAGE_SUFFIXES, conversion(images.unread))
-        self._images, self._companions = images.files, list(images.companions)
+        if not images.files:
+            raise _no_images(root, self.folder, split)
+        self._images = images.files
+        self._companions = {"images": images.companions}
+        """Folder → names of notes and the like in it, which are not read."""
         self._labels = {name: self._list_labels(name) for name in tasks}
         self.stored = len(self._images), self.labelled()
         if divided:
@@ -118,7 +122,7 @@ class FolderDataset(FileDataset):
                 raise DataError(
                     f"{root}: task '{shown(name)}' cannot be built with the options {shown(options)}: {shown(error, 300)}"
                 ) from None
-            if "classes" in task.options() and "classes" not in options:
+            if "classes" in task.options() and options.get("classes") is None:
                 raise DataError(
                     f"{root}: the class names of '{name}' are not known. List them, in the order of their indices, in "
                     f"{root / 'dataset.yaml'}, e.g. 'tasks: {{{name}: {{classes: [sky, tree, road]}}}}'."
@@ -137,8 +141,6 @@ class FolderDataset(FileDataset):
         _check_division(root, config.val_fraction)
         dataset = cls(root, split, tasks, config.val_fraction)
         folder = dataset.folder / "images"
-        if not dataset.ids:
-            raise _no_images(root, dataset.folder, split)
         images, labelled = dataset.stored
         _at_least(images, description.splits.get(dataset.folder.name, 0), f"{folder}: images", root)
         for name, count in labelled.items():
@@ -174,12 +176,12 @@ class FolderDataset(FileDataset):
             found.append(
                 f"a part of the {self.stored[0]} images of {self.folder}, chosen by their names (data.val_fraction)"
             )
-        elif self.split == "train" and (stray := _unused_folders(self.folder, _describe(self.root).tasks)):
+        elif stray := _unused_folders(self.folder, _describe(self.root).tasks, described=_check_name(self.root)):
             found.append(stray)
-        if self._companions:
-            found.append(
-                f"in {self.folder / 'images'}, not read, since they are no pictures: {preview(self._companions)}"
-            )
+        for folder, names in self._companions.items():
+            what = "pictures" if folder == "images" else "labels"
+            if names:
+                found.append(f"in {self.folder / folder}, not read, since they are no {what}: {preview(names)}")
         return found
 
     def problems(self) -> list[str]:
@@ -216,10 +218,11 @@ class FolderDataset(FileDataset):
         notes = [name for name in listing.companions if composed(Path(name).stem) in self._images]
         listing = replace(listing, unread=(*listing.unread, *notes))  # annotations of other tools, one for each image
         check_all_read(listing, f"labels of '{task}'", suffixes, remedy)
+        self._companions[task] = listing.companions
         strays = [id for id in listing.files if id not in self._images]
         if strays:
             raise DataError(
-                f"{len(strays)} labels in {listing.folder} have no image of the same name in {self.folder / 'images'}: "
+                f"{len(strays)} of the labels in {listing.folder} have no image of the same name in {self.folder / 'images'}: "
                 f"{preview(listing.files[id].name for id in strays)}. Add the images or remove the labels."
                 f"{near_name(strays[0], self._images)}"
             )
@@ -248,11 +251,11 @@ def _at_least(found: int, stated: int, what: str, root: Path) -> None:
 
 def _no_label(folder: Path, task: str, tasks: Iterable[str]) -> DataError:
     others = ",".join(name for name in tasks if name != task)
-    remedy = f", or leave the task out with --tasks {others}" if others else ""
+    otherwise = f", or leave the task out with --tasks {others}" if others else ""
     present = preview(name for name in names_in(folder) if is_folder(folder / name))
     return DataError(
         f"no image in {folder} has a label for task '{task}': {folder / task} holds none. Folders there: {present}. Put "
-        f"the labels into {folder / task}, rename the folder that holds them to '{task}'{remedy}."
+        f"the labels into {folder / task}, or rename the folder that holds them to '{task}'{otherwise}."
     )
 
 
@@ -272,24 +275,37 @@ def _no_images(root: Path, folder: Path, split: str) -> DataError:
 
 def _check_division(root: Path, val_fraction: float) -> None:
     """Raise DataError where validation images would come from two places."""
-    if val_fraction > 0 and names_in(root / "val" / "images"):
+    filled = [name for name in names_in(root / "val") if names_in(root / "val" / name)] if val_fraction > 0 else []
+    if filled:
         raise DataError(
             f"data.val_fraction is {val_fraction:g}, which makes the validation split of train's images, but "
-            f"{root / 'val' / 'images'} holds files too. Set --data.val-fraction 0, or move that folder elsewhere."
+            f"{root / 'val' / filled[0]} holds files too. Set --data.val-fraction 0, or move {root / 'val'} elsewhere."
         )
 
 
-def _unused_folders(folder: Path, tasks: Mapping[str, Any]) -> str:
-    """A note on the folders beside images/ that are no label folder of the tasks, "" where there is none."""
+def _unused_folders(folder: Path, tasks: Mapping[str, Any], *, described: bool) -> str:
+    """A note on what lies beside images/ and is no label folder of the tasks, "" where there is nothing.
+
+    described: whether dataset.yaml names the tasks, else the folders do.
+    """
     others = [name for name in names_in(folder) if name != "images" and name not in tasks]
     if not others:
         return ""
+    unlisted = [name for name in others if name in TASKS]
     near = [(name, match) for name in others for match in get_close_matches(name.lower(), TASKS, n=1)]
-    hint = f". Did you mean to call '{shown(near[0][0])}' '{near[0][1]}'?" if near else ""
-    return f"in {folder}, not read, since dataset.yaml lists no such task: {preview(others)}{hint}"
+    hint = ""
+    if unlisted:
+        hint = f". To have labels read, list {preview(unlisted)} among the tasks there"
+    elif near:
+        hint = f". Did you mean to call '{shown(near[0][0])}' '{near[0][1]}'?"
+    reason = "dataset.yaml lists no such task" if described else "no task has such a name"
+    return f"in {folder}, not read, since {reason}: {preview(others)}{hint}"
 
 
 _NAMED_LIKE = re.compile(r"dataset[ _-]?\.ya?ml(\.txt|\.ya?ml)?|dataset\.txt", re.IGNORECASE)
+
+_MEANT = re.compile(r"dataset(\.ya?ml.*|\.json|\.toml)?", re.IGNORECASE)
+"""Names of files that were meant as the description where there is no other, copies and backups among them."""
 
 
 def _check_name(root: Path) -> bool:
@@ -299,6 +315,7 @@ def _check_name(root: Path) -> bool:
     like = [name for name in names if _NAMED_LIKE.fullmatch(name) and name != "dataset.yaml"]
     if not there:
         like += [name for name in names if name.lower().endswith((".yaml", ".yml", ".yaml.txt", ".yml.txt"))]
+        like += [name for name in names if _MEANT.fullmatch(name)]
     if like:
         remedy = "Remove it, or dataset.yaml" if there else "Rename it to dataset.yaml"
         raise DataError(
@@ -322,12 +339,14 @@ def _describe(root: Path) -> Description:
     try:
         content = read_yaml(path)
     except (OSError, yaml.YAMLError) as error:
-        raise DataError(f"{path} is not a readable YAML file: {shown(error, 300)}") from None
-    if not isinstance(content, dict) or not isinstance(content.get("tasks"), dict):
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path} is not a readable YAML file: {shown(reason, 300)}") from None
+    if not isinstance(content, dict) or not isinstance(content.get("tasks"), dict) or not content["tasks"]:
         raise DataError(
-            f"{path} has no mapping 'tasks', e.g. 'tasks: {{semseg: {{classes: [sky, tree]}}, depth: {{}}}}'"
+            f"{path} has no mapping 'tasks' that names one, e.g. 'tasks: {{semseg: {{classes: [sky, tree]}}, depth: {{}}}}'"
         )
     _check_keys(path, content)
+    _check_counted(path, content)
     filled = {key: _filled(value) for key, value in content.items() if key in _NESTED}
     return Description(**{**content, **filled})
 
@@ -359,3 +378,18 @@ def _check_keys(path: Path, content: dict[str, Any]) -> None:
     counts += [count for split in (content.get("labelled") or {}).values() for count in (split or {}).values()]
     if not all(type(count) is int for count in counts):
         raise DataError(f"{path}: splits and labelled must give whole numbers, found {shown(counts)}")
+
+
+def _check_counted(path: Path, content: dict[str, Any]) -> None:
+    """Raise DataError for numbers of splits and tasks that are not there: nothing would be compared with them."""
+    splits = {*_SPLITS, *names_in(path.parent)}
+    labelled = content.get("labelled") or {}
+    places = [(key, name, splits) for key in ("splits", "labelled") for name in content.get(key) or {}]
+    places += [
+        (f"labelled: {split}", name, content["tasks"]) for split, counts in labelled.items() for name in counts or {}
+    ]
+    for key, name, known in places:
+        if name not in known:
+            what = "split" if known is splits else "task"
+            listed = ", ".join(_SPLITS if known is splits else map(str, known))
+            raise DataError(f"{path}: '{key}' counts the {what} '{shown(name)}', which there is not; expected {listed}")

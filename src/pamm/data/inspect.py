@@ -101,9 +101,14 @@ def _further_problems(
         try:
             kind.open(config, split, {name: task})
         except DataError as error:
-            if str(error) not in found:
+            if not any(_mistake(other) == _mistake(error) for other in found):
                 found.append(str(error))
     return found[1:]
+
+
+def _mistake(message: object) -> str:
+    """What a message says is wrong; the remedy, which may name the tasks that were asked for, comes after it."""
+    return str(message).partition(": ")[0]
 
 
 def _unmeasured(dataset: Dataset) -> list[str]:

@@ -110,9 +110,15 @@ def check_all_read(listing: Listing, what: str, suffixes: Iterable[str], remedy:
 
     what: what the folder is for, e.g. "images". remedy: how to make files of another kind readable.
     """
+    suffixes = tuple(suffixes)
     folders = [name for name in listing.unread if name.endswith("/")]
     others = [name for name in listing.unread if not name.endswith("/")]
     wanted = f"{what} must be {' or '.join(suffixes)} files"
+    special = [name for name in others if name.lower().endswith(suffixes)]
+    if special:
+        raise DataError(
+            f"{listing.folder} holds {preview(special)}, {NO_FILE}. Put the file itself there, or remove it."
+        )
     if others:
         remedy = f"{remedy[0].upper()}{remedy[1:]}, or move these files elsewhere."
         raise DataError(f"{listing.folder} holds {preview(others)}: {wanted}. {remedy}")
@@ -121,6 +127,10 @@ def check_all_read(listing: Listing, what: str, suffixes: Iterable[str], remedy:
             f"{listing.folder} holds the folder {preview(folders)}, in which nothing is read: {wanted} directly in "
             f"{listing.folder}. Move the files there, or the folder elsewhere."
         )
+
+
+NO_FILE = "which is a pipe, a socket or a device, and no file"
+"""What is said of a name that would be read if a file bore it."""
 
 
 def conversion(names: Iterable[str]) -> str:
@@ -164,7 +174,10 @@ def read_ids(path: Path) -> list[str]:
         )
     repeated = len(ids) - len(set(ids))
     if repeated:
-        raise DataError(f"{path} lists {repeated} ids twice. Remove the repeated lines.")
+        twice = next(id for at, id in enumerate(ids) if id in ids[:at])
+        raise DataError(
+            f"{path} repeats {repeated} of its {len(ids)} ids, e.g. {shown(twice)}. Remove the repeated lines."
+        )
     return ids
 
 

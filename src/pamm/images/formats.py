@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import importlib.util
 
 from PIL import features
@@ -94,9 +95,22 @@ _FOREIGN = {
     b"PK\x03\x04": "a ZIP archive",
     b"\x1f\x8b": "a gzip archive",
     b"\0\x05\x16\x07": "a Mac's file of metadata, not the picture it belongs to",
-    b"version https://git-lfs": "a Git LFS pointer; 'git lfs pull' fetches the picture in its place",
+    b"version https://git-lfs": "a Git LFS pointer",
+    b"/annex/objects/": "a git-annex pointer",
     b"<": "a web page or a drawing (HTML, SVG)",
+    b"{": "a text (JSON)",
 }
+
+_REMEDIES = {
+    b"PK\x03\x04": "Unpack it, and give the pictures in it.",
+    b"\x1f\x8b": "Unpack it, and give the pictures in it.",
+    b"\0\x05\x16\x07": "Remove it.",
+    b"version https://git-lfs": "Fetch the picture that belongs in its place: git lfs pull.",
+    b"/annex/objects/": "Fetch the picture that belongs in its place: git annex get.",
+    b"<": "Download the picture again, which a server may have answered with a page; convert a drawing to PNG.",
+    b"{": "Download the picture again, which a server may have answered with an error.",
+}
+"""What to do about foreign contents that cannot be converted."""
 
 _HEIF_BRANDS = frozenset((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"))
 
@@ -118,10 +132,11 @@ def format_of(head: bytes, name: str) -> str:
         )
     if kind:
         raise ImageError(f"{name} is of format {kind}, which this Pillow was built without. Convert it to PNG or JPEG.")
-    foreign = next((what for magic, what in _FOREIGN.items() if head.lstrip().startswith(magic)), None)
-    if foreign:
+    text = head.removeprefix(codecs.BOM_UTF8).lstrip()
+    magic = next((magic for magic in _FOREIGN if text.startswith(magic)), None)
+    if magic:
         raise ImageError(
-            f"{name} is not a picture of a format that is read here ({', '.join(FORMATS)}) but {foreign}. Convert it "
-            "to PNG or JPEG."
+            f"{name} is not a picture of a format that is read here ({', '.join(FORMATS)}) but {_FOREIGN[magic]}. "
+            f"{_REMEDIES.get(magic, 'Convert it to PNG or JPEG.')}"
         )
     raise ValueError("its content is of no known format")

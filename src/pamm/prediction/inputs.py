@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from pamm.data import DataError
-from pamm.data.listing import conversion, is_skipped, kind_of, preview, visible
+from pamm.data.listing import NO_FILE, conversion, is_skipped, kind_of, preview, visible
 from pamm.files import shown
 from pamm.images import IMAGE_SUFFIXES, ImageError, read_image, to_rgb
 
@@ -173,6 +173,8 @@ def _by_kind(kinds: Iterable[tuple[Path, str]]) -> Inputs:
 def _unread_remedy(path: Path) -> str:
     if not path.suffix:
         return "its name does not end as an image's (.jpg, ...); rename it, or give it by its name"
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        return f"it has the name of an image, {NO_FILE}; give a picture file"
     return f"files ending in {shown(path.suffix)} are not read; {conversion([path.name])}"
 
 

@@ -50,6 +50,8 @@ def named_data(name: str, root: str | None = None) -> Experiment:
     is_path = name in (".", "..") or name.startswith("~") or "/" in name or os.sep in name
     is_yaml = re.fullmatch(r".+\.ya?ml(\+.+)?", name) and not folder.is_dir()
     is_recipe = name.partition("+")[0] in {**RECIPES, **RENAMED}
+    if folder.name == "dataset.yaml" and folder.is_file():
+        raise ConfigError(f"{name} describes a data set, of which the folder is read: pamm data {folder.parent}")
     if is_yaml or not (is_path or (folder.is_dir() and not is_recipe)):
         return named_experiment(name, root)
     if root is not None:

@@ -17,10 +17,13 @@ from torch.nn import functional as F
 from pamm.tasks.metrics import Sums, image_metric, sum_metric
 from pamm.tasks.pictures import grey_picture, mask_pixels, probability_png, read_mask
 from pamm.tasks.scores import best_f_measure, full_precision, mean_over, threshold_counts
-from pamm.tasks.task import Task, register
+from pamm.tasks.task import LabelStatistics, Task, percent, register
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
+
+MOST_LINES = 0.5
+"""Share of a label's pixels that boundaries take at most; they take 0.06 of BSDS's annotations."""
 
 THRESHOLDS = torch.arange(1, 100) / 100
 """Thresholds of the boundary probability, 0.01 to 0.99."""
@@ -247,6 +250,16 @@ class Boundary(Task):
 
     def class_pixels(self, label: Tensor) -> dict[str, int]:
         return mask_pixels(label)
+
+    def remarks(self, found: LabelStatistics) -> list[str]:
+        """Also where most pixels are boundaries: the lines are stored dark on light, or regions in place of lines."""
+        share = found.classes.get("yes", 0) / max(sum(found.classes.values()), 1)
+        if share > MOST_LINES:
+            return [
+                f"{percent(share)} of the pixels of its labels are boundaries, expected thin lines of 255 on 0. Where lines are 0 "
+                "on 255, write 255 minus the values; of masks or maps of labels, write the outlines"
+            ]
+        return super().remarks(found)
 
     def loss(self, logits: Tensor, label: Tensor, counts: Tensor | None = None) -> Tensor:
         logits, positive = full_precision(logits), label == 1

@@ -29,8 +29,11 @@ UNITS = {"metre": 1.0, "millimetre": 1000.0, "disparity": 256.0}
 DISTANT = 100
 """Metres; where nothing is nearer, the unit is doubtful."""
 
+NEARBY = 0.1
+"""Metres; where nothing is farther, the unit is doubtful."""
+
 FARTHEST = 1000
-"""Metres; depths beyond are doubtful."""
+"""Metres, of disparity pixels; what is beyond is doubtful."""
 
 COARSEST = 100
 """Steps per metre; with fewer, a prediction is not written as a PNG, which would round it."""
@@ -183,21 +186,27 @@ class Depth(Task):
 
     def remarks(self, found: LabelStatistics) -> list[str]:
         """Of the range alone: a sky's value in place of a distance, another unit. Sparse labels are common."""
-        if found.lowest > found.highest or self.unit == "disparity":
+        if found.lowest > found.highest:
             return []
-        spread = f"from {found.lowest:.4g} to {found.highest:.4g} m"
-        largest = 65535 / self.steps
-        if found.lowest >= DISTANT:
-            return [
-                f"depths are {spread}, nothing nearer than {DISTANT} m: the values look like another unit, e.g. millimetres. A "
-                ".npy holds metres: divide by 1000; a PNG has the unit that dataset.yaml tells, e.g. 'depth: {unit: millimetre}'"
-            ]
-        is_last_step = math.isclose(found.highest, largest, rel_tol=1e-6)
+        is_disparity = self.unit == "disparity"
+        what = "disparities" if is_disparity else "depths"
+        spread = f"{what} are from {found.lowest:.4g} to {found.highest:.4g} {self.map_unit}"
+        unit = (
+            "the values look like another unit. A .npy holds metres (of millimetres: divide by 1000); a PNG has the unit that "
+            "dataset.yaml tells, e.g. 'depth: {unit: millimetre}', 'depth: {unit: metre}' or 'depth: {unit: 256}'"
+        )
+        if found.lowest >= DISTANT and not is_disparity:
+            return [f"{spread}, nothing nearer than {DISTANT} m: {unit}"]
+        if found.highest <= NEARBY and not is_disparity:
+            return [f"{spread}, nothing farther than {NEARBY} m: {unit}"]
+        last = [step / self.steps for step in (65535, 65534)]  # Cityscapes stores disparity one step higher
+        is_last_step = any(math.isclose(found.highest, value, rel_tol=1e-6) for value in last)
         if is_last_step or found.highest >= FARTHEST:
-            bound = math.floor(100 * largest) / 100 if is_last_step else FARTHEST
+            bound = math.floor(100 * found.highest) / 100 if is_last_step else FARTHEST
             return [
-                f"depths are {spread}: the largest looks like a mark of the sky or of unknown pixels, not like a distance, and is "
-                f"trained on. In dataset.yaml, 'depth: {{maximum: {bound:g}}}' makes depths of {bound:g} m and more unknown"
+                f"{spread}: the largest looks like a mark of the sky or of unknown pixels, or like another unit, not like a "
+                f"measured value, and is trained on. In dataset.yaml, 'depth: {{maximum: {bound:g}}}' makes {what} of {bound:g} "
+                f"{self.map_unit} and more unknown"
             ]
         return []
 

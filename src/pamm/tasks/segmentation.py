@@ -148,7 +148,8 @@ def check_classes(task: str, classes: Sequence[str]) -> None:
         )
     if not 2 <= len(classes) <= 255:
         raise ValueError(f"task '{task}': {len(classes)} classes, expected 2 to 255 (index 255 marks ignored pixels)")
-    wrong = [c for i, c in enumerate(classes) if not c or c in classes[:i]]
+    names = [c.strip() for c in classes]
+    wrong = [c for i, c in enumerate(classes) if not names[i] or names[i] in names[:i]]
     if wrong:
         raise ValueError(f"task '{task}': classes must be different, non-empty names; rename {wrong}")
 
