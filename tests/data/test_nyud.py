@@ -108,7 +108,7 @@ BROKEN = {
     "folder lost": (lambda r: (r / "normals").rename(r / "n"), r"2 of the 2 ids .*normals/0001\.png"),
     "list lost": (lambda r: lose(r, "gt_sets/train.txt"), r"no split list .*gt_sets/train\.txt"),
     "list empty": (lambda r: write_ids(r / "gt_sets/train.txt", []), "lists no image"),
-    "list repeats": (lambda r: write_ids(r / "gt_sets/train.txt", ["0001", "0001"]), "1 ids twice"),
+    "list repeats": (lambda r: write_ids(r / "gt_sets/train.txt", ["0001", "0001"]), "repeats 1 of its 2 ids"),
     "no such root": (lambda r: r.rename(r.parent / "elsewhere"), "holds neither gt_sets/|no folder"),
     "class out of range": (
         lambda r: write_png(r / "segmentation/0001.png", np.full((425, 560), 41, np.uint8)),
@@ -132,7 +132,10 @@ BROKEN = {
         lambda r: write_png(r / "edge/0001.png", np.eye(425, 560, dtype=np.uint8)),
         r"edge/0001\.png holds the values 0 and 1 only, expected a grey PNG, 0 = no, 255 = yes",
     ),
-    "depth of text": (lambda r: np.save(r / "depth/0001.npy", np.array(["a"])), r"depth/0001\.npy holds .*metres"),
+    "depth of text": (
+        lambda r: np.save(r / "depth/0001.npy", np.array(["a"])),
+        r"depth/0001\.npy is not a whole .npy file of numbers \(<U1 .*metres",
+    ),
     "truncated image": (
         lambda r: (r / "images/0001.png").write_bytes((r / "images/0001.png").read_bytes()[:5000]),
         r"images/0001\.png is not a whole picture",

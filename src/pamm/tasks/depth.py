@@ -253,7 +253,7 @@ def read_array(path: Path, *, remedy: str = "write it again, or leave the image 
         values = open_array(path)
     except (OSError, ValueError) as error:
         raise LabelError(
-            f"{shown(path, 200)} is not a whole .npy file ({shown(error, 200)}), {expected}; {remedy}"
+            f"{shown(path, 200)} is not a whole .npy file of numbers ({shown(error, 200)}), {expected}; {remedy}"
         ) from None
     if values.ndim == 3 and values.shape[-1] == 1:
         values = values[..., 0]
