@@ -360,6 +360,7 @@ def test_a_damaged_experiment_file_does_not_lose_the_other_rows(base, done, tmp_
         (tmp_path / f"tiny.yaml+{variant}").mkdir()
     (tmp_path / "tiny.yaml+task-conv/seed-0").symlink_to(done / "tiny.yaml+task-conv/seed-0")
     (tmp_path / "tiny.yaml+baseline/seed-0/last").mkdir(parents=True)
+    (tmp_path / "tiny.yaml+baseline/seed-0/last/model.safetensors").write_bytes(b"weights")
     (tmp_path / "tiny.yaml+baseline/seed-0/experiment.yaml").write_text("train: {stepps: 3}")
     text = told(capsys, "pamm-2", "--base", base, "--out", tmp_path, "--only", "baseline,task-conv", "--quiet", code=1)
     assert "failed: without TC and PAME: seed 0: " in text and "unknown key 'train.stepps'" in text
