@@ -292,7 +292,7 @@ MISTAKES = {
     "padded": (lambda m, t: Image.fromarray(np.zeros((48, 64), np.uint8)).save(m), "has 48 x 64 .* without padding"),
     "colour": (
         lambda m, t: Image.fromarray(np.zeros((40, 50, 3), np.uint8)).save(m),
-        r"maps/a\.png is a 8-bit RGB PNG, expected a grey map",
+        r"maps/a\.png is an 8-bit RGB PNG, expected a grey map",
     ),
     "0 and 1": (
         lambda m, t: Image.fromarray(np.eye(40, 50, dtype=np.uint8)).save(m),

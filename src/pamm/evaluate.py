@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from pamm.build import label_options
 from pamm.data import Batch, Dataset, open_dataset
+from pamm.data.listing import preview
 from pamm.data.loader import eval_loader
 from pamm.data.transforms import EvalTransform, denormalize, seen
 from pamm.experiment import DataConfig, Experiment, load
@@ -346,7 +347,7 @@ def measurable_tasks(model: MultiTaskModel, experiment: Experiment) -> dict[str,
         own, found = task.options().get("classes"), described[name].get("classes")
         if found is not None and list(own) not in (list(found), numbered_classes(len(found))):
             raise ConfigError(
-                f"the classes of '{name}' differ: the model has {len(own)} ({', '.join(own[:3])}, …), the data set "
-                f"{len(found)} ({', '.join(found[:3])}, …); measure on the data the model was trained for"
+                f"the classes of '{name}' differ: the model has {len(own)} ({preview(own)}), the data set {len(found)} "
+                f"({preview(found)}); measure on the data the model was trained for"
             )
     return tasks

@@ -66,7 +66,7 @@ def test_a_class_that_the_data_set_lacks_is_told_by_its_stored_index(tmp_path):
 def test_class_labels_of_another_kind_are_refused_and_told(tmp_path, bits, colour, told):
     values = np.zeros((3, 4, {GREY: 1, GREY_ALPHA: 2, RGB: 3, RGBA: 4}[colour]), int)
     path = png(tmp_path / "a.png", values, bits=bits, colour=colour)
-    with pytest.raises(LabelError, match=rf"a\.png is a {told} PNG, expected an 8-bit grey or palette PNG"):
+    with pytest.raises(LabelError, match=rf"a\.png is an? {told} PNG, expected an 8-bit grey or palette PNG"):
         create_task("semseg").read(path)
 
 
@@ -87,7 +87,7 @@ def test_sixteen_bits_of_depth_are_read_as_stored(tmp_path, interlaced):
     np.testing.assert_allclose(create_task("depth").read(path)[0], values / 1000, rtol=1e-6)
     for bits in (1, 4, 8):
         png(path, np.zeros((9, 11), int), bits=bits)
-        with pytest.raises(LabelError, match=f"is a {bits}-bit grey PNG, expected a 16-bit grey PNG of depth"):
+        with pytest.raises(LabelError, match=f"is an? {bits}-bit grey PNG, expected a 16-bit grey PNG of depth"):
             create_task("depth").read(path)
 
 

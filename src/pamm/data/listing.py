@@ -6,6 +6,7 @@ import os
 import re
 import stat
 import unicodedata
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,7 +175,7 @@ def read_ids(path: Path) -> list[str]:
         )
     repeated = len(ids) - len(set(ids))
     if repeated:
-        twice = next(id for at, id in enumerate(ids) if id in ids[:at])
+        twice, _ = Counter(ids).most_common(1)[0]
         raise DataError(
             f"{path} repeats {repeated} of its {len(ids)} ids, e.g. {shown(twice)}. Remove the repeated lines."
         )

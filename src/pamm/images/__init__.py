@@ -5,7 +5,7 @@ some of which start programs, are never reached.
 """
 
 from pamm.images.arrays import open_array
-from pamm.images.formats import FORMATS, HEIF, IMAGE_SUFFIXES, UNREAD_SUFFIXES, ImageError
+from pamm.images.formats import FORMATS, HEIF, IMAGE_SUFFIXES, ImageError
 from pamm.images.png import NOTE
 from pamm.images.reading import (
     MAX_PIXELS,
@@ -27,7 +27,6 @@ __all__ = [
     "IMAGE_SUFFIXES",
     "MAX_PIXELS",
     "NOTE",
-    "UNREAD_SUFFIXES",
     "ImageError",
     "LabelPicture",
     "decoding",

@@ -42,15 +42,6 @@ _SUFFIXES = {
 IMAGE_SUFFIXES = tuple(suffix for name, suffixes in _SUFFIXES.items() if name in FORMATS for suffix in suffixes)
 """Ends of file names, in lower case, that folders take for photographs."""
 
-UNREAD_SUFFIXES = (
-    *(suffix for name, suffixes in _SUFFIXES.items() if name not in FORMATS for suffix in suffixes),
-    *(".jpe", ".jif", ".mpo", ".j2k", ".jpf", ".jpx", ".jxl", ".apng", ".dib", ".heics", ".hif", ".avifs"),
-    *(".exr", ".pfm", ".hdr", ".tga", ".ppm", ".pgm", ".pbm", ".pnm", ".pcx", ".dds", ".ico", ".psd", ".svg", ".eps"),
-    *(".pdf", ".qoi", ".fits", ".flo", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"),
-    *(".mat", ".npz", ".h5", ".hdf5"),
-)
-"""Ends of file names, in lower case, of pictures and label files that are known and not read; such files are to be named."""
-
 
 class ImageError(ValueError):
     """A picture that cannot be read; the message names the file, what was found and the remedy."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
 from pamm.images.formats import HEAD, ImageError, format_of
 from pamm.images.png import NOTE, pixels_of_png
@@ -133,10 +133,12 @@ def _rgb(picture: Image.Image, name: str, exif: bool) -> np.ndarray:
     picture.load()
     if picture.mode == "F":
         raise ImageError(f"{name} holds floating point values of unknown range. Convert it to 8-bit RGB.")
-    if picture.mode.startswith("I"):
+    if picture.mode == "I":
         low, high = picture.getextrema()
         if low < 0 or high > 65535:
             raise ImageError(f"{name} has values from {low} to {high}, expected 8 or 16 bits. Convert it to RGB.")
+    if picture.mode.startswith("I") and _is_negative(picture):
+        raise ImageError(f"{name} stores white as 0, which is read of 8 bits alone. Convert it to 8-bit grey or RGB.")
     height, width = picture.height, picture.width
     pixels = np.empty((height, width, 3), np.uint8)
     rows = max(1, _STRIP_PIXELS // width)
@@ -146,9 +148,17 @@ def _rgb(picture: Image.Image, name: str, exif: bool) -> np.ndarray:
     return _turned(pixels, _orientation(picture) if exif else 1)
 
 
+def _is_negative(picture: Image.Image) -> bool:
+    """Whether a TIFF's values grow from white to black, which Pillow turns round for up to 8 bits."""
+    return getattr(picture, "tag_v2", {}).get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
+
+
 def _rgb_strip(strip: Image.Image) -> Image.Image:
     if strip.mode.startswith("I"):
-        strip = Image.fromarray(np.round(np.asarray(strip) / 257).astype(np.uint8))
+        values = np.asarray(strip)
+        grey = np.round(values / 257).astype(np.uint8)
+        grey[values == strip.info.get("transparency", -1)] = 255
+        strip = Image.fromarray(grey)
     if strip.has_transparency_data:
         strip = strip.convert("RGBA")
         strip = Image.alpha_composite(Image.new("RGBA", strip.size, (255, 255, 255, 255)), strip)

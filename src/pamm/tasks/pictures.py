@@ -53,7 +53,8 @@ def open_png(path: Path, kinds: Mapping[str, Sequence[int]], expected: str) -> I
 
 def _check_label(label: LabelPicture, kinds: Mapping[str, Sequence[int]], expected: str) -> None:
     if label.bits not in kinds.get(label.kind, ()):
-        raise LabelError(f"{label.path} is a {label} PNG, expected {expected}; convert the label")
+        article = "an" if label.bits == 8 else "a"
+        raise LabelError(f"{label.path} is {article} {label} PNG, expected {expected}; convert the label")
     if label.width * label.height > MAX_PIXELS:
         raise LabelError(
             f"{label.path} is implausibly large for a label: {label.height} x {label.width} pixels, the limit is "
