@@ -84,6 +84,8 @@ def edit(name):
         "another decay": lambda s: s["optimizer"]["param_groups"][0].update(weight_decay=0.5),
         "other betas": lambda s: s["optimizer"]["param_groups"][0].update(betas=(0.9, float("nan"))),
         "amsgrad": lambda s: s["optimizer"]["param_groups"][0].update(amsgrad=True),
+        "a rate that is no number": lambda s: s["optimizer"]["param_groups"][0].update(lr=float("nan")),
+        "a rate that is text": lambda s: s["optimizer"]["param_groups"][1].update(lr="0.1"),
         "no betas": lambda s: s["optimizer"]["param_groups"][0].pop("betas"),
         "another run's step": lambda s: s.update(step=1),
         "a negative step": lambda s: s.update(step=-1),

@@ -4,9 +4,10 @@
 
 A run is `pamm train` of a tiny network on twelve synthetic rooms, with a data loading process, checkpoints by the step and by the
 clock, and an evaluation every fifth step. Every attempt is a process of its own, forked from one that has imported torch, and is
-killed at a random moment after its start. Compared, bit by bit: weights of last/ and best/, the optimizer's state, results,
-the log's lines (but for images per second) and TensorBoard's scalars. Besides, nothing may be left over. Exit code 1 if anything
-differs. Runs on Linux and macOS.
+killed at a random moment after its start; a run that ends before the last kill is followed by another.
+
+Compared, bit by bit: weights of last/ and best/, the optimizer's state, results, the log's lines (but for images per second) and
+TensorBoard's scalars. Besides, nothing may be left over. Exit code 1 if anything differs. Runs on Linux and macOS.
 """
 
 from __future__ import annotations
@@ -148,28 +149,33 @@ def main() -> int:
         folder = Path(place)
         experiment = tiny(folder / "rooms", plain.steps, plain.workers)
         assert os.waitpid(start(experiment, folder / "whole"), 0)[1] == 0, "the run left alone failed"
-        kills, resumes, done, steps, started = 0, 0, False, [], time.perf_counter()
-        while not done:
-            pid = start(experiment, folder / "killed")
-            resumes += kills > 0
+        kills, resumes, runs, steps, found, started = 0, 0, 1, [], [], time.perf_counter()
+        while True:
+            out = folder / f"killed-{runs}"
+            resumes += out.exists()
+            pid = start(experiment, out)
             if kills < plain.kills:
                 time.sleep(draw.uniform(0.0, plain.longest))
                 os.kill(pid, signal.SIGKILL)
             status = os.waitpid(pid, 0)[1]
             if os.WIFSIGNALED(status):
                 kills += 1
-                steps.append(step_of(folder / "killed"))
-            elif os.WEXITSTATUS(status):
-                print(f"attempt {kills + 1} failed after step {step_of(folder / 'killed')}")
+                steps.append(step_of(out))
+                continue
+            if os.WEXITSTATUS(status):
+                print(f"the attempt after kill {kills} failed after step {step_of(out)}")
                 return 1
-            else:
-                done = kills >= plain.kills
-        found = differences(folder / "whole", folder / "killed")
+            found += [f"run {runs}: {text}" for text in differences(folder / "whole", out)]
+            if kills >= plain.kills:
+                break
+            runs += 1  # it ended before it could be killed often enough: another one from the start
         print(
-            f"{kills} kills, {resumes} resumes, {plain.steps} steps in {time.perf_counter() - started:.0f} s; checkpoints found "
-            f"after the kills: {len(set(steps))} different steps, from {min(steps)} to {max(steps)}"
+            f"{kills} kills, {resumes} resumes, {runs} runs of {plain.steps} steps in {time.perf_counter() - started:.0f} s; "
+            f"checkpoints found after the kills: of {len(set(steps))} different steps, {min(steps)} to {max(steps)}"
         )
-        print("\n".join(found) or "the same bits: weights, optimizer, best, results, log, TensorBoard; nothing left over")
+        print(
+            "\n".join(found) or "the same bits: weights, optimizer, best, results, log, TensorBoard; nothing left over"
+        )
         return 1 if found else 0
 
 

@@ -112,7 +112,9 @@ def load_training(target: Path, model: MultiTaskModel, optimizer: Any, state: di
         _check_groups(moments, own["param_groups"])
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         _check_state(moments["state"], parameters, saved["step"])
-        optimizer.load_state_dict({"state": moments["state"], "param_groups": own["param_groups"]})
+        rates = [{"lr": group["lr"]} for group in moments["param_groups"]]
+        groups = [mine | rate for mine, rate in zip(own["param_groups"], rates, strict=True)]
+        optimizer.load_state_dict({"state": moments["state"], "param_groups": groups})
     except Exception as error:  # torch raises many kinds for a damaged or foreign file
         raise CheckpointError(
             f"{path} is damaged or not a training state of this run ({shown(first_line(error), 200)}). {RESTORE}"
@@ -151,6 +153,8 @@ def _check_groups(moments: Any, own: list[dict[str, Any]]) -> None:
         for key in ("params", "weight_decay", "betas", "eps", *sorted(set(found) & set(wanted) - {"lr"})):
             if key not in found or type(found[key]) is not type(wanted[key]) or found[key] != wanted[key]:
                 raise ValueError(f"parameter group {number}: {key} is {found.get(key)}, expected {wanted[key]}")
+        if type(found.get("lr")) is not float or not 0 <= found["lr"] < math.inf:
+            raise ValueError(f"parameter group {number}: lr is {found.get('lr')}, expected a number of 0 or more")
 
 
 def _check_state(state: Any, parameters: list[Tensor], step: int) -> None:
