@@ -229,6 +229,21 @@ def test_a_symbolic_link_stays_and_its_place_is_written(rooms, tmp_path, which):
     assert link.is_symlink() and (place / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("left", ["nothing", "an empty folder"])
+def test_weights_without_their_last_checkpoint_are_not_replaced(rooms, run, left):
+    """A start from nothing would replace best/, log and results of a finished run."""
+    shutil.rmtree(run / "last")
+    if left == "an empty folder":
+        (run / "last").mkdir()
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError, match=r"last, from which the run would go on, is gone.*--out.*remove best/"):
+        train(one_task(rooms), run, progress=False)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    shutil.rmtree(run / "best")
+    train(one_task(rooms), run, progress=False)
+    assert load_model(run).image_size == (48, 64)
+
+
 def test_a_lock_is_one_processs_own(tmp_path):
     lock = FolderLock(tmp_path)
     with pytest.raises(FolderInUseError, match=rf"this process \(pid {os.getpid()}\) trains into"):

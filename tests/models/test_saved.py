@@ -144,7 +144,7 @@ def test_a_name_of_the_hub_is_fetched_and_a_mistyped_path_asks_nobody(saved, tmp
         wrong = loading(tmp_path, environment, "runs/dmeo", "runs/deep/dmeo", "./tester/model", "dmeo", "hf:x", "a b/c")
         assert hub.requests == [] and len(wrong) == 12
         for line in wrong[:2]:
-            assert f"nothing at {tmp_path}/runs/dmeo; did you mean runs/demo?" in line
+            assert f"nothing at {tmp_path}/runs/dmeo (did you mean runs/demo?)." in line
             assert "was not asked, since 'runs' stands here: a repository of this name is hf:runs/dmeo" in line
         assert all(line.startswith("told") and "hf:owner/name" in line for line in wrong[2:])
         fetched = loading(tmp_path, environment, "tester/model", "hf:tester/model", "hf:runs/dmeo")

@@ -51,7 +51,7 @@ def _near(source: str) -> str:
         near = get_close_matches(name, os.listdir(folder or "."), n=1)
     except (OSError, ValueError):
         near = []
-    return f"; did you mean {shown(os.path.join(folder, near[0]), 200)}?" if near else ""
+    return f" (did you mean {shown(os.path.join(folder, near[0]), 200)}?)" if near else ""
 
 
 def download(repository: str, **options: Any) -> Path:

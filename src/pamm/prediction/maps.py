@@ -184,4 +184,5 @@ def check_formats(formats: Sequence[str]) -> None:
         raise PredictError(f"no format is given, so nothing would be written; choose some of: {', '.join(FORMATS)}")
     for kind in [formats] if isinstance(formats, str) else formats:
         if kind not in FORMATS or isinstance(formats, str):
-            raise PredictError(f"found {formats!r} for the formats, expected a list of some of: {', '.join(FORMATS)}")
+            found = repr(formats) if isinstance(formats, str) else f"'{shown(kind)}'"
+            raise PredictError(f"found {found} for the formats, expected a list of some of: {', '.join(FORMATS)}")

@@ -240,7 +240,10 @@ def tell_unmeasured(fabric: Fabric, data: Dataset, tasks: Mapping[str, Task]) ->
 
 
 def start_folder(fabric: Fabric, experiment: Experiment, out: Path) -> None:
-    """Create the run folder with its experiment.yaml, or check that the run in it is this one. Raises ConfigError."""
+    """Create the run folder with its experiment.yaml, or check that the run in it is this one.
+
+    Raises ConfigError, and CheckpointError where starting anew would replace weights that nothing else holds.
+    """
     path = out / "experiment.yaml"
     if fabric.is_global_zero:
         for left in out.glob(".pamm-*.new"):  # of a process killed while it wrote a file
@@ -254,6 +257,12 @@ def start_folder(fabric: Fabric, experiment: Experiment, out: Path) -> None:
             raise ConfigError(
                 f"{out} holds another experiment ({'; '.join(different[:4])}). Choose another folder with --out, or remove this one"
             )
+    if holds_files(out / "best") and not holds_files(out / "last"):
+        raise CheckpointError(
+            f"{out / 'best'} holds weights, but {out / 'last'}, from which the run would go on, is gone: a new start would replace "
+            f"them. Restore last/ from a copy, train into another folder (--out; --init {out} starts there from these weights), or "
+            "remove best/ to start anew here"
+        )
     fabric.barrier()
     if fabric.is_global_zero:
         out.mkdir(parents=True, exist_ok=True)
