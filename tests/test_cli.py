@@ -224,3 +224,12 @@ def test_evaluating_on_other_classes_is_refused(trained, photographs, tmp_path, 
 def test_python_m_pamm():
     done = subprocess.run([sys.executable, "-m", "pamm", "--version"], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stdout.startswith("pamm ")
+
+
+def test_a_file_is_named_as_text_however_the_error_holds_it():
+    """TensorBoard opens its file by a name of bytes."""
+    from pamm.cli import told
+
+    for name in ("run/events", b"run/events", Path("run/events")):
+        assert told(FileNotFoundError(2, "No such file or directory", name)).startswith("run/events: No such file")
+    assert "run/\\x1b[31m" in told(FileNotFoundError(2, "No such file or directory", "run/\x1b[31m"))

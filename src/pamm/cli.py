@@ -79,7 +79,8 @@ def told(error: Exception) -> str | None:
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("pamm"):
         return f"{error}. Install the missing extra: pip install 'pamm[train,demo]'"
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}. Choose another place, or free space or permissions there"
+        name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
+        return f"{shown(name, 300)}: {error.strerror}. Choose another place, or free space or permissions there"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # of a write, which names no file
         return f"{error.strerror}. Free some space, or write to another disk"
     if type(error).__module__.startswith("pamm."):
@@ -170,7 +171,6 @@ def with_tasks_of_folder(experiment: Experiment) -> Experiment:
     from dataclasses import replace
 
     from pamm.build import label_options
-    from pamm.files import shown
 
     described = label_options(experiment)
     tasks = {name: task for name, task in experiment.tasks.items() if name in described}
@@ -321,7 +321,6 @@ def data(arguments: list[str]) -> int:
     from pamm.data import DATASETS
     from pamm.data.inspect import format_inspection, inspect_dataset, reading_workers
     from pamm.experiment import Experiment, check
-    from pamm.files import shown
     from pamm.recipes import named_data
 
     experiment = named_data(plain.source, plain.root)
