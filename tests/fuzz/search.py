@@ -1,0 +1,48 @@
+"""The search for inputs that a reader does not bear, for one reader in a process of its own."""
+
+from __future__ import annotations
+
+import traceback
+
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+
+from fuzz import guard
+from fuzz.parsers import PARSERS, sandbox
+
+
+def search(name: str, inputs: int, number: int) -> tuple[int, int, str | None]:
+    """Inputs tried, inputs taken, and the failure that was found, if any."""
+    parser, counts, inputs_of = PARSERS[name], [0, 0], PARSERS[name].inputs()
+    for content in parser.sound():  # what is loaded once does not count as memory of an input
+        with sandbox() as folder, guard.guarded(folder):
+            parser.try_on(content, folder)
+    guard.limit_memory()
+    before, smallest = guard.memory_taken(), [None]
+
+    @seed(number)
+    @settings(
+        max_examples=inputs,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        phases=(Phase.generate, Phase.shrink),
+        report_multiple_bugs=False,
+    )
+    @given(st.data())
+    def run(data: st.DataObject) -> None:
+        content = data.draw(inputs_of)
+        smallest[0] = content
+        counts[0] += 1
+        with sandbox() as folder, guard.guarded(folder):
+            counts[1] += parser.try_on(content, folder)
+
+    failure = None
+    try:
+        run()
+    except BaseException:
+        failure = f"{traceback.format_exc(limit=-6)}\ninput: {smallest[0]!r}"[-6000:]
+    grown = guard.memory_taken() - before
+    if failure is None and grown > guard.BYTES:
+        failure = f"{grown / 2**30:.1f} GB of memory"
+    return counts[0], counts[1], failure
