@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -83,9 +84,13 @@ class Parser:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without the warnings that tell a user what was taken for what."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        yield
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 # -- sound files ---------------------------------------------------------------------------------------------------------------
@@ -119,19 +124,14 @@ def write_model(folder: Path) -> None:
 def published() -> dict[str, torch.Tensor]:
     """A tiny released PAMM under its published names."""
     decoder = ReleasedConfig(width=32, state_size=4, kernel=3, experts=ExpertsConfig(count=3, top_k=2, rank=2))
-    from dataclasses import replace
-
     model = build_model(
         ModelConfig(replace(BACKBONE, class_token=False), decoder), {"depth": create_task("depth")}, (16, 16)
     )
     own = {name: value.detach() for name, value in model.state_dict().items()}
-    state = {
+    return {
         key: place.collect(own).clone(memory_format=torch.contiguous_format)
         for key, place in table(own, ["depth"]).items()
     }
-    position = "backbone.pos_embed"
-    state[position] = torch.cat([torch.zeros_like(state[position][:, :1]), state[position]][-2:], 1)
-    return state
 
 
 def published_files() -> list[bytes]:
