@@ -309,13 +309,13 @@ def load(path: Path) -> Experiment:
 MANY = 10**9
 
 MODEL_LIMITS: dict[str, tuple[float, float]] = {
-    "backbone.taps": (1, 512),
+    "backbone.taps": (1, 128),
     "backbone.drop_path": (0, 0.99),
     "backbone.patch": (1, 1024),
     "backbone.width": (1, 2**16),
-    "backbone.depth": (1, 512),
+    "backbone.depth": (1, 128),
     "backbone.heads": (1, 4096),
-    "backbone.stage_depths": (1, 96),
+    "backbone.stage_depths": (1, 128),
     "backbone.stage_heads": (1, 4096),
     "backbone.window": (1, 256),
     "backbone.mlp_ratio": (1e-3, 64),
@@ -327,7 +327,7 @@ MODEL_LIMITS: dict[str, tuple[float, float]] = {
     "decoder.experts.top_k": (1, 4096),
     "decoder.kernel": (1, 255),
     "decoder.delta_rank": (1, 2**16),
-    "decoder.stm": (1, 32),
+    "decoder.stm": (1, 16),
     "decoder.ctm_gate": (0, 1),
     "decoder.window": (1, 256),
     "decoder.expand": (1, 64),
@@ -337,7 +337,7 @@ MODEL_LIMITS: dict[str, tuple[float, float]] = {
 """Leaf of a network's settings → smallest and largest value it may have, and each entry of a list; None is allowed where the
 leaf's type allows it. They are wide: what one network of these sizes takes is a question of memory (see `build_model`)."""
 
-LONGEST = 64
+LONGEST = 32
 """Most entries of `taps`; other lists have at most 8."""
 
 NAME = 200

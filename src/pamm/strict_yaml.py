@@ -1,7 +1,7 @@
 """YAML as people write settings: plain mappings, lists and scalars, each key once, read in bounded time and memory.
 
 What serves other ends than settings, and surprises whoever reads a file of somebody else, is an error: aliases (`*a`), by which
-a few lines become gigabytes, merged mappings (`<<`) and tags (`!!set`). A date is a text, as it is written.
+a few lines become gigabytes, merged mappings (`<<`) and tags (`!!set`). A date and a lone `=` are texts, as they are written.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class StrictLoader(yaml.SafeLoader):
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
-        if node.tag == f"{TAG}timestamp" and not event.tag:
+        if node.tag in (f"{TAG}timestamp", f"{TAG}value") and not event.tag:
             node.tag = f"{TAG}str"
         if node.tag == f"{TAG}merge":
             raise _error("a merged mapping, <<, is not read: write its keys out here", node.start_mark)

@@ -2,7 +2,8 @@
 
     python -m fuzz --inputs 12000 --seed 1     from the folder tests/
 
-Prints a line per reader, and for a failure the smallest input that was found, as bytes. Ends with code 1 after a failure.
+Prints a line per reader, and for a failure its traceback and the file with the smallest input that was found.
+Ends with code 1 after a failure.
 """
 
 from __future__ import annotations

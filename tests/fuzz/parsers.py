@@ -326,7 +326,7 @@ PARSERS = {
             (damage.damaged, damage.in_zip),
         ),
         Parser(
-            "published, old form", "a.pth", read_published, (OfficialError, ConfigError), legacy_file, (damage.damaged,)
+            "published old form", "a.pth", read_published, (OfficialError, ConfigError), legacy_file, (damage.damaged,)
         ),
         Parser(
             "published .safetensors",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import tempfile
 import traceback
+from pathlib import Path
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from fuzz import guard
 from fuzz.parsers import PARSERS, sandbox
+from pamm.files import distinct_stem
 
 
 def search(name: str, inputs: int, number: int) -> tuple[int, int, str | None]:
@@ -41,7 +44,9 @@ def search(name: str, inputs: int, number: int) -> tuple[int, int, str | None]:
     try:
         run()
     except BaseException:
-        failure = f"{traceback.format_exc(limit=-6)}\ninput: {smallest[0]!r}"[-6000:]
+        kept = Path(tempfile.gettempdir()) / f"pamm-fuzz-{distinct_stem(name, set())}-{number}"
+        kept.write_bytes(smallest[0])
+        failure = f"{traceback.format_exc(limit=-8)[:6000]}\nthe input: {kept}"
     grown = guard.memory_taken() - before
     if failure is None and grown > guard.BYTES:
         failure = f"{grown / 2**30:.1f} GB of memory"

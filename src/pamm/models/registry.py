@@ -81,6 +81,9 @@ def build_model(
     if not tasks:
         raise ConfigError("no tasks: an experiment needs at least one, e.g. tasks: {depth: {weight: 1.0}}")
     check_ranges(to_dict(config), MODEL_LIMITS)
+    blocks, most = sum(config.backbone.stage_depths or ()), MODEL_LIMITS["backbone.depth"][1]
+    if blocks > most:
+        raise ConfigError(f"backbone.stage_depths: found {blocks} blocks, expected at most {most}")
     check_ranges({"image_size": list(image_size)}, {"image_size": LIMITS["data.size"]})
     if device != "meta":
         _check_memory(build_model(_random(config), tasks, image_size, "meta"))

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pamm.files import shown
+
 PLACEHOLDERS = {"s": r"\d+", "k": r"\d+", "t": r"[^.]+", "p": r"[BC]", "w": r".+"}
 
 Rules = Sequence[tuple[str, str]]
@@ -145,7 +147,7 @@ def match_keys(
     missing, unknown = [key for key in absent if key not in defaults], [key for key in left if key not in ignored]
     if missing or unknown:
         parts = [("missing", missing), ("unknown", unknown)]
-        told = "; ".join(f"{len(keys)} {what}, e.g. {', '.join(keys[:3])}" for what, keys in parts if keys)
+        told = "; ".join(f"{len(keys)} {what}, e.g. {shown(', '.join(keys[:3]), 200)}" for what, keys in parts if keys)
         raise OfficialError(
             f"not a whole checkpoint of this system: {told}. Nothing was loaded; use the file as its authors published it, or "
             "correct these keys"

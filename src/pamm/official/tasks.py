@@ -8,6 +8,7 @@ from typing import Any
 from pamm.data import DATASETS
 from pamm.data.files import PackagedDataset
 from pamm.experiment import DataConfig
+from pamm.files import shown
 from pamm.official.names import OfficialError
 from pamm.tasks import TASKS, Task, create_task
 from pamm.tasks.segmentation import ClassMap, numbered_classes
@@ -21,7 +22,7 @@ def task_order(names: Iterable[str]) -> list[str]:
     found = sorted(set(names))
     unknown = [name for name in found if name not in TASKS]
     if unknown or not found:
-        told = f"the task '{unknown[0]}'" if unknown else "no task's head"
+        told = f"the task '{shown(unknown[0])}'" if unknown else "no task's head"
         raise OfficialError(f"the checkpoint holds {told}; the tasks known here are {', '.join(ORDER)}")
     return sorted(found, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
 
