@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,6 +11,7 @@ from pamm.build import create_tasks, label_options
 from pamm.data import open_dataset
 from pamm.evaluate import evaluate_split
 from pamm.models.saved import load_model
+from pamm.strict import read_json
 from pamm.tasks import create_task
 from pamm.training.processes import launch
 
@@ -60,7 +60,7 @@ def results_on(run: Run, splits: Splits) -> tuple[dict[str, dict[str, float | No
 def _measured(run: Run, split: str, tasks: list[str], own: Mapping[str, Any]) -> dict[str, Any] | None:
     """The file of results on a split, if it holds these tasks and is of the weights of `own`."""
     try:
-        content = json.loads((run.folder / f"results-{split}.json").read_text(encoding="utf-8"))
+        content = read_json(run.folder / f"results-{split}.json", finite=False)
         fits = content["model"] == own["model"] and content["results"].keys() >= set(tasks)
     except (
         OSError,

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pamm.experiment import LIMITS, MODEL_LIMITS, ModelConfig, MTMambaConfig, PAMMConfig, ReleasedConfig, check_ranges
+from pamm.experiment import ModelConfig, MTMambaConfig, PAMMConfig, ReleasedConfig
+from pamm.experiment.limits import LIMITS, MODEL_LIMITS, check_ranges
 from pamm.files import shown
 from pamm.models.backbone import NoBackbone, Swin, ViT, create_backbone
 from pamm.models.heads import ConvHead

@@ -6,14 +6,13 @@ strictly. This file imports no torch.
 
 from __future__ import annotations
 
-import os
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from pamm.experiment.limits import check, check_batch, check_values
 from pamm.files import replace_text, shown
 from pamm.strict import ConfigError, from_dict, to_dict
 from pamm.strict_yaml import read_yaml
@@ -300,145 +299,26 @@ def load(path: Path) -> Experiment:
         raise ConfigError(f"{shown(path, 200)} is not a readable YAML file: {shown(error, 300)}") from None
     try:
         experiment = from_dict(Experiment, values)
-        check_name(experiment.name)
+        check_values(experiment)
         return experiment
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
 
-MANY = 10**9
-
-MODEL_LIMITS: dict[str, tuple[float, float]] = {
-    "backbone.taps": (1, 128),
-    "backbone.drop_path": (0, 0.99),
-    "backbone.patch": (1, 1024),
-    "backbone.width": (1, 2**16),
-    "backbone.depth": (1, 128),
-    "backbone.heads": (1, 4096),
-    "backbone.stage_depths": (1, 128),
-    "backbone.stage_heads": (1, 4096),
-    "backbone.window": (1, 256),
-    "backbone.mlp_ratio": (1e-3, 64),
-    "decoder.width": (1, 2**16),
-    "decoder.state_size": (1, 4096),
-    "decoder.orders": (1, 8),
-    "decoder.experts.count": (1, 4096),
-    "decoder.experts.rank": (1, 4096),
-    "decoder.experts.top_k": (1, 4096),
-    "decoder.kernel": (1, 255),
-    "decoder.delta_rank": (1, 2**16),
-    "decoder.stm": (1, 16),
-    "decoder.ctm_gate": (0, 1),
-    "decoder.window": (1, 256),
-    "decoder.expand": (1, 64),
-    "decoder.head_width": (1, 2**16),
-    "decoder.drop_path": (0, 0.99),
-}
-"""Leaf of a network's settings → smallest and largest value it may have, and each entry of a list; None is allowed where the
-leaf's type allows it. They are wide: what one network of these sizes takes is a question of memory (see `build_model`)."""
-
-LONGEST = 32
-"""Most entries of `taps`; other lists have at most 8."""
-
-NAME = 200
-"""Most bytes of an experiment's name; a folder's has at most 255."""
-
-LIMITS: dict[str, tuple[float, float]] = {
-    "data.size": (1, 2**14),
-    "data.label_size": (1, 2**14),
-    "data.scale": (0.01, 100),
-    "data.flip": (0, 1),
-    "data.largest_class": (0, 1),
-    "data.val_fraction": (0, 1),
-    "data.images": (0, MANY),
-    "data.seed": (0, 2**63 - 1),
-    **{f"model.{leaf}": limits for leaf, limits in MODEL_LIMITS.items()},
-    "train.steps": (1, MANY),
-    "train.batch": (1, 10**6),
-    "train.accumulate": (1, 10**6),
-    "train.lr": (0, 1e300),
-    "train.weight_decay": (0, 1e300),
-    "train.power": (0, 1000),
-    "train.warmup": (0, MANY),
-    "train.clip": (1e-12, 1e12),
-    "train.eval_every": (0, MANY),
-    "train.save_every": (1, MANY),
-    "train.save_minutes": (0, MANY),
-    "train.backbone_lr_scale": (0, 1e6),
-    "train.log_every": (1, MANY),
-    "train.workers": (0, 1024),
-    "train.seed": (0, 2**31 - 1),
-    "train.devices": (1, 1024),
-    "train.nodes": (1, 10**5),
-}
-"""As MODEL_LIMITS, of an experiment."""
-
-
-def check(experiment: Experiment) -> None:
-    """Raises ConfigError for a name that is no folder's, for a number outside its range (LIMITS, a task's weight), for settings
-    that exclude each other and for a batch that the configured processes cannot share."""
-    check_name(experiment.name)
-    tree = to_dict(experiment)
-    check_ranges(tree, LIMITS | {f"tasks.{name}.weight": (0, 1e9) for name in experiment.tasks})
-    if experiment.data.val_fraction and experiment.data.name != "folder":
-        raise ConfigError(
-            f"data.val_fraction is {experiment.data.val_fraction:g}, but data sets of the kind '{experiment.data.name}' have a "
-            "validation split of their own: set it to 0"
-        )
-    if experiment.train.compile and experiment.train.recompute:
-        raise ConfigError(
-            "train.compile and train.recompute are both on: a compiled network chooses itself what it computes again; turn "
-            "one of them off"
-        )
-    if not STARTED_OUTSIDE & os.environ.keys():  # torchrun and SLURM have numbers of processes of their own
-        check_batch(experiment.train, experiment.train.devices * experiment.train.nodes)
-
-
-def check_ranges(tree: dict[str, Any], limits: dict[str, tuple[float, float]]) -> None:
-    """Raises ConfigError for a leaf of the tree outside its limits, or a list that is too long."""
-    for leaf, (low, high) in limits.items():
-        value: Any = tree
-        for key in leaf.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
-        values = value if isinstance(value, list) else [] if value is None else [value]
-        most = LONGEST if leaf.endswith("taps") else 8
-        if len(values) > most:
-            raise ConfigError(f"{leaf}: found {len(values)} entries, expected at most {most}")
-        for found in values:
-            if not low <= found <= high:
-                raise ConfigError(f"{leaf}: found {shown(found)}, expected a number from {low:g} to {high:g}")
-
-
-def check_name(name: str) -> None:
-    """Raises ConfigError for an experiment's name that would lead its run folder, runs/NAME, elsewhere."""
-    if (
-        not name.isprintable()
-        or re.search(r'[/\\:*?"<>|]', name)
-        or name[:1] in ("", ".", "~")
-        or len(name.encode()) > NAME
-    ):
-        raise ConfigError(
-            f"name: found '{shown(name)}', expected the name of a folder under runs/: 1 to {NAME} bytes, none of "
-            '/ \\ : * ? " < > |, and no dot or ~ as the first'
-        )
-
-
-STARTED_OUTSIDE = {"TORCHELASTIC_RUN_ID", "SLURM_PROCID"}
-"""Variables of the environment that torchrun and SLURM set."""
-
-
-def check_batch(config: TrainConfig, processes: int) -> None:
-    """Raises ConfigError unless the batch can be cut into equal parts for so many processes and `accumulate`."""
-    parts = processes * max(1, config.accumulate)
-    if config.batch >= 1 and config.accumulate >= 1 and config.batch % parts == 0:
-        return
-    below, above = config.batch // parts * parts, -(-config.batch // parts) * parts
-    numbers = " or ".join(str(number) for number in (below, above or parts) if number > 0)
-    fewer = range(min(processes - 1, 1024), 0, -1)
-    fitting = next((n for n in fewer if config.batch % (n * max(1, config.accumulate)) == 0), 0)
-    remedy = f", or take {fitting} device{'s' if fitting > 1 else ''} in all" if fitting else ""
-    raise ConfigError(
-        f"train.batch = {config.batch} cannot be shared by {processes} process{'es' if processes > 1 else ''} (train.devices × "
-        f"train.nodes) in {config.accumulate} equal part{'s' if config.accumulate > 1 else ''} each (train.accumulate): set "
-        f"train.batch to a multiple of {parts}, e.g. {numbers}{remedy}"
-    )
+__all__ = [
+    "BackboneConfig",
+    "ConfigError",
+    "DataConfig",
+    "Experiment",
+    "ExpertsConfig",
+    "MTMambaConfig",
+    "ModelConfig",
+    "PAMMConfig",
+    "ReleasedConfig",
+    "TaskConfig",
+    "TrainConfig",
+    "check",
+    "check_batch",
+    "dump",
+    "load",
+]
