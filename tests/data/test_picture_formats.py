@@ -332,3 +332,18 @@ def test_a_photograph_of_108_megapixels_is_read_in_the_memory_it_needs(tmp_path)
     *shape, kilobytes = map(int, done.stdout.split())
     assert shape == [height, width, 3]
     assert 3 * width * height < 1024 * kilobytes < 9 * width * height
+
+
+def test_a_png_that_claims_more_than_its_data_can_hold_is_refused(tmp_path):
+    """Pillow takes the end of the data for the end of the picture, and leaves the rest black."""
+    whole = tmp_path / "whole.png"
+    Image.new("RGB", (2000, 1500)).save(whole)  # one colour: as much as can be packed
+    assert read_image(whole).shape == (1500, 2000, 3)
+    content = bytearray(whole.read_bytes())
+    content[20:24] = (100_000).to_bytes(4, "big")
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    (tmp_path / "more.png").write_bytes(content)
+    with pytest.raises(
+        ImageError, match=r"more\.png claims 100000 x 2000 pixels and holds \d+ bytes .* Copy or download"
+    ):
+        read_image(tmp_path / "more.png")

@@ -19,6 +19,12 @@ _MOST_CHUNKS = 1_000_000
 _MOST_TEXT = 2**20
 """Bytes of a metadata chunk, packed and unpacked, that is kept; Pillow refuses a picture for more."""
 
+_MOST_UNPACKED = 1032
+"""Bytes that one byte of a compressed stream unpacks to, at most."""
+
+_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+"""PNG's colour type → numbers of a pixel."""
+
 _TELLING = {
     (b"eXIf", b""),
     (b"tEXt", b"Raw profile type exif"),
@@ -34,13 +40,14 @@ def pixels_of_png(file: BinaryIO) -> _Parts:
 
     Critical chunks, transparency and the metadata of `_TELLING` stay. Raises ImageError for a million chunks.
     """
-    parts, at, seen = [(0, 8)], 8, set()
+    parts, at, seen, packed = [(0, 8)], 8, set(), 0
     for _ in range(_MOST_CHUNKS):
         file.seek(at)
         head = file.read(8)
         if len(head) < 8:
             break
         length, kind = struct.unpack(">I4s", head)
+        packed += length if kind == b"IDAT" else 0
         if not kind.isalpha() or not kind[0] & 0x20 or kind == b"tRNS" or _tells(file, kind, length, seen):
             if sum(parts[-1]) == at:
                 parts[-1] = parts[-1][0], parts[-1][1] + length + 12
@@ -53,7 +60,22 @@ def pixels_of_png(file: BinaryIO) -> _Parts:
         raise ImageError(
             f"{getattr(file, 'name', 'the image')} has more than {_MOST_CHUNKS:,} chunks. Write the picture again."
         )
+    _check_length(file, packed)
     return _Parts(file, parts)
+
+
+def _check_length(file: BinaryIO, packed: int) -> None:
+    """Raise ImageError where `packed` bytes cannot unpack to the pixels that the header claims: Pillow would leave them black."""
+    file.seek(8)
+    head = file.read(18)
+    if len(head) < 18 or head[4:8] != b"IHDR":
+        return
+    width, height, bits, colour = struct.unpack(">IIBB", head[8:])
+    if height * (width * bits * _CHANNELS.get(colour, 1) // 8) > _MOST_UNPACKED * packed + _MOST_UNPACKED:
+        raise ImageError(
+            f"{getattr(file, 'name', 'the image')} claims {height} x {width} pixels and holds {packed} bytes of them: it is not a "
+            "whole picture. Copy or download it again."
+        )
 
 
 def _tells(file: BinaryIO, kind: bytes, length: int, seen: set[object]) -> bool:
