@@ -35,10 +35,11 @@ _TELLING = {
 """Metadata, by chunk and keyword, that tell how the picture is turned or what its values mean."""
 
 
-def pixels_of_png(file: BinaryIO) -> _Parts:
+def pixels_of_png(file: BinaryIO, most: int) -> _Parts:
     """A PNG without its metadata, which may be large, damaged, or unpack to much more than they take in the file.
 
-    Critical chunks, transparency and the metadata of `_TELLING` stay. Raises ImageError for a million chunks.
+    Critical chunks, transparency and the metadata of `_TELLING` stay. Raises ImageError for a million chunks, and for data that
+    are too few for the pixels that the header claims, unless these are more than `most`, which the caller refuses.
     """
     parts, at, seen, packed = [(0, 8)], 8, set(), 0
     for _ in range(_MOST_CHUNKS):
@@ -60,18 +61,21 @@ def pixels_of_png(file: BinaryIO) -> _Parts:
         raise ImageError(
             f"{getattr(file, 'name', 'the image')} has more than {_MOST_CHUNKS:,} chunks. Write the picture again."
         )
-    _check_length(file, packed)
+    _check_length(file, packed, most)
     return _Parts(file, parts)
 
 
-def _check_length(file: BinaryIO, packed: int) -> None:
+def _check_length(file: BinaryIO, packed: int, most: int) -> None:
     """Raise ImageError where `packed` bytes cannot unpack to the pixels that the header claims: Pillow would leave them black."""
     file.seek(8)
     head = file.read(18)
     if len(head) < 18 or head[4:8] != b"IHDR":
         return
     width, height, bits, colour = struct.unpack(">IIBB", head[8:])
-    if height * (width * bits * _CHANNELS.get(colour, 1) // 8) > _MOST_UNPACKED * packed + _MOST_UNPACKED:
+    if (
+        height * width <= most
+        and height * (width * bits * _CHANNELS.get(colour, 1) // 8) > _MOST_UNPACKED * packed + _MOST_UNPACKED
+    ):
         raise ImageError(
             f"{getattr(file, 'name', 'the image')} claims {height} x {width} pixels and holds {packed} bytes of them: it is not a "
             "whole picture. Copy or download it again."

@@ -224,7 +224,7 @@ def open_picture(source: Source) -> Iterator[Image.Image]:
         except (AttributeError, io.UnsupportedOperation):
             file = io.BytesIO(file.read())
         kind = format_of(file.read(HEAD), name_of(source))
-        content = io.BufferedReader(pixels_of_png(file)) if kind == "PNG" else file
+        content = io.BufferedReader(pixels_of_png(file, MAX_PIXELS)) if kind == "PNG" else file
         with quiet():
             if kind == "HEIF":
                 importlib.import_module("pillow_heif").register_heif_opener()
