@@ -167,3 +167,20 @@ def test_without_a_home_the_hubs_models_are_kept_in_a_temporary_folder(saved, tm
         lines = loading(tmp_path, environment, "tester/model")
     assert len(lines) == 2 and all(line.startswith("loaded") for line in lines)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+DRAW_WITHOUT = """
+import sys
+from torch import full, nn
+from pamm.models.registry import WithoutDraws
+with WithoutDraws():
+    draw = getattr(nn.init, sys.argv[1])
+    draw(full((8, 8), 1e9), **({"std": 0.02} if sys.argv[1] == "trunc_normal_" else {}))
+"""
+
+
+@pytest.mark.parametrize("draw", ["trunc_normal_", "normal_", "uniform_", "kaiming_normal_", "xavier_uniform_"])
+def test_a_build_without_draws_ends_whatever_fresh_memory_holds(draw):
+    """`trunc_normal_` draws again until all values lie within its bounds."""
+    command = [sys.executable, "-c", DRAW_WITHOUT, draw]
+    assert subprocess.run(command, timeout=120, check=False).returncode == 0

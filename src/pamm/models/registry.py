@@ -124,19 +124,24 @@ def _check_memory(skeleton: nn.Module) -> None:
 
 
 class WithoutDraws(TorchFunctionMode):
-    """Inside, new weights are not drawn: they are about to be loaded, and drawing them takes most of the time of a build."""
+    """Inside, new weights are not drawn: they are about to be loaded, and drawing them takes most of the time of a build.
+
+    A normal draw becomes its mean. Left as they were, the values of fresh memory would keep torch's `trunc_normal_`, which
+    draws again until every value lies within its bounds, in an endless loop.
+    """
 
     def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
         options = options or {}
         if function in DRAWS:
-            return arguments[0] if arguments else options["tensor"]
+            tensor = arguments[0] if arguments else options["tensor"]
+            if function is not Tensor.normal_:
+                return tensor
+            return tensor.fill_(arguments[1] if len(arguments) > 1 else options.get("mean", 0.0))
         return function(*arguments, **options)
 
 
 DRAWS = {Tensor.uniform_, Tensor.normal_, Tensor.erfinv_}
-DRAWS |= {
-    getattr(nn.init, name) for name in ("uniform_", "normal_", "trunc_normal_", "kaiming_uniform_", "xavier_uniform_")
-}
+DRAWS |= {getattr(nn.init, name) for name in ("uniform_", "normal_", "kaiming_uniform_")}
 
 
 @contextmanager
