@@ -132,17 +132,3 @@ def test_parameters_that_are_not_one_piece_of_memory():
         reference.step()
     for parameter, expected in zip(ours, plain, strict=True):
         torch.testing.assert_close(parameter, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_the_update_sees_contiguous_memory_and_copies_no_parameter():
-    layers = Layers()
-    optimizer = create_optimizer(layers, TrainConfig())
-    layers.gradients(0, otherwise=False)
-    for group in optimizer.param_groups:
-        lists = [[] for _ in range(6)]
-        optimizer._init_group(group, *lists)
-        held = [group["params"], [p.grad for p in group["params"]]]
-        for members, originals in zip(lists, held, strict=False):
-            assert all(member.is_contiguous() for member in members)
-            assert [m.data_ptr() for m in members] == [original.data_ptr() for original in originals]
-        assert all(member.is_contiguous() for members in lists for member in members)

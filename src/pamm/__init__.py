@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pamm.build import create_model
     from pamm.experiment import Experiment
+    from pamm.kernels import accelerate
     from pamm.models.model import MultiTaskModel
     from pamm.models.saved import load_model
     from pamm.ops import selective_scan
@@ -21,6 +22,7 @@ _HOME = {
     "MultiTaskModel": "pamm.models.model",
     "Predictor": "pamm.prediction",
     "Task": "pamm.tasks",
+    "accelerate": "pamm.kernels",
     "create_model": "pamm.build",
     "create_task": "pamm.tasks",
     "get_recipe": "pamm.recipes",
@@ -33,6 +35,7 @@ __all__ = [
     "MultiTaskModel",
     "Predictor",
     "Task",
+    "accelerate",
     "create_model",
     "create_task",
     "get_recipe",

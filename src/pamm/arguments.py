@@ -63,3 +63,9 @@ def _value(text: str) -> Any:
         return load_yaml(text)
     except yaml.YAMLError:
         return text
+
+
+def add_kernels(parser: argparse.ArgumentParser) -> None:
+    """The option --kernels, for every command that runs a network."""
+    text = "auto: faster modules in the place of the network's own (see `pamm doctor`); off: the network as it is"
+    parser.add_argument("--kernels", default="auto", choices=["auto", "off"], help=text)

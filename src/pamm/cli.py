@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pamm.arguments import add_kernels
 from pamm.files import shown
 from pamm.terminal import leave_lost_output, print_any_character, say
 
@@ -140,6 +141,7 @@ def parse_experiment(name: str, arguments: list[str]) -> tuple[Experiment, argpa
     )
     own.add_argument("--freeze", metavar="backbone[:N]", help="do not train the backbone, or its first N blocks")
     own.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_kernels(own)
     if arguments[:1] in (["-h"], ["--help"]):
         print(own.format_help())
         raise SystemExit(0)
@@ -221,7 +223,7 @@ def demo(arguments: list[str]) -> int:
 
     experiment, plain = parse_experiment("demo", ["demo", *arguments])
     check_writable(plain.out or Path("runs/demo"))
-    run_demo(experiment, plain.out or Path("runs/demo"), progress=not plain.quiet)
+    run_demo(experiment, plain.out or Path("runs/demo"), progress=not plain.quiet, kernels=plain.kernels)
     return 0
 
 
@@ -242,7 +244,7 @@ def train(arguments: list[str]) -> int:
 
     out = plain.out or run_folder(experiment)
     check_writable(out)
-    result = run(experiment, out, progress=not plain.quiet)
+    result = run(experiment, out, progress=not plain.quiet, kernels=plain.kernels)
     if is_first_process():
         from pamm.build import create_tasks
         from pamm.report import format_table

@@ -13,7 +13,9 @@ from pamm.data import open_dataset
 from pamm.data.transforms import EvalTransform
 from pamm.evaluate import evaluate_split
 from pamm.experiment import Experiment
+from pamm.kernels import Choice
 from pamm.models.saved import load_model
+from pamm.precision import prepare
 from pamm.report import Figure, figure_from, format_table, write_report
 from pamm.strict import ConfigError
 from pamm.training.lock import FolderLock
@@ -24,7 +26,7 @@ FIGURES = 8
 """Validation images shown in the report."""
 
 
-def run_demo(experiment: Experiment, out: Path, *, progress: bool = True) -> Path:
+def run_demo(experiment: Experiment, out: Path, *, progress: bool = True, kernels: Choice = "auto") -> Path:
     """Make the data, measure the untrained network, train, measure again, write the report; returns the report's path."""
     if experiment.data.name != "synthetic":
         raise ConfigError(
@@ -38,10 +40,10 @@ def run_demo(experiment: Experiment, out: Path, *, progress: bool = True) -> Pat
         open_dataset(experiment.data, split, tasks).prepare(progress=progress, workers=os.cpu_count() or 1)
     fabric = launch(experiment.train)
     torch.manual_seed(experiment.train.seed)
-    blank = create_model(experiment).to(fabric.device)
+    blank = prepare(create_model(experiment).to(fabric.device), kernels=kernels)
     untrained = evaluate_split(fabric, blank, experiment, tasks)
     made = time.perf_counter()
-    trained = train(experiment, out, progress=progress)
+    trained = train(experiment, out, progress=progress, kernels=kernels)
     rows = [("untrained", untrained.row), ("trained", trained.row)]
     report = write_report(
         out,
@@ -49,7 +51,7 @@ def run_demo(experiment: Experiment, out: Path, *, progress: bool = True) -> Pat
         rows=rows,
         tasks=tasks,
         protocol=trained.protocol,
-        figures=draw_figures(experiment, out),
+        figures=draw_figures(experiment, out, kernels),
         extra={"seconds of data": f"{made - started:.0f}", "seconds of training": f"{time.perf_counter() - made:.0f}"},
     )
     print(format_table(rows, tasks))
@@ -58,9 +60,9 @@ def run_demo(experiment: Experiment, out: Path, *, progress: bool = True) -> Pat
 
 
 @torch.inference_mode()
-def draw_figures(experiment: Experiment, run: Path) -> list[Figure]:
+def draw_figures(experiment: Experiment, run: Path, kernels: Choice) -> list[Figure]:
     """Predictions and truths of the first validation images."""
-    model = load_model(run)
+    model = prepare(load_model(run), kernels=kernels)
     data = open_dataset(experiment.data, "val", model.tasks)
     transform = EvalTransform(model.tasks, experiment.data)
     figures = []

@@ -54,16 +54,11 @@ def _torch() -> bool:
 def _devices() -> None:
     import torch
 
-    from pamm.ops.product import BY_CONVOLUTION
     from pamm.precision import bfloat16_units
 
     units = bfloat16_units()
     lower = f"bfloat16 by {units}: --precision auto takes it" if units else "no bfloat16 units: float32 is the faster"
     print(f"  CPU            {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, {lower}")
-    if BY_CONVOLUTION:
-        print(
-            "                 float32 products run by a C kernel or as 1×1 convolutions: MKL is slow on this processor"
-        )
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             print(f"  GPU {index}          {torch.cuda.get_device_name(index)}")
@@ -74,17 +69,24 @@ def _devices() -> None:
 
 
 def _kernels() -> None:
-    from pamm.ops import attention, head, kernel_cache, mixed_convolution, product, winograd
+    """What stands in for a network's modules here, and how many of a large PAMM's it replaces."""
+    import torch
 
-    print("  C kernels for layers of networks on the CPU:")
-    for name, reason in (
-        ("3×3 convolutions, float32", winograd.objection()),
-        ("matrix products, float32", product.objection()),
-        ("released experts' 9×9 convolutions, without gradients", mixed_convolution.KERNEL.unavailable()),
-        ("attention", attention.objection()),
-        ("heads behind their taps, float32", head.KERNEL.unavailable()),
-    ):
-        print(f"    {name}: {f'torch runs it ({reason})' if reason else 'available'}")
+    from pamm.build import create_model
+    from pamm.kernels import REWRITES, accelerate
+    from pamm.ops import kernel_cache
+
+    with torch.device("meta"):
+        report = accelerate(create_model("nyud-pamm-b", pretrained=False), training=False)
+    print("  faster modules in the place of a network's own (--kernels off: none; counts: in nyud-pamm-b):")
+    for rewrite in REWRITES:
+        reason = rewrite.objection() or rewrite.kernel.unavailable()
+        count = len(report.replaced.get(rewrite.name, ()))
+        if rewrite.objection() or (rewrite.name in report.left and reason):
+            print(f"    {rewrite.name}: left to torch ({reason})")
+        else:
+            without = f"; here in torch ({reason})" if reason else ""
+            print(f"    {rewrite.name}: {count} modules; {rewrite.how}{without}")
     not_kept = kernel_cache.objection()
     if not_kept:
         print(f"    compiled anew by every process: {not_kept}")

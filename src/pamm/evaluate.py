@@ -23,6 +23,7 @@ from pamm.data.loader import eval_loader
 from pamm.data.transforms import EvalTransform, denormalize, seen
 from pamm.experiment import DataConfig, Experiment, load
 from pamm.files import replace_text
+from pamm.kernels import Choice
 from pamm.measurement import RESOLUTIONS, Resolution, Row, Shown, TaskScores, over_processes, significant
 from pamm.models.model import MultiTaskModel
 from pamm.models.registry import rebuild_model
@@ -292,11 +293,12 @@ def evaluate_saved(
     untrained: bool = False,
     precision: Precision = "float32",
     compile: bool = False,
+    kernels: Choice = "auto",
 ) -> tuple[list[tuple[str, Evaluation]], dict[str, Task]]:
     """Evaluate a saved model: named results, the untrained network's first, if asked for, the model's last; and the tasks.
 
     source: what `load_model` takes. data: recipe or experiment.yaml whose data set is measured; the run's own by default.
-    ranked, pictures: see `evaluate_split`. precision, compile: as `pamm.precision.prepare` takes them.
+    ranked, pictures: see `evaluate_split`. precision, compile, kernels: as `pamm.precision.prepare` takes them.
     Raises CheckpointError, ConfigError, DataError.
     """
     model = load_model(source)
@@ -305,12 +307,13 @@ def evaluate_saved(
     experiment = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, workers=workers))
     progress = fabric.is_global_zero and sys.stderr.isatty()
     arguments = {"split": split, "batch_size": batch_size, "resolutions": resolutions, "progress": progress}
+    form = {"precision": precision, "compile": compile, "kernels": kernels}
     results = []
     if untrained:
         torch.manual_seed(experiment.train.seed)
-        blank = prepare(rebuild_model(model.settings).to(fabric.device), precision=precision, compile=compile)
+        blank = prepare(rebuild_model(model.settings).to(fabric.device), **form)
         results.append(("untrained", evaluate_split(fabric, blank, experiment, tasks, **arguments)))
-    model = prepare(model.to(fabric.device), precision=precision, compile=compile)
+    model = prepare(model.to(fabric.device), **form)
     result = evaluate_split(fabric, model, experiment, tasks, ranked=ranked, pictures=pictures, **arguments)
     weights = find_checkpoint(place).name if (place := Path(source).expanduser()).exists() else "hub"
     arithmetic = str(choose_precision(precision, fabric.device)).removeprefix("torch.")

@@ -10,7 +10,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pamm.arguments import at_least
+from pamm.arguments import add_kernels, at_least
 from pamm.cli import PRECISION_HELP, check_writable, is_first_process, parser
 from pamm.files import shown
 
@@ -48,6 +48,7 @@ def main(arguments: list[str]) -> int:
         untrained=plain.untrained,
         precision=plain.precision,
         compile=plain.compile,
+        kernels=plain.kernels,
     )
     if is_first_process():
         tell(plain, named, tasks, command=f"pamm eval {shlex.join(arguments)}")
@@ -103,6 +104,7 @@ def arguments_parser() -> argparse.ArgumentParser:
     own.add_argument("--workers", type=at_least(0), default=2, help="data loading processes")
     own.add_argument("--precision", default="float32", choices=["auto", "float32", "bfloat16"], help=PRECISION_HELP)
     own.add_argument("--compile", action="store_true", help="run the network through torch.compile")
+    add_kernels(own)
     own.add_argument("--baseline", help="also the gain over a named baseline, or over a JSON file of results")
     own.add_argument("--untrained", action="store_true", help="also the row of the same network with random weights")
     own.add_argument("--out", type=Path, help="write the results to this JSON file")

@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 import torch
 
+from pamm.kernels import Choice, apply_choice
 from pamm.models.model import MultiTaskModel
 from pamm.strict import ConfigError
 
@@ -34,12 +35,16 @@ def choose_precision(name: Precision, device: str | torch.device = "cpu") -> tor
     return torch.bfloat16 if wanted else torch.float32
 
 
-def prepare(model: MultiTaskModel, *, precision: Precision = "float32", compile: bool = False) -> MultiTaskModel:
+def prepare(
+    model: MultiTaskModel, *, precision: Precision = "float32", compile: bool = False, kernels: Choice = "auto"
+) -> MultiTaskModel:
     """The model itself, made ready for inference in this arithmetic.
 
+    kernels: "auto" puts faster modules in the place of its own (see `pamm.accelerate`), "off" leaves them.
     compile: let torch.compile fuse what surrounds the matrix products. It takes a minute or more at the first image, and
     again for every other size. Raises ConfigError.
     """
+    apply_choice(model, kernels, training=False)
     if choose_precision(precision, next(model.parameters()).device) == torch.bfloat16:
         model.use_bfloat16()
     if compile:

@@ -21,7 +21,6 @@ from pamm.build import create_tasks
 from pamm.cli import parse_experiment
 from pamm.experiment import dump
 from pamm.gain import GainError
-from pamm.ops import attention, winograd
 from pamm.recipes import get_recipe
 from pamm.strict import ConfigError
 from pamm.training.run import create_loop
@@ -269,11 +268,7 @@ def test_costs_do_not_depend_on_the_engine_that_is_asked_for(base, monkeypatch):
     counted = count_cost(experiment, create_tasks(experiment))
     monkeypatch.setenv("PAMM_SCAN_ENGINE", "reference")
     assert count_cost(experiment, create_tasks(experiment)) == counted
-    for module, name in ((attention, "SMALLEST"), (winograd, "FEWEST_CHANNELS"), (winograd, "FEWEST_TILES")):
-        monkeypatch.setattr(module, name, 1)
-    monkeypatch.setattr(
-        attention, "BY_CONVOLUTION", True
-    )  # where the C kernels run, torch's layers are counted all the same
+    monkeypatch.setenv("PAMM_KERNELS", "off")
     assert count_cost(experiment, create_tasks(experiment)) == counted
 
 

@@ -28,11 +28,11 @@ def top(scores: Tensor) -> Tensor:
 def by_equations(router, task: int, x: Tensor) -> Tensor:
     """Eq. 11-13 for one task and one image, x (L, e): Linear₁ at every position, then pooled."""
     quarter = router.project.weight.shape[-1] // 2
-    weight, bias = router.project.weight[task], router.project.bias[task, 0]
+    weight, bias = router.project.weight[task].T, router.project.bias[task, 0]
     f_r = torch.cat(
         [(x @ weight[:, :quarter] + bias[:quarter]).mean(0), x.mean(0) @ weight[:, quarter:] + bias[quarter:]]
     )
-    return top(F.gelu(f_r @ router.logits.weight[task] + router.logits.bias[task, 0]).softmax(0))
+    return top(F.gelu(f_r @ router.logits.weight[task].T + router.logits.bias[task, 0]).softmax(0))
 
 
 def released_by_hand(router, x: Tensor) -> tuple[Tensor, Tensor]:

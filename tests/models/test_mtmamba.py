@@ -82,9 +82,9 @@ def test_windowed_attention_is_swins_per_task_on_maps_padded_to_whole_windows():
         swin = TimmAttention(12, 3, window_size=4)
         layers = ours.query, ours.key, ours.value
         with torch.no_grad():
-            swin.qkv.weight.copy_(torch.cat([layer.weight[task].T for layer in layers]))
+            swin.qkv.weight.copy_(torch.cat([layer.weight[task] for layer in layers]))
             swin.qkv.bias.copy_(torch.cat([layer.bias[task, 0] for layer in layers]))
-            swin.proj.weight.copy_(ours.project.weight[task].T)
+            swin.proj.weight.copy_(ours.project.weight[task])
             swin.proj.bias.copy_(ours.project.bias[task, 0])
             swin.relative_position_bias_table.copy_(ours.bias[task].T)
         padded = F.pad(x[task], (0, 0, 0, 3, 0, 2))

@@ -15,7 +15,6 @@ from pamm.models.backbone import create_backbone
 from pamm.models.pamm import PAME, ParameterExperts, Router, TaskDecoder
 from pamm.models.registry import build_model
 from pamm.nn.serialize import scan_orders
-from pamm.ops import attention
 from pamm.recipes import VARIANTS, get_recipe
 from pamm.strict import ConfigError
 from pamm.tasks import create_task
@@ -31,15 +30,15 @@ def build(decoder: PAMMConfig = DECODER, backbone: BackboneConfig = BACKBONE, na
 
 def plain_experts(block: ParameterExperts, task: int, x: torch.Tensor) -> torch.Tensor:
     """Eq. 11-15 for one task and one image, x (L, e): router, then every expert in a loop."""
-    y = x @ block.linear.weight[task]
+    y = x @ block.linear.weight[task].T
     if block.router is None:
         return y
     router = block.router
-    quarter = router.project.weight.shape[-1] // 2
-    weight, bias = router.project.weight[task], router.project.bias[task, 0]
+    quarter = router.project.weight.shape[1] // 2
+    weight, bias = router.project.weight[task].T, router.project.bias[task, 0]
     linear_1 = x @ weight[:, :quarter] + bias[:quarter]  # at every position, then pooled
     f_r = torch.cat([linear_1.mean(0), x.mean(0) @ weight[:, quarter:] + bias[quarter:]])
-    scores = F.gelu(f_r @ router.logits.weight[task] + router.logits.bias[task, 0]).softmax(0)
+    scores = F.gelu(f_r @ router.logits.weight[task].T + router.logits.bias[task, 0]).softmax(0)
     for j in scores.argsort(descending=True)[: router.top_k].tolist():
         rows = slice(j * block.rank, (j + 1) * block.rank)
         y = y + scores[j] * (x @ block.reduce.weight[rows].T) @ block.restore[rows]
@@ -69,13 +68,13 @@ def plain_pame(pame: PAME, u: torch.Tensor, orders: torch.Tensor) -> torch.Tenso
             n = F.group_norm(f, 32, pame.norm.weight[channels], pame.norm.bias[channels])
             local = F.conv2d(n, pame.dwconv.weight[channels], pame.dwconv.bias[channels], padding=1, groups=width)
             tokens = F.silu(local)[0].flatten(1).T
-            z = F.silu(n[0].flatten(1).T @ pame.gate.weight[task] + pame.gate.bias[task, 0])
-            x = tokens @ pame.expand.weight[task] + pame.expand.bias[task, 0]
-            delta = F.softplus(x @ pame.delta[0].weight[task] @ pame.delta[1].weight[task] + pame.delta_bias[task])
+            z = F.silu(n[0].flatten(1).T @ pame.gate.weight[task].T + pame.gate.bias[task, 0])
+            x = tokens @ pame.expand.weight[task].T + pame.expand.bias[task, 0]
+            delta = F.softplus(x @ pame.delta[0].weight[task].T @ pame.delta[1].weight[task].T + pame.delta_bias[task])
             B = plain_experts(pame.B, task, x) + pame.prior_B.prior[task, 0]
             C = plain_experts(pame.C, task, x) + pame.prior_C.prior[task, 0]
             y = plain_scan(x, delta, -torch.exp(pame.A_log[task]), B, C, pame.D[task], orders)
-            y = (y @ pame.contract.weight[task] + pame.contract.bias[task, 0]) * z
+            y = (y @ pame.contract.weight[task].T + pame.contract.bias[task, 0]) * z
             out[image, task] = f[0] + y.T.view_as(f[0])
     return out
 
@@ -186,13 +185,9 @@ def test_an_image_does_not_depend_on_its_neighbours_in_eval():
         torch.testing.assert_close(joined[name][1:2], alone[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kernel", [False, True], ids=["torch", "kernel"])
-def test_stages_are_the_blocks_outputs_of_the_timm_model(kernel, monkeypatch):
-    """With torch's attention and with this package's own, where there is a C compiler."""
-    monkeypatch.setattr(attention, "BY_CONVOLUTION", kernel)
-    monkeypatch.setattr(attention, "SMALLEST", 1)
+def test_stages_are_the_blocks_outputs_of_the_timm_model(form):
     torch.manual_seed(0)
-    ours = create_backbone(replace(BACKBONE, taps=(1, 3), depth=3), (32, 48)).eval()
+    ours = form(create_backbone(replace(BACKBONE, taps=(1, 3), depth=3), (32, 48)).eval())
     vit = timm.create_model(
         "vit_tiny_patch16_224", img_size=(32, 48), patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=0
     ).eval()

@@ -82,10 +82,9 @@ def build(system="mtmamba", names=("semseg", "depth"), backbone=SWIN, **changes)
 # -- the published implementations -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("kernels")
-def test_outputs_and_maps_are_the_published_ones(golden):
+def test_outputs_and_maps_are_the_published_ones(golden, form):
     case, arrays, state, _ = golden
-    model = load(state, image_size=tuple(case["image"]))
+    model = form(load(state, image_size=tuple(case["image"])))
     assert list(model.tasks) == case["tasks"] and not model.training
     assert {name: task.channels for name, task in model.tasks.items()} == case["num_output"]
     with torch.no_grad(), intermediates(model) as maps:
@@ -97,10 +96,9 @@ def test_outputs_and_maps_are_the_published_ones(golden):
         assert deviation(logits[task], arrays[f"output/{task}"]) < 1e-5, task
 
 
-@pytest.mark.usefixtures("kernels")
-def test_gradients_are_the_published_ones_under_their_names(golden):
+def test_gradients_are_the_published_ones_under_their_names(golden, form):
     case, arrays, state, formula = golden
-    model = load(state, image_size=tuple(case["image"]))
+    model = form(load(state, image_size=tuple(case["image"])), training=True)
     logits = model.decode(features(arrays), tuple(case["image"]))
     weights = {
         t: torch.from_numpy(formula.image(f"{case['name']}/weight/{t}", tuple(x.shape))) for t, x in logits.items()
@@ -290,9 +288,9 @@ def test_names_of_the_swin_and_of_its_blocks():
         "backbone.stages.2.blocks.1.attn.w_msa.qkv.bias": model.backbone.swin.layers[2].blocks[1].attn.qkv.bias,
         "backbone.stages.1.blocks.0.ffn.layers.1.weight": model.backbone.swin.layers[1].blocks[0].mlp.fc2.weight,
         "block_2.depth_1.op.in_proj.weight": torch.cat(
-            [model.decoder.stages[1].stm[1].extract.expand.weight[1].T, model.decoder.stages[1].stm[1].gate.weight[1].T]
+            [model.decoder.stages[1].stm[1].extract.expand.weight[1], model.decoder.stages[1].stm[1].gate.weight[1]]
         ),
-        "block_3.2.in_proj.semseg.weight": model.decoder.stages[2].ctm.gate.weight[0].T,
+        "block_3.2.in_proj.semseg.weight": model.decoder.stages[2].ctm.gate.weight[0],
         "block_3.0.op.depth.conv2d.weight": model.decoder.stages[0].ctm.extract.conv.conv.weight[128:],
         "concat_layers.depth_0.bias": model.decoder.stages[0].reduce.bias[1, 0],
         "final_project.depth.weight": model.heads["depth"].predict.weight[..., None, None],

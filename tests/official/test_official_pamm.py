@@ -38,7 +38,7 @@ STAGE = "backbone.stage_MTLoRA_mamba.0"
 class Golden:
     """One case: the checkpoint by formula, its loaded model after a backward pass, and what the published code gave."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, *, accelerated: bool):
         spec = importlib.util.spec_from_file_location("golden_formula", GOLDEN / "formula.py")
         self.formula = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(self.formula)
@@ -47,6 +47,9 @@ class Golden:
             self.expected = {key: torch.from_numpy(maps[key]) for key in maps.files}
         self.state, self.extras = (self.tensors(self.case[kind]) for kind in ("state", "unregistered"))
         self.model = self.load(self.state)
+        self.accelerated = accelerated
+        if accelerated:
+            pamm.accelerate(self.model, training=True)
         for key in self.extras:
             self.model.get_buffer(self.model.load_report.keys[key]).requires_grad_()
         with official.intermediates(self.model) as self.maps:
@@ -69,9 +72,12 @@ class Golden:
         return sum((x * weight(task, x)).mean() for task, x in self.outputs.items())
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(
+    scope="module", params=[(name, how) for name in CASES for how in ("plain", "accelerated")], ids="-".join
+)
 def golden(request) -> Golden:
-    return Golden(request.param)
+    name, how = request.param
+    return Golden(name, accelerated=how == "accelerated")
 
 
 def test_golden_outputs(golden):
@@ -94,11 +100,11 @@ def test_golden_maps_and_orders(golden):
             assert (value - expected).abs().max() <= 1e-5 * expected.abs().max(), name
 
 
-@pytest.mark.usefixtures("kernels")
-def test_golden_outputs_and_maps_without_gradients(golden):
-    """As users predict: with experts and heads folded."""
-    with torch.inference_mode(), pamm.official.intermediates(golden.model) as maps:
-        found = {f"output/{task}": value for task, value in golden.model(golden.expected["input"]).items()}
+def test_golden_outputs_and_maps_without_gradients(golden, form):
+    """As users predict: with experts and heads folded, where the form is not the plain one."""
+    model = form(golden.load(golden.state))
+    with torch.inference_mode(), pamm.official.intermediates(model) as maps:
+        found = {f"output/{task}": value for task, value in model(golden.expected["input"]).items()}
     found |= {f"mid/{name}": value for name, value in maps.items()}
     for name in (key for key in golden.expected if key.startswith(("mid/", "output/"))):
         assert (found[name] - golden.expected[name]).abs().max() <= 1e-5 * golden.expected[name].abs().max(), name
@@ -139,6 +145,8 @@ def test_golden_from_files_and_wrappers(golden, tmp_path):
     )
     for source in sources:
         model = golden.load(source, extras=extras)
+        if golden.accelerated:
+            pamm.accelerate(model, training=True)
         outputs = model(golden.expected["input"])  # as golden.outputs, with gradients: not folded
         assert list(outputs) == golden.case["tasks"]
         assert all(torch.equal(outputs[task], golden.outputs[task]) for task in outputs)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 import pytest
-from kernels import in_fresh_process
+
+from c_kernels import in_fresh_process
 
 
 @pytest.mark.parametrize(
@@ -27,7 +28,7 @@ def test_without_a_compiler_the_step_engine_runs(compiler, reason, tmp_path):
 
 def test_kernels_can_be_switched_off():
     code = (
-        "from pamm.ops import attention, head, matrix, mixed_convolution, winograd\n"
+        "from pamm.kernels import attention, head, matrix, mixed_convolution, winograd\n"
         "modules = attention, head, matrix, mixed_convolution, winograd\n"
         "print(*(m.KERNEL.unavailable() for m in modules), choose('cpu', torch.float32), sep='; ')"
     )

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from kernels import in_fresh_process
 from test_selective_scan import (
     BFLOAT16_TOLERANCE,
     CASES,
@@ -13,6 +12,7 @@ from test_selective_scan import (
     run,
 )
 
+from c_kernels import in_fresh_process
 from pamm.ops.selective_scan import selective_scan, triton
 from pamm.ops.selective_scan.inputs import Inputs
 

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from kernels import (
+from torch import Tensor
+
+from c_kernels import (
     NARROWER,
     assert_same_bits_for_any_number_of_threads,
     freshly_compiled,
     needs_x86,
 )
-from torch import Tensor
-
 from pamm.nn.serialize import row_column_orders, scan_orders
 from pamm.ops.selective_scan import ENGINES, choose, explain, selective_scan
 

@@ -14,7 +14,9 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from pamm.experiment import Experiment
+from pamm.kernels import conv_head, mixed_convolution
 from pamm.models.registry import build_model
+from pamm.nn.replace import replace_modules
 from pamm.ops.compiled import torch_alone
 from pamm.ops.selective_scan import VARIABLE
 from pamm.tasks import Task
@@ -36,6 +38,8 @@ def count_cost(experiment: Experiment, tasks: dict[str, Task]) -> Cost:
     model = replace(experiment.model, backbone=replace(experiment.model.backbone, pretrained=False))
     with torch.device("meta"):
         network = build_model(model, tasks, experiment.data.size).eval()
+        for rewrite in (conv_head, mixed_convolution):  # what a prediction computes is counted, in torch
+            replace_modules(network, rewrite.replacement)
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.pamm.selective_scan: _scan_flops})
     with _own_engine(), torch_alone(), FakeTensorMode(), counter, torch.no_grad():
         stored = [*network.named_parameters(), *network.named_buffers()]

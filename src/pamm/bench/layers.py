@@ -11,9 +11,10 @@ from torch import Tensor
 
 from pamm.bench import BenchError
 from pamm.bench.measure import Candidate, Workload
-from pamm.models.heads import ConvHead
-from pamm.ops import attention, mixed_convolution, product, winograd
-from pamm.ops.product import adopt
+from pamm.kernels import accelerate, attention, matrix, mixed_convolution, winograd
+from pamm.kernels.conv_head import SmallMapHead
+from pamm.models.pamm import ConvHead
+from pamm.nn.replace import taking_over
 
 CASES: dict[str, dict[str, int]] = {
     "attention-b": {"heads": 12, "tokens": 1025, "width": 64},
@@ -63,7 +64,7 @@ def _attention(backward: bool, *, heads: int, tokens: int, width: int) -> dict[s
 def _convolution(backward: bool, *, channels: int, outputs: int, height: int, width: int) -> dict[str, Run]:
     last = torch.channels_last
     x = torch.randn(1, channels, height, width).contiguous(memory_format=last)
-    weight = (torch.randn(outputs, channels, 3, 3) / (9 * channels) ** 0.5).contiguous(memory_format=last)
+    weight = torch.randn(outputs, channels, 3, 3) / (9 * channels) ** 0.5
     bias, dy = torch.randn(outputs), torch.randn(1, outputs, height, width).contiguous(memory_format=last)
 
     def torchs(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -75,21 +76,21 @@ def _convolution(backward: bool, *, channels: int, outputs: int, height: int, wi
 
 def _product(backward: bool, *, tasks: int, rows: int, inputs: int, outputs: int) -> dict[str, Run]:
     x, dy = torch.randn(tasks, rows, inputs), torch.randn(tasks, rows, outputs)
-    weight, bias = (torch.randn(tasks, outputs, inputs) / inputs**0.5).mT, torch.randn(tasks, 1, outputs)
+    weight, bias = torch.randn(tasks, outputs, inputs) / inputs**0.5, torch.randn(tasks, 1, outputs)
 
     def torchs(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return torch.baddbmm(bias, x, weight)
+        return torch.baddbmm(bias, x, weight.mT)
 
     given = {"x": x, "weight": weight, "bias": bias}
-    return _forms({"pamm": product.batched_linear, "torch": torchs}, given, dy, backward)
+    return _forms({"pamm": matrix.batched_linear, "torch": torchs}, given, dy, backward)
 
 
 def _head(backward: bool, *, channels: int, outputs: int, height: int, width: int) -> dict[str, Run]:
     """In training, or as it infers; torch's form multiplies the taps by a convolution."""
-    layer = ConvHead(channels, outputs).train(backward)
-    adopt(layer)
+    layer = taking_over(SmallMapHead, ConvHead(channels, outputs).train(backward), ConvHead)
+    accelerate(layer, training=backward)
     x, dy = torch.randn(1, height, width, channels).permute(0, 3, 1, 2), torch.randn(1, outputs, 4 * height, 4 * width)
-    forms = {"pamm": layer.by_kernel, "torch": layer.by_torch if backward else layer.infer}
+    forms = {"pamm": layer.by_kernel, "torch": layer.by_torch if backward else layer.by_tiles}
 
     def run(form: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         with torch.set_grad_enabled(backward):

@@ -19,7 +19,6 @@ from pamm.bench.plain_scan import SCANS
 from pamm.build import create_model
 from pamm.experiment import Experiment, PAMMConfig, ReleasedConfig
 from pamm.models.model import MultiTaskModel
-from pamm.ops.product import Linear
 from pamm.precision import prepare
 from pamm.recipes import get_recipe
 
@@ -56,7 +55,7 @@ def workload(settings: Mapping[str, Any], only: str | None = None) -> Workload:
     for name in names:
         if name in PLAIN:
             decode = plain_decoder(model, experiment, PLAIN[name], dead_branch=settings["dead_branch"])
-            call = decode if decoder_only else with_backbone(plain_backbone(model.backbone, copied=not only), decode)
+            call = decode if decoder_only else with_backbone(model.backbone, decode)
         else:
             call = own.decode if decoder_only else own
         if name.endswith("compiled"):
@@ -90,15 +89,6 @@ def plain_decoder(model: MultiTaskModel, experiment: Experiment, scan: str, *, d
 def drop_decoder(model: MultiTaskModel) -> None:
     """Take the decoder and heads out of a network, so that a plain form's copy of their weights alone stays in memory."""
     model.decoder, model.heads = nn.Identity(), nn.ModuleDict()
-
-
-def plain_backbone(backbone: nn.Module, *, copied: bool) -> nn.Module:
-    """The backbone, or a copy of it, with torch's own linear layers."""
-    backbone = copy.deepcopy(backbone) if copied else backbone
-    for part in backbone.modules():
-        if type(part) is Linear:
-            part.__class__ = nn.Linear
-    return backbone
 
 
 def with_backbone(backbone: nn.Module, decode: Decode) -> Callable[[Tensor, tuple[int, int]], dict[str, Tensor]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pamm.ops import attention, head, matrix, mixed_convolution, winograd
+from pamm.kernels import attention, head, matrix, mixed_convolution, winograd
 
 Shape = Sequence[int]
 

@@ -186,30 +186,30 @@ def _task_state(own: Mapping[str, Tensor], local: str, pame: str, t: int, tasks:
     for name in ("gate", "expand", "contract"):
         found |= {f"{name}.{kind}": value for kind, value in _task_conv(own, f"{pame}{name}", t).items()}
     for name, index in (("delta_reduce", 0), ("delta_restore", 1)):
-        found[f"{name}.weight"] = own[f"{pame}delta.{index}.weight"][t].T
+        found[f"{name}.weight"] = own[f"{pame}delta.{index}.weight"][t]
     return found | {name: own[f"{pame}{name}"][t] for name in ("delta_bias", "A_log", "D")}
 
 
 def _task_conv(own: Mapping[str, Tensor], name: str, t: int) -> dict[str, Tensor]:
     """Task number t of a linear map over tokens as a 1×1 convolution."""
-    return {"weight": own[f"{name}.weight"][t].T[:, :, None, None], "bias": own[f"{name}.bias"][t, 0]}
+    return {"weight": own[f"{name}.weight"][t][:, :, None, None], "bias": own[f"{name}.bias"][t, 0]}
 
 
 def _experts_state(own: Mapping[str, Tensor], name: str, prior: Tensor, tasks: Sequence[str]) -> dict[str, Tensor]:
     """The tensors of `PlainExperts`."""
     found = {}
-    count = own[f"{name}router.logits.weight"].shape[-1]
+    count = own[f"{name}router.logits.weight"].shape[1]
     for k, (reduce, restore) in enumerate(
         zip(own[f"{name}reduce.weight"].chunk(count), own[f"{name}restore"].chunk(count), strict=True)
     ):
         found |= {f"reduce.{k}.weight": reduce, f"restore.{k}.weight": restore.T}
     for t, task in enumerate(tasks):
-        found |= {f"linear.{task}.weight": own[f"{name}linear.weight"][t].T, f"prior.{task}": prior[t, 0, 0]}
-        weight, bias = own[f"{name}router.project.weight"][t].T, own[f"{name}router.project.bias"][t, 0]
+        found |= {f"linear.{task}.weight": own[f"{name}linear.weight"][t], f"prior.{task}": prior[t, 0, 0]}
+        weight, bias = own[f"{name}router.project.weight"][t], own[f"{name}router.project.bias"][t, 0]
         for half, layer in enumerate(("first", "second")):
             found[f"router.{task}.{layer}.weight"] = weight.chunk(2)[half]
             found[f"router.{task}.{layer}.bias"] = bias.chunk(2)[half]
         for layer in ("logits", "noise"):
-            found[f"router.{task}.{layer}.weight"] = own[f"{name}router.{layer}.weight"][t].T
+            found[f"router.{task}.{layer}.weight"] = own[f"{name}router.{layer}.weight"][t]
             found[f"router.{task}.{layer}.bias"] = own[f"{name}router.{layer}.bias"][t, 0]
     return found

@@ -13,6 +13,7 @@ from pamm.bench.measure import Candidate, Workload
 from pamm.bench.model import predicting
 from pamm.build import create_model
 from pamm.experiment import DataConfig, Experiment, TaskConfig
+from pamm.kernels import accelerate
 from pamm.recipes import get_recipe
 
 TASKS = ("semseg", "human_parts", "sal", "normals", "edge", "depth")
@@ -37,6 +38,7 @@ def workload(settings: Mapping[str, Any], only: str | None = None) -> Workload:
     """Candidates "decoder and heads" and, where asked for, "backbone". settings: recipe, axis, value, dtype, device, candidates."""
     experiment = varied(get_recipe(settings["recipe"]), settings["axis"], settings["value"])
     model = create_model(experiment, pretrained=False).to(settings["device"]).eval()
+    accelerate(model, training=False)
     size = experiment.data.size
     image = torch.randn(1, 3, *size, device=settings["device"])
     grid = [side // PATCH for side in size]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,11 +15,11 @@ from pamm.bench.model import (
     arithmetic,
     drop_decoder,
     experiment_of,
-    plain_backbone,
     plain_decoder,
     with_backbone,
 )
 from pamm.build import create_model
+from pamm.kernels import accelerate
 from pamm.models.model import MultiTaskModel
 from pamm.tasks import Task
 from pamm.training.optimizer import create_optimizer
@@ -39,12 +40,16 @@ def workload(settings: Mapping[str, Any], only: str | None = None) -> Workload:
         for name, task in model.tasks.items()
     }
     found = {}
-    for name in [only] if only else settings["candidates"]:
+    names = [only] if only else settings["candidates"]
+    plain = copy.deepcopy(model.backbone) if set(names) & set(PLAIN) and not only else model.backbone
+    if only not in PLAIN:
+        accelerate(model, training=True)
+    for name in names:
         trained: nn.Module = model
         call: Callable = keeping(model, recompute=name == "pamm, recomputed")
         if name in PLAIN:
             decoder = plain_decoder(model, experiment, PLAIN[name])
-            backbone = plain_backbone(model.backbone, copied=not only)
+            backbone = plain if only else copy.deepcopy(plain)
             trained = nn.ModuleList([backbone, decoder])
             call = with_backbone(backbone, decoder)
         optimizer = create_optimizer(trained, experiment.train)

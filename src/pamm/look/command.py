@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from pamm.arguments import at_least
+from pamm.arguments import add_kernels, at_least
 from pamm.files import distinct_stems, replace_text, shown
 from pamm.look import LookError
 from pamm.look.figure import TILE
@@ -108,6 +108,7 @@ def _model_options(view: argparse.ArgumentParser, several: str | None, *, count:
         view.add_argument("--names", nargs="+", default=[], help="names of the models in the picture")
     view.add_argument("--longest-side", type=at_least(1), help="shrink images to this longer side before the network")
     view.add_argument("--device", default="auto")
+    add_kernels(view)
 
 
 def _open(plain: argparse.Namespace) -> tuple[dict[str, Predictor], Subjects, list[str]]:
@@ -116,7 +117,9 @@ def _open(plain: argparse.Namespace) -> tuple[dict[str, Predictor], Subjects, li
 
     sources = plain.source if isinstance(plain.source, list) else [plain.source]
     names = getattr(plain, "names", [])
-    models = open_models(sources, names=names, device=plain.device, longest_side=plain.longest_side)
+    models = open_models(
+        sources, names=names, device=plain.device, longest_side=plain.longest_side, kernels=plain.kernels
+    )
     tasks = choose_tasks(models, plain.tasks)
     subjects = subjects_for(
         {name: predictor.model for name, predictor in models.items()},

@@ -16,6 +16,7 @@ from pamm.data.sample import Sample
 from pamm.evaluate import measurable_tasks, saved_experiment
 from pamm.experiment import Experiment
 from pamm.files import shown
+from pamm.kernels import Choice
 from pamm.look import LookError
 from pamm.models.backbone import NoBackbone
 from pamm.models.model import MultiTaskModel
@@ -135,7 +136,12 @@ def subjects_for(
 
 
 def open_models(
-    sources: Sequence[str], *, names: Sequence[str] = (), device: str = "auto", longest_side: int | None = None
+    sources: Sequence[str],
+    *,
+    names: Sequence[str] = (),
+    device: str = "auto",
+    longest_side: int | None = None,
+    kernels: Choice = "auto",
 ) -> dict[str, Predictor]:
     """Name → predictor of each source (see `pamm.load_model`); by default a folder is named by its last part.
 
@@ -149,7 +155,7 @@ def open_models(
         raise LookError(f"the model {next(name for name in own if own.count(name) > 1)} is given twice; give it once")
     models = {}
     for name, source in zip(names or own, sources, strict=True):
-        models[name] = Predictor(source, device=device, longest_side=longest_side)
+        models[name] = Predictor(source, device=device, longest_side=longest_side, kernels=kernels)
         if isinstance(models[name].model.backbone, NoBackbone):
             raise LookError(
                 f"{source} has no backbone and takes no image; import a checkpoint that holds the backbone's weights"

@@ -8,13 +8,13 @@ import timm
 import torch.nn.functional as F
 from timm.models import is_model_in_modules
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
-from timm.models.vision_transformer import Attention, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from pamm.experiment import BackboneConfig
 from pamm.models.hub import hub_cache
 from pamm.nn.joined import join_drop_paths
-from pamm.ops.attention import attention
+from pamm.nn.replace import replace_modules, taking_over
 from pamm.strict import ConfigError
 
 SWIN_STRIDE = 2
@@ -61,9 +61,6 @@ class ViT(nn.Module):
         if taps[-1] < depth:  # blocks and a norm that no stage reads would be parameters without a gradient
             vit.blocks = vit.blocks[: taps[-1]]
             vit.norm = nn.Identity()
-        for module in vit.modules():
-            if type(module) is Attention and SelfAttention.suits(module):
-                module.__class__ = SelfAttention
         self.vit = vit
 
     def forward(self, image: Tensor) -> list[Tensor]:
@@ -91,27 +88,6 @@ class ViT(nn.Module):
         self.vit.set_grad_checkpointing(on)
 
 
-class SelfAttention(Attention):
-    """timm's, with nothing between attention and output layer, by `pamm.ops.attention`."""
-
-    @staticmethod
-    def suits(module: Attention) -> bool:
-        """Whether nothing stands between attention and output layer; not every release of timm has all of these parts."""
-        between = (getattr(module, name, None) for name in ("norm", "gate"))
-        return all(part is None or type(part) is nn.Identity for part in between) and hasattr(module, "head_dim")
-
-    def forward(self, x: Tensor, *masks: Any, **options: Any) -> Tensor:
-        """(B, L, C) → (B, L, C). timm's own form with a mask, with dropout and where its attention maps are to be seen."""
-        plain = all(mask is None or mask is False for mask in (*masks, *options.values()))
-        drops = self.training and self.attn_drop.p > 0
-        if drops or not plain or not self.fused_attn:
-            return super().forward(x, *masks, **options)
-        parts = self.qkv(x).unflatten(2, (3, self.num_heads, self.head_dim))
-        q, k, v = parts.permute(2, 0, 3, 1, 4)
-        y = attention(self.q_norm(q), self.k_norm(k), v)
-        return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
-
-
 class Swin(nn.Module):
     """A timm SwinTransformer; the stages named by `taps` are handed out, each through a LayerNorm of its own (`norms`).
 
@@ -127,9 +103,7 @@ class Swin(nn.Module):
         self.patch: int = swin.patch_embed.patch_size[0] * SWIN_STRIDE ** (taps[-1] - 1)
         swin.layers = swin.layers[: taps[-1]]
         swin.norm = nn.Identity()
-        for module in swin.modules():
-            if type(module) is SwinTransformerBlock:
-                module.__class__ = PaddedSwinBlock
+        replace_modules(swin, lambda block: taking_over(PaddedSwinBlock, block, SwinTransformerBlock))
         self.swin = swin
         self.norms = nn.ModuleList(nn.LayerNorm(channels) for channels in self.channels)
 

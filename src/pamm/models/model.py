@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from pamm.files import usual_mode
 from pamm.models.card import CARD, MARK, Origin, read_origin, write_card
+from pamm.models.formats import FIELD, FORMAT, read_format, upgraded_weights
 from pamm.models.weights import plain_name
 from pamm.nn.recompute import call, recomputed
 from pamm.nn.task_layers import TaskLinear
-from pamm.ops.product import adopt
 from pamm.tasks import Task
 
 CONFIG_FILE = "config.json"
@@ -55,7 +55,6 @@ class MultiTaskModel(nn.Module, ModelHubMixin, library_name="pamm", tags=["multi
         self.backbone = backbone
         self.decoder = decoder
         self.heads = nn.ModuleDict(heads)
-        adopt(self)
         self.tasks = dict(tasks)
         self.settings = settings
         self._frozen: tuple[nn.Module, ...] = ()  # parts that stay in eval mode
@@ -131,7 +130,7 @@ class MultiTaskModel(nn.Module, ModelHubMixin, library_name="pamm", tags=["multi
         weights = {key: value.contiguous() for key, value in self._weights()}
         save_file(weights, save_directory / WEIGHTS_FILE, metadata={"format": "pt"})
         usual_mode(save_directory / WEIGHTS_FILE)
-        (save_directory / CONFIG_FILE).write_text(json.dumps(self.settings, indent=1))
+        (save_directory / CONFIG_FILE).write_text(json.dumps({FIELD: FORMAT} | self.settings, indent=1))
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
         """Name and value of every weight, as they are saved."""
@@ -161,7 +160,7 @@ class MultiTaskModel(nn.Module, ModelHubMixin, library_name="pamm", tags=["multi
                 kept = {key: file.get_tensor(key) for key in list(file.keys())}
         except (OSError, SafetensorError):
             return False
-        own = dict(self._weights())
+        own, kept = dict(self._weights()), upgraded_weights(kept, self, read_format(path.with_name(CONFIG_FILE)))
         return own.keys() == kept.keys() and all(
             value.dtype == kept[key].dtype and torch.equal(value, kept[key]) for key, value in own.items()
         )

@@ -26,7 +26,6 @@ from pamm.nn.ssm import init_A_log, init_D, init_delta_bias, init_delta_weight
 from pamm.nn.task_layers import TaskConv3x3, TaskDropPath, TaskLayerNorm, TaskLinear
 from pamm.nn.window_attention import WindowAttention
 from pamm.ops import selective_scan
-from pamm.ops.product import batched_linear
 from pamm.strict import ConfigError
 
 ORDERS = 4
@@ -55,7 +54,7 @@ class SS2D(nn.Module):
     def forward(self, x: Tensor, source: Tensor | None = None) -> Tensor:
         """(T, B, h, w, e) → (T, B, h, w, e). Δ, B and C are made from `source`, a map like x, by default x itself."""
         tokens = (x if source is None else source).flatten(1, 3)
-        chosen = batched_linear(tokens, self.select.flatten(1, 2).mT)
+        chosen = torch.bmm(tokens, self.select.flatten(1, 2).mT)
         chosen = chosen.unflatten(1, (x.shape[1], -1)).unflatten(-1, (ORDERS, -1))
         low, B, C = chosen.transpose(2, 3).split(self.sizes, dim=-1)  # (T, B, K, L, ·)
         y = selective_scan(

@@ -1,6 +1,6 @@
-"""PAMM: Parameter Aware Mamba Model for multi-task dense prediction (Yu et al.), the decoder.
+"""PAMM: Parameter Aware Mamba Model for multi-task dense prediction (Yu et al.): decoder and heads.
 
-The paper's Fig. 2 from top to bottom: Task Convolution → Parameter Aware Mamba Experts, per stage, → Task Decoder. Tasks are
+The paper's Fig. 2 from top to bottom: Task Convolution → Parameter Aware Mamba Experts, per stage, → Task Decoder → head. Tasks are
 a batch axis: every per-task weight is one tensor whose leading dimension is the task.
 
 Letters in shapes: B batch, T tasks, S stages, d width, e = 2d expanded width, L = h·w tokens, N state size, E experts.
@@ -16,13 +16,12 @@ from torch import Tensor, nn
 
 from pamm.experiment import ExpertsConfig, PAMMConfig
 from pamm.nn.group_norm import GroupNorm
-from pamm.nn.joined import joined_draw
+from pamm.nn.joined import JoinedBatchNorm2d, joined_draw
 from pamm.nn.recompute import call, recomputed
 from pamm.nn.serialize import scan_orders
 from pamm.nn.ssm import init_A_log, init_D, init_delta_bias
-from pamm.nn.task_layers import TaskLinear, concatenated_linear
+from pamm.nn.task_layers import TaskLinear
 from pamm.ops import selective_scan
-from pamm.ops.product import channels_last
 from pamm.strict import ConfigError
 
 GROUPS = 32
@@ -110,7 +109,7 @@ class TaskConvolution(nn.Module):
 
     def forward(self, stage: Tensor) -> Tensor:
         """(B, C, h, w) → (B, T, d, h, w)."""
-        return self.tasks(self.norm(self.shared(channels_last(stage)))).unflatten(1, (-1, self.width))
+        return self.tasks(self.norm(self.shared(stage))).unflatten(1, (-1, self.width))
 
 
 class SharedProjection(nn.Module):
@@ -151,7 +150,7 @@ class PAME(nn.Module):
 
     def forward(self, u: Tensor, orders: Tensor) -> Tensor:
         """(B, T, d, h, w) features, (K, L) scan orders → (B, T, d, h, w): u + project(scan) ⊙ gate."""
-        n = self.norm(channels_last(u.flatten(1, 2)))
+        n = self.norm(u.flatten(1, 2))
         local = F.silu(self.dwconv(n))
         n, local = (to_tokens(maps.unflatten(1, u.shape[1:3])) for maps in (n, local))
         z = F.silu(self.gate(n))
@@ -179,15 +178,31 @@ class TaskDecoder(nn.Module):
 
     def forward(self, stages: list[Tensor]) -> Tensor:
         """S maps (B, T, d, h, w) → (B, T, d, h, w)."""
-        reduce, activate, score = self.mlp
         tokens = [to_tokens(stage) for stage in stages]
-        weights = (
-            score(activate(concatenated_linear(reduce, tokens))).float().softmax(-1).to(stages[0].dtype)
-        )  # (T, B, L, S)
+        weights = self.mlp(torch.cat(tokens, dim=-1)).float().softmax(-1).to(stages[0].dtype)  # (T, B, L, S)
         fused = tokens[0] * weights[..., :1]
         for s in range(1, len(tokens)):
             fused = torch.addcmul(fused, tokens[s], weights[..., s : s + 1])
         return to_maps(fused, stages[0].shape[-2:])
+
+
+class ConvHead(nn.Module):
+    """×4 bilinear upsampling, Conv3×3, BatchNorm, GELU, Conv1×1 (paper eq. 23).
+
+    `bias` gives the Conv3×3 one. The BatchNorm behind it makes it superfluous, but published weights hold it.
+    """
+
+    def __init__(self, width: int, channels: int, *, scale: int = 4, bias: bool = False):
+        super().__init__()
+        self.scale = scale
+        self.conv = nn.Conv2d(width, width, 3, padding=1, bias=bias)
+        self.norm = JoinedBatchNorm2d(width)
+        self.predict = nn.Conv2d(width, channels, 1)
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """(B, d, h, w) task feature → (B, channels, 4h, 4w) logits."""
+        large = F.interpolate(feature, scale_factor=self.scale, mode="bilinear", align_corners=False)
+        return self.predict(F.gelu(self.norm(self.conv(large))))
 
 
 class PAMMDecoder(nn.Module):

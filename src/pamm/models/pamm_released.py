@@ -24,8 +24,6 @@ from pamm.nn.recompute import call, recomputed
 from pamm.nn.serialize import MOST_ORDERS, scan_orders
 from pamm.nn.ssm import init_A_log, init_D
 from pamm.ops import selective_scan
-from pamm.ops.mixed_convolution import mixed_convolution
-from pamm.ops.product import channels_last, linear
 from pamm.strict import ConfigError
 
 GROUPS = 32
@@ -124,52 +122,21 @@ class ReleasedExperts(nn.Module):
 
     def forward(self, x: Sequence[Tensor]) -> Tensor:
         """T maps (B, e, h, w) → (T, B, N, h, w)."""
-        folded = not (self.training or torch.is_grad_enabled())
-        one_task = self.one_task_folded if folded else self.one_task
-        maps = [one_task(task, *self.routers[task](x_t), x_t) for task, x_t in zip(self.routers, x, strict=True)]
+        maps = [self.one_task(task, *self.routers[task](x_t), x_t) for task, x_t in zip(self.routers, x, strict=True)]
         return torch.stack(maps) + self.prior[:, None, :, None, None]
 
     def one_task(self, task: str, weights: Tensor, mix: Tensor, x: Tensor) -> Tensor:
         """Routing (B, E) and (B, 1), map (B, e, h, w) → (B, N, h, w), without the prior."""
-        x = x.contiguous()  # channels-last takes twice the time with such large kernels
         own = self.task_reduce[task]
         reduce = torch.cat([self.reduce.flatten(0, 1), own.weight])
         hidden = F.conv2d(x, reduce, torch.cat([self.reduce_bias.flatten(), own.bias]), padding=self.padding)
         shared, private = hidden.split([self.reduce_bias.numel(), len(own.bias)], dim=1)
         scale = weights.repeat_interleave(self.reduce.shape[1], 1)[:, :, None, None].to(x.dtype)
         restore = self.restore.transpose(0, 1).flatten(1)[:, :, None, None]
-        chosen = F.conv2d(shared * scale, restore) + (weights @ self.restore_bias.to(weights.dtype))[
-            :, :, None, None
-        ].to(x.dtype)
+        bias = weights @ self.restore_bias.to(weights.dtype)
+        chosen = F.conv2d(shared * scale, restore) + bias[:, :, None, None].to(x.dtype)
         mixed = mix[:, :, None, None].to(x.dtype) * self.task_restore[task](private)
         return self.norm[task](self.norm_experts[task](chosen) + mixed + self.general(x.detach()))
-
-    def one_task_folded(self, task: str, weights: Tensor, mix: Tensor, x: Tensor) -> Tensor:
-        """As `one_task` in eval mode, where everything behind the routing is affine in x: one convolution per image.
-
-        No gradient: one would pass the general path, which sends none back.
-        """
-        parts, maps = [self.reduce.flatten(0, 1), self.task_reduce[task].weight], []
-        for p, m, image in zip(weights, mix, x.permute(0, 2, 3, 1), strict=True):
-            with torch.autocast(x.device.type, enabled=False):
-                mixture, factor, shift = self.fold(task, p.float(), m.float())
-                convolved = mixed_convolution(image, self.general.weight, parts, mixture)
-            maps.append(torch.addcmul(shift, convolved, factor))
-        return torch.stack(maps).permute(0, 3, 1, 2)
-
-    def fold(self, task: str, p: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """p (E,), m (1,) → weights (N, E·rank + rank) of the reducing convolutions, factor (N,) and shift (N,), all float32.
-
-        The map of that task and image is factor · (general + weighted reducing kernels) * x + shift.
-        """
-        inner, inner_shift = self.norm_experts[task].factor_and_shift()
-        factor, shift = self.norm[task].factor_and_shift()
-        own, own_restore = self.task_reduce[task], self.task_restore[task]
-        shared = (inner[:, None] * (self.restore * p[:, None, None]).transpose(0, 1).flatten(1)).float()
-        private = m * own_restore.weight.flatten(1).float()
-        bias = shared @ self.reduce_bias.flatten().float() + inner * (p @ self.restore_bias.float()) + inner_shift
-        bias = bias + private @ own.bias.float() + m * own_restore.bias.float() + self.general.bias.float()
-        return torch.cat([shared, private], dim=1), factor, factor * bias + shift
 
 
 class PlainProjection(nn.Module):
@@ -211,7 +178,7 @@ class ReleasedStage(nn.Module):
 
     def forward(self, stage: Tensor, orders: Tensor) -> tuple[Tensor, ...]:
         """(B, C, h, w) stage, (K, L) scan orders → T maps (B, d, h, w): u + project(scan) ⊙ gate."""
-        f = self.shared_norm(self.shared(channels_last(stage)))
+        f = self.shared_norm(self.shared(stage))
         u = [self.conv[task](f) if self.conv is not None else f for task in self.norm]
         n = [norm(u_t) for norm, u_t in zip(self.norm.values(), u, strict=True)]
         z = [F.silu(gate(n_t)) for gate, n_t in zip(self.gate.values(), n, strict=True)]
@@ -227,7 +194,7 @@ class ReleasedStage(nn.Module):
         del x  # its maps take room
         lows = [reduce(x_t) for reduce, x_t in zip(self.delta_reduce.values(), tokens, strict=True)]
         steps = self.delta_restore.values()  # their bias is added inside the scan, in float32
-        delta = torch.stack([linear(low, step.weight) for low, step in zip(lows, steps, strict=True)])
+        delta = torch.stack([F.linear(low, step.weight) for low, step in zip(lows, steps, strict=True)])
         bias = torch.stack([step.bias for step in steps])
         A = -torch.exp(self.A_log.float())
         return selective_scan(tokens, delta, A, B, C, self.D, orders, delta_bias=bias)

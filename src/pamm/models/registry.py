@@ -16,10 +16,10 @@ from pamm.experiment import ModelConfig, MTMambaConfig, PAMMConfig, ReleasedConf
 from pamm.experiment.limits import LIMITS, MODEL_LIMITS, check_ranges
 from pamm.files import shown
 from pamm.models.backbone import NoBackbone, Swin, ViT, create_backbone
-from pamm.models.heads import ConvHead
+from pamm.models.formats import FIELD, format_of
 from pamm.models.model import MultiTaskModel
 from pamm.models.mtmamba import DenseHead, LiteHead, MTMambaDecoder
-from pamm.models.pamm import PAMMDecoder
+from pamm.models.pamm import ConvHead, PAMMDecoder
 from pamm.models.pamm_released import ReleasedDecoder
 from pamm.strict import ConfigError, from_dict, to_dict
 from pamm.tasks import Task, create_task
@@ -158,6 +158,7 @@ def _float32() -> Iterator[None]:
 def rebuild_model(settings: Mapping[str, Any], device: str = "cpu") -> MultiTaskModel:
     """The network that `settings` (a saved model's config.json) describe, without fetching weights. Raises ConfigError."""
     try:
+        format_of(settings)
         saved, tasks, (height, width) = settings["model"], settings["tasks"], settings["image_size"]
         config = _random(from_dict(ModelConfig, saved, "model."))
         if not all(type(side) is int for side in (height, width)):
@@ -170,5 +171,5 @@ def rebuild_model(settings: Mapping[str, Any], device: str = "cpu") -> MultiTask
         raise
     except ValueError as error:
         raise ConfigError(shown(error, 400)) from error
-    model.settings = dict(settings)
+    model.settings = {key: value for key, value in settings.items() if key != FIELD}
     return model

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pamm.files import shown
+from pamm.models.formats import FormatError, read_format, upgraded_weights
 from pamm.models.hub import download, repository_name
 from pamm.models.model import CONFIG_FILE, WEIGHTS_FILE, MultiTaskModel
 from pamm.models.registry import WithoutDraws, rebuild_model
@@ -35,6 +36,10 @@ def matched(model: MultiTaskModel, weights: Mapping[str, Tensor], path: Path) ->
 
     The model may be one without memory: shapes are compared, no number is read.
     """
+    try:
+        weights = upgraded_weights(weights, model, read_format(path.with_name(CONFIG_FILE)))
+    except FormatError as error:
+        raise CheckpointError(f"{path.with_name(CONFIG_FILE)}: {error}") from error
     own, _ = plain_names(model.state_dict())
     expected = {own[key]: (key, value) for key, value in model.state_dict().items()}
     missing, foreign = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())

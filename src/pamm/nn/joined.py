@@ -17,6 +17,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from pamm.nn.recompute import computing_again
+from pamm.nn.replace import replace_modules, taking_over
 
 
 def world_size() -> int:
@@ -50,10 +51,7 @@ class JoinedDropPath(DropPath):
 
 def join_drop_paths(module: nn.Module) -> None:
     """Replace every timm DropPath inside `module` by a JoinedDropPath of the same rate."""
-    for parent in module.modules():
-        for name, child in parent.named_children():
-            if type(child) is DropPath:
-                setattr(parent, name, JoinedDropPath(child.drop_prob, child.scale_by_keep))
+    replace_modules(module, lambda part: taking_over(JoinedDropPath, part, DropPath))
 
 
 class _ContiguousGradient(torch.autograd.Function):
@@ -113,8 +111,3 @@ class JoinedBatchNorm2d(nn.BatchNorm2d):
         share = (1 / self.num_batches_tracked).to(mean) if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean, share)
         self.running_var.lerp_(variance * (count / max(count - 1, 1)), share)
-
-    def factor_and_shift(self) -> tuple[Tensor, Tensor]:
-        """What eval mode computes is factor · x + shift: (C,) each, float32, from the running statistics."""
-        factor = self.weight.float() * torch.rsqrt(self.running_var.float() + self.eps)
-        return factor, self.bias.float() - self.running_mean.float() * factor

@@ -9,36 +9,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pamm.nn.joined import JoinedDropPath, joined_draw
-from pamm.ops.product import batched_linear, channels_last
 
 
 class TaskLinear(nn.Module):
-    """One linear map per task: (T, ..., i) → (T, ..., o)."""
+    """One linear map per task: (T, ..., i) → (T, ..., o). `weight` is (T, o, i), `bias` (T, 1, o) or None."""
 
     def __init__(self, tasks: int, inputs: int, outputs: int, *, bias: bool = True):
         super().__init__()
         bound = 1 / math.sqrt(inputs)
-        self.weight = nn.Parameter(torch.empty(tasks, inputs, outputs).uniform_(-bound, bound))
+        self.weight = nn.Parameter(torch.empty(tasks, outputs, inputs).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.zeros(tasks, 1, outputs)) if bias else None
-        self.register_load_state_dict_post_hook(lay_out)
-        lay_out(self, None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return batched_linear(x.flatten(1, -2), self.weight, self.bias).unflatten(1, x.shape[1:-1])
-
-
-def lay_out(layer: TaskLinear, _: object) -> None:
-    """Put the inputs of an output side by side in memory, as products read them; again whenever a state is loaded."""
-    layer.weight.data = layer.weight.data.mT.contiguous().mT
-
-
-def concatenated_linear(layer: TaskLinear, parts: list[Tensor]) -> Tensor:
-    """The layer applied to `parts`, (T, ..., i) each, side by side along their last axis, without joining them in memory."""
-    weights = layer.weight.split([part.shape[-1] for part in parts], dim=1)
-    y = batched_linear(parts[0].flatten(1, -2), weights[0], layer.bias)
-    for part, weight in zip(parts[1:], weights[1:], strict=True):
-        y = y + batched_linear(part.flatten(1, -2), weight)
-    return y.unflatten(1, parts[0].shape[1:-1])
+        rows, weight = x.flatten(1, -2), self.weight.mT
+        y = torch.bmm(rows, weight) if self.bias is None else torch.baddbmm(self.bias.to(x.dtype), rows, weight)
+        return y.unflatten(1, x.shape[1:-1])
 
 
 class TaskLayerNorm(nn.Module):
@@ -65,7 +50,7 @@ class TaskConv3x3(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         maps = x.permute(1, 2, 3, 0, 4).flatten(3).permute(0, 3, 1, 2)
-        return self.conv(channels_last(maps)).unflatten(1, (len(x), -1)).permute(1, 0, 3, 4, 2)
+        return self.conv(maps).unflatten(1, (len(x), -1)).permute(1, 0, 3, 4, 2)
 
 
 class TaskDropPath(JoinedDropPath):

@@ -21,11 +21,9 @@ from pamm.models.mtmamba import CTM, MFE, SCTM, STM, DenseHead, Stage
 from pamm.models.registry import WithoutDraws, build_model
 from pamm.official.names import LoadReport, OfficialError, count_parameters, match_keys
 from pamm.official.parts import (
-    LINEAR,
     MERGING,
     PER_ORDER,
     POINTWISE,
-    POINTWISE_LINEAR,
     SAME,
     Part,
     Parts,
@@ -258,9 +256,9 @@ def mmseg_name(name: str, taps: tuple[int, ...]) -> str:
 def _task_entries(stage: Stage, spot: str, ours: str, task: int, system: str) -> Entries:
     """A task's part of a stage; `spot` is <task>_<stage>, as the published keys have it."""
     plus = system == "mtmamba++"
-    yield f"expand_layers.{spot}.expand.weight", place(Part(f"{ours}.expand.linear.weight", task, LINEAR))
+    yield f"expand_layers.{spot}.expand.weight", place(Part(f"{ours}.expand.linear.weight", task))
     yield from _pair(f"expand_layers.{spot}.norm", f"{ours}.expand.norm", task)
-    form = POINTWISE_LINEAR if plus else LINEAR
+    form = POINTWISE if plus else SAME
     yield f"concat_layers.{spot}.weight", place(Part(f"{ours}.reduce.weight", task, form))
     yield f"concat_layers.{spot}.bias", place(Part(f"{ours}.reduce.bias", (task, 0)))
     for number, block in enumerate(stage.stm):
@@ -271,10 +269,10 @@ def _task_entries(stage: Stage, spot: str, ours: str, task: int, system: str) ->
 
 def _gated_entries(block: STM, theirs: str, ours: str, task: int) -> Entries:
     """Extractor, gate and output projection of an STM block."""
-    expand, gate = (Part(f"{ours}.{name}.weight", task, LINEAR) for name in ("extract.expand", "gate"))
+    expand, gate = (Part(f"{ours}.{name}.weight", task) for name in ("extract.expand", "gate"))
     yield f"{theirs}.in_proj.weight", place(expand, gate)
     yield from _scan_entries(block.extract, theirs, f"{ours}.extract", task)
-    yield f"{theirs}.out_proj.weight", place(Part(f"{ours}.contract.weight", task, LINEAR))
+    yield f"{theirs}.out_proj.weight", place(Part(f"{ours}.contract.weight", task))
 
 
 def _scan_entries(extract: MFE, theirs: str, ours: str, task: int) -> Entries:
@@ -293,12 +291,12 @@ def _scan_entries(extract: MFE, theirs: str, ours: str, task: int) -> Entries:
 def _ctm_entries(block: CTM, theirs: str, ours: str, tasks: list[str]) -> Entries:
     for task, name in enumerate(tasks):
         yield from _pair(f"{theirs}.norm.{name}", f"{ours}.norm", task)
-        yield f"{theirs}.op.{name}.in_proj.weight", place(Part(f"{ours}.extract.expand.weight", task, LINEAR))
+        yield f"{theirs}.op.{name}.in_proj.weight", place(Part(f"{ours}.extract.expand.weight", task))
         yield from _scan_entries(block.extract, f"{theirs}.op.{name}", f"{ours}.extract", task)
-        yield f"{theirs}.in_proj.{name}.weight", place(Part(f"{ours}.gate.weight", task, LINEAR))
-        yield f"{theirs}.out_proj.{name}.weight", place(Part(f"{ours}.contract.weight", task, LINEAR))
+        yield f"{theirs}.in_proj.{name}.weight", place(Part(f"{ours}.gate.weight", task))
+        yield f"{theirs}.out_proj.{name}.weight", place(Part(f"{ours}.contract.weight", task))
     yield from _pair(f"{theirs}.norm_share", f"{ours}.norm_shared", 0)
-    yield f"{theirs}.op_share.in_proj.weight", place(Part(f"{ours}.extract_shared.expand.weight", 0, LINEAR))
+    yield f"{theirs}.op_share.in_proj.weight", place(Part(f"{ours}.extract_shared.expand.weight", 0))
     yield from _scan_entries(block.extract_shared, f"{theirs}.op_share", f"{ours}.extract_shared", 0)
 
 
@@ -308,7 +306,7 @@ def _sctm_entries(block: SCTM, theirs: str, ours: str, tasks: list[str]) -> Entr
         yield from _pair(f"{theirs}.conv_share.{layer}", f"{ours}.share.{layer}")
     for task, name in enumerate(tasks):
         yield from _pair(f"{theirs}.norm.{name}", f"{ours}.norm", task)
-        yield f"{theirs}.op.{name}.in_proj_cross.weight", place(Part(f"{ours}.cross.weight", task, LINEAR))
+        yield f"{theirs}.op.{name}.in_proj_cross.weight", place(Part(f"{ours}.cross.weight", task))
         yield from _gated_entries(block, f"{theirs}.op.{name}", ours, task)
 
 

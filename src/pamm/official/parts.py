@@ -27,24 +27,12 @@ def _same(x: Tensor) -> Tensor:
     return x
 
 
-def _transpose(weight: Tensor) -> Tensor:
-    return weight.mT
-
-
 def _drop_kernel(weight: Tensor) -> Tensor:
     return weight[..., 0, 0]
 
 
 def _add_kernel(weight: Tensor) -> Tensor:
     return weight[..., None, None]
-
-
-def _drop_kernel_transpose(weight: Tensor) -> Tensor:
-    return weight[..., 0, 0].mT
-
-
-def _transpose_add_kernel(weight: Tensor) -> Tensor:
-    return weight.mT[..., None, None]
 
 
 def _split_orders(x: Tensor) -> Tensor:
@@ -66,9 +54,7 @@ def merging_to_mmseg(weight: Tensor) -> Tensor:
 
 
 SAME = Form(_same, _same)
-LINEAR = Form(_transpose, _transpose)  # (o, i) ↔ (i, o)
 POINTWISE = Form(_drop_kernel, _add_kernel)  # (o, i, 1, 1) ↔ (o, i)
-POINTWISE_LINEAR = Form(_drop_kernel_transpose, _transpose_add_kernel)  # (o, i, 1, 1) ↔ (i, o)
 PER_ORDER = Form(_split_orders, _join_orders)  # (K·e, …) ↔ (K, e, …)
 MERGING = Form(merging_to_timm, merging_to_mmseg)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pamm.arguments import at_least
+from pamm.arguments import add_kernels, at_least
 from pamm.cli import PRECISION_HELP, parser
 from pamm.files import shown
 from pamm.terminal import say
@@ -25,6 +25,7 @@ def main(arguments: list[str]) -> int:
     paths = inputs.images
     check_output(plain.out, paths, formats, sheet=not plain.no_sheet)
     settings = {"longest_side": plain.longest_side, "precision": plain.precision, "compile": plain.compile}
+    settings["kernels"] = plain.kernels
     predictor = Predictor(plain.source, device=plain.device, **settings)
     files = {"formats": formats, "sheet": not plain.no_sheet, "skip_existing": plain.skip_existing}
     summary = predict_files(predictor, paths, plain.out, **files)
@@ -54,5 +55,6 @@ def arguments_parser() -> argparse.ArgumentParser:
     own.add_argument("--device", default="auto")
     own.add_argument("--precision", default="float32", choices=["auto", "float32", "bfloat16"], help=PRECISION_HELP)
     own.add_argument("--compile", action="store_true", help="run the network through torch.compile")
+    add_kernels(own)
     own.add_argument("--no-sheet", action="store_true", help="no contact sheet")
     return own

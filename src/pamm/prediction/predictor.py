@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from pamm.data.transforms import normalize
 from pamm.files import shown
+from pamm.kernels import Choice
 from pamm.memory import keep_memory
 from pamm.models.model import MultiTaskModel, resize_rows
 from pamm.models.saved import load_model
@@ -32,8 +33,9 @@ class Predictor:
     model's own; else CUDA, Apple's MPS or the CPU, the first there is) or a torch device. longest_side: pixels to which
     an image's longer side is shrunk for the network, default the longer side of the size the network was built for.
     precision: "float32", which gives the checkpoint's own numbers, "bfloat16", or "auto": bfloat16 on a CPU with units for
-    it. compile: run the network through torch.compile, which pays for many images of one size. A given model is not
-    changed by either.
+    it. compile: run the network through torch.compile, which pays for many images of one size. kernels: "auto" uses faster
+    modules in the place of the network's own (see `pamm.accelerate`; results differ by rounding), "off" the network as it
+    is. A given model is not changed by any of them.
 
     An image is shrunk with antialiasing where its longer side exceeds `longest_side`, and never enlarged: a network
     learns the scale its images have. It is padded to multiples of the patch with the mean colour, itself in the centre;
@@ -49,6 +51,7 @@ class Predictor:
         longest_side: int | None = None,
         precision: Precision = "float32",
         compile: bool = False,
+        kernels: Choice = "auto",
     ):
         if longest_side is not None and longest_side < 1:
             raise PredictError(f"longest_side is {longest_side}, expected a number of pixels, e.g. 512")
@@ -62,10 +65,12 @@ class Predictor:
         if chosen.type == "cpu":
             keep_memory()
         lower = choose_precision(precision, chosen) != torch.float32
-        model = load_model(source) if not given else copy.deepcopy(source) if lower or compile else source
-        if not model.in_bfloat16 and model.dtype != torch.float32:  # after .half(), .double(): its values, in float32
-            model = (copy.deepcopy(model) if model is source else model).float()
-        self.model = prepare(model.to(chosen), precision=precision, compile=compile)
+        held = load_model(source) if not given else source
+        odd = not held.in_bfloat16 and held.dtype != torch.float32  # after .half(), .double(): its values, in float32
+        alone = given and (lower or odd or compile or kernels != "off")
+        model = _copy_of(held, chosen, tensors=lower or odd) if alone else held
+        model = (model.float() if odd else model).to(chosen)
+        self.model = prepare(model, precision=precision, compile=compile, kernels=kernels)
         _check_finite(self.model, source)
         self.device = chosen
         self._process = os.getpid()
@@ -147,6 +152,13 @@ def decode(task: Task, logits: Tensor, size: tuple[int, int]) -> np.ndarray:
             prediction = np.empty((height, *part.shape[1:]), part.dtype)
         prediction[top : top + rows] = part
     return prediction
+
+
+def _copy_of(model: MultiTaskModel, device: torch.device, *, tensors: bool) -> MultiTaskModel:
+    """The model with modules of its own; with the same parameters and buffers, unless `tensors` or the device is another."""
+    held = [*model.parameters(), *model.buffers()]
+    shared = not tensors and all(tensor.device == device for tensor in held)
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in held} if shared else None)
 
 
 @contextmanager

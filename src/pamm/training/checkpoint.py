@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from pamm.files import shown
-from pamm.models.model import WEIGHTS_FILE, MultiTaskModel
+from pamm.models.formats import read_format, upgraded_optimizer
+from pamm.models.model import CONFIG_FILE, WEIGHTS_FILE, MultiTaskModel
 from pamm.models.saved import RESTORE, CheckpointError, first_line, load_weights, replaced
 from pamm.workers import exhausted
 
@@ -110,6 +111,7 @@ def load_training(target: Path, model: MultiTaskModel, optimizer: Any, state: di
         _check_numbers(saved, state)
         own = optimizer.state_dict()
         _check_groups(moments, own["param_groups"])
+        moments = upgraded_optimizer(moments, model, optimizer, read_format(target / CONFIG_FILE))
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         _check_state(moments["state"], parameters, saved["step"])
         rates = [{"lr": group["lr"]} for group in moments["param_groups"]]

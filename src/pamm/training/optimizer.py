@@ -9,49 +9,7 @@ from torch import Tensor, nn
 
 from pamm.experiment import TrainConfig
 
-
-class InMemoryOrder:
-    """For a torch optimizer: hands every parameter to the update with its axes as they lie in memory.
-
-    An update is element by element, so their order does not matter; but torch's fused kernels on a CPU take three times as long
-    over axes that are out of order (weights kept with the inputs of an output side by side), and mistake one element for another
-    where a gradient or a state is laid out otherwise than its parameter (2.15). Such a tensor is laid out anew.
-    """
-
-    def _init_group(self, group: dict[str, Any], *lists: Any, **options: Any) -> Any:
-        found = super()._init_group(group, *lists, **options)
-        parameters = list(lists[0])
-        for members in lists:
-            if isinstance(members, list) and [m.shape for m in members] == [p.shape for p in parameters]:
-                members[:] = map(in_memory_order, members, parameters)
-        return found
-
-
-def in_memory_order(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A view of `tensor`, of a parameter's shape, with the axes in the order of the parameter's strides.
-
-    If that is not contiguous, although the parameter is, the tensor's memory is replaced.
-    """
-    axes = memory_order(parameter)
-    if parameter.permute(axes).is_contiguous() and not tensor.permute(axes).is_contiguous():
-        tensor.data = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
-    return tensor.permute(axes)
-
-
-def memory_order(tensor: Tensor) -> list[int]:
-    """The axes, those whose neighbours lie farthest apart first."""
-    return sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
-
-
-class Adam(InMemoryOrder, torch.optim.Adam):
-    """Adam with L2 decay."""
-
-
-class AdamW(InMemoryOrder, torch.optim.AdamW):
-    """Adam with decoupled decay."""
-
-
-OPTIMIZERS = {"adam": Adam, "adamw": AdamW}
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
 def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -60,8 +18,10 @@ def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optim
     No weight decay for parameters marked `_no_weight_decay` (A_log, D, Δ's bias, priors). Where `backbone_lr_scale` is not 1, the
     backbone's parameters are groups of their own, with that `lr_scale`.
 
-    Fused: a parameter is read and written once a step, without temporary copies. torch's kernels take it for one piece of memory
-    (2.15), and write past its end where it is not: a parameter with gaps, or with elements that share a place, is laid out anew.
+    Fused: a parameter is read and written once a step, without temporary copies. On a CPU torch's fused kernels (2.15) take a
+    parameter, its gradient and its states for one piece of memory each, in the same order. So a parameter with gaps, or with
+    elements that share a place, is laid out anew here, and a gradient or a state in another order than its parameter before
+    it is used.
     """
     groups: dict[tuple[bool, float], dict[str, Any]] = {}
     for scale in dict.fromkeys((1.0, config.backbone_lr_scale)):
@@ -71,11 +31,14 @@ def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optim
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if not parameter.permute(memory_order(parameter)).is_contiguous():
+        if not parameter.permute(_memory_order(parameter)).is_contiguous():
             parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
         scale = config.backbone_lr_scale if name.startswith("backbone.") else 1.0
         groups[getattr(parameter, "_no_weight_decay", False), scale]["params"].append(parameter)
-    return OPTIMIZERS[config.optimizer](list(groups.values()), lr=config.lr, fused=True)
+    optimizer = OPTIMIZERS[config.optimizer](list(groups.values()), lr=config.lr, fused=True)
+    optimizer.register_step_pre_hook(_lay_out_gradients)
+    optimizer.register_load_state_dict_post_hook(_lay_out_states)
+    return optimizer
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int) -> float:
@@ -84,6 +47,34 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, ste
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("lr_scale", 1.0)
     return rate
+
+
+def _lay_out_gradients(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for parameter in _parameters(optimizer):
+        if parameter.grad is not None and _strides(parameter.grad) != _strides(parameter):
+            parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
+
+
+def _lay_out_states(optimizer: torch.optim.Optimizer) -> None:
+    for parameter in _parameters(optimizer):
+        state = optimizer.state.get(parameter, {})
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and _strides(value) != _strides(parameter):
+                state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _strides(tensor: Tensor) -> list[int]:
+    """Of the axes whose positions are more than one; the others say nothing of the layout."""
+    return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
+
+
+def _memory_order(tensor: Tensor) -> list[int]:
+    """The axes, those whose neighbours lie farthest apart first."""
+    return sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

@@ -20,6 +20,7 @@ from pamm.data.transforms import TrainTransform
 from pamm.evaluate import Evaluation
 from pamm.experiment import Experiment, ModelConfig, check, check_batch, dump, load
 from pamm.files import replace_text, shown
+from pamm.kernels import Choice, apply_choice
 from pamm.models.model import CONFIG_FILE, MultiTaskModel
 from pamm.models.registry import build_model
 from pamm.models.saved import RESTORE, CheckpointError, first_line, load_model
@@ -58,17 +59,20 @@ FREE_KEYS = (
 """
 
 
-def train(experiment: Experiment, out: Path, *, progress: bool = True) -> Evaluation:
+def train(experiment: Experiment, out: Path, *, progress: bool = True, kernels: Choice = "auto") -> Evaluation:
     """Train into the folder `out`, or go on where a run in it stopped; returns the evaluation of the best weights.
 
+    kernels: "auto" trains with faster modules in the place of the network's own (see `pamm.accelerate`), "off" without.
     Raises ConfigError, DataError, CheckpointError, TrainingError, FolderInUseError. A SIGTERM saves and raises SystemExit(143), a
     SIGINT (Ctrl-C) saves and raises KeyboardInterrupt.
     """
-    loop, loader = create_loop(experiment, out, progress=progress)
+    loop, loader = create_loop(experiment, out, progress=progress, kernels=kernels)
     return loop.run(loader)
 
 
-def create_loop(experiment: Experiment, out: Path, *, progress: bool = False) -> tuple[Loop, Iterable[list[Batch]]]:
+def create_loop(
+    experiment: Experiment, out: Path, *, progress: bool = False, kernels: Choice = "auto"
+) -> tuple[Loop, Iterable[list[Batch]]]:
     """Everything a run needs, at the step where it starts or goes on, and the batches of its remaining steps.
 
     The run folder is this process's until `Loop.close`.
@@ -78,7 +82,7 @@ def create_loop(experiment: Experiment, out: Path, *, progress: bool = False) ->
     check_batch(experiment.train, fabric.world_size)
     lock = lock_folder(fabric, out)
     try:
-        return _create_loop(fabric, experiment, out, lock, progress)
+        return _create_loop(fabric, experiment, out, lock, progress, kernels)
     except BaseException:
         if lock:
             lock.release()
@@ -86,7 +90,7 @@ def create_loop(experiment: Experiment, out: Path, *, progress: bool = False) ->
 
 
 def _create_loop(
-    fabric: Fabric, experiment: Experiment, out: Path, lock: FolderLock | None, progress: bool
+    fabric: Fabric, experiment: Experiment, out: Path, lock: FolderLock | None, progress: bool, kernels: Choice
 ) -> tuple[Loop, Iterable[list[Batch]]]:
     check_source(experiment.train.init, out)
     experiment = with_recorded_source(experiment, out)
@@ -100,7 +104,7 @@ def _create_loop(
     tell_unmeasured(fabric, validation, tasks)
     for note in () if resumes else notes_before_training((data, validation)):
         tell(fabric, f"note: {note}")
-    network = create_network(fabric, experiment, tasks, out, resumes=resumes)
+    network = create_network(fabric, experiment, tasks, out, resumes=resumes, kernels=kernels)
     model, optimizer = fabric.setup(network, create_optimizer(network, config))
     state = {"step": 0, "evaluated": 0, "best": math.inf, "best_step": 0, "images": len(data)}
     if resumes:
@@ -146,7 +150,7 @@ def with_recorded_source(experiment: Experiment, out: Path) -> Experiment:
 
 
 def create_network(
-    fabric: Fabric, experiment: Experiment, tasks: Mapping[str, Task], out: Path, *, resumes: bool
+    fabric: Fabric, experiment: Experiment, tasks: Mapping[str, Task], out: Path, *, resumes: bool, kernels: Choice
 ) -> MultiTaskModel:
     """The network as it starts: from random weights, its backbone's pretrained ones, or those of `train.init`.
 
@@ -176,6 +180,7 @@ def create_network(
     network.settings["model"] = to_dict(model)
     freeze(network, config.freeze)
     network.set_recompute(config.recompute)
+    apply_choice(network, kernels, training=True)
     if config.compile:
         network.compile(dynamic=False)
     return network

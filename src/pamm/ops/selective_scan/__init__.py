@@ -9,7 +9,7 @@ Engines, the preferred first; each is a module with
     backward(dy, inputs, kept)              the gradients of `inputs.tensors()`
 
 or, in place of the last three, `selective_scan(inputs) -> y`, like the reference's, which torch's autograd follows and which
-is not a node of its own in a graph (mamba_ssm, whose function has a backward pass; chunked, which is there to be seen through).
+is not a node of its own in a graph (chunked, which is there to be seen through).
 `inputs` are `Inputs`, prepared; y and dy are like x. The environment variable PAMM_SCAN_ENGINE replaces the automatic choice.
 """
 
@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from pamm.ops.compiled import exporting
-from pamm.ops.selective_scan import chunked, mamba_ssm, native, reference, step, triton
+from pamm.ops.selective_scan import chunked, native, reference, step, triton
 from pamm.ops.selective_scan.inputs import Inputs
 
-ENGINES = {"native": native, "triton": triton, "mamba_ssm": mamba_ssm, "step": step, "chunked": chunked}
+ENGINES = {"native": native, "triton": triton, "step": step, "chunked": chunked}
 """Engines of the operator, the preferred first. "reference" is known beside them and chosen only by name."""
 
 VARIABLE = "PAMM_SCAN_ENGINE"

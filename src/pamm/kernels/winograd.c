@@ -8,9 +8,10 @@
  * CHUNK, so that a run's transformed tiles, which every job reads, stay in the cache of all cores, and sums do not lose digits. A
  * sum's order depends on the shapes alone: the result has the same bits for any number of threads.
  */
-#include "jobs.h"
-#include "vector.h"
+#include "../ops/jobs.h"
+#include "../ops/vector.h"
 
+#define TAPS 9
 #define TILE 4
 #define SEEN 6
 #define FREQUENCIES (SEEN * SEEN)
@@ -31,11 +32,10 @@
 typedef struct {
     int64_t images, height, width, channels, outputs;
     int64_t image, row, column;                /* strides of x, channels side by side */
-    int64_t step, tap_row, tap_column;         /* strides of the weights, (outputs, 3, 3, channels), channels side by side, */
-    int64_t turned;                            /* or where this is set (channels, 3, 3, outputs), outputs side by side */
-    const float *x, *weight, *bias;            /* bias (outputs) or NULL */
-    float *y;                                  /* (images, height, width, outputs) */
-    float *gradient;                           /* of the weights, (outputs, 3, 3, channels), that of y is given; or NULL */
+    int64_t turned;                            /* whether the kernels are turned by 180° and their channels swapped */
+    const float *x, *weight, *bias;            /* weights (outputs, channels, 3, 3), or (channels, outputs, 3, 3) where turned */
+    float *y;                                  /* (images, height, width, outputs); bias (outputs) or NULL */
+    float *gradient;                           /* of the weights, (outputs, channels, 3, 3), that of y is given; or NULL */
     float *transformed;                        /* winograd_transformed() floats, aligned to 64 bytes */
     float *work;                               /* threads × winograd_workspace() floats, aligned to 64 bytes */
 } Convolution;
@@ -143,26 +143,41 @@ static void input_job(const void *problem, int64_t job, float *work) {
     }
 }
 
-/* One tap of LANES channels' kernels, vectors over LANES outputs; zero where there are none. */
-static void load_tap(const Convolution *p, int tap, int64_t output, int64_t channel, vec *kernels) {
-    const float *weight = p->weight + tap / 3 * p->tap_row + tap % 3 * p->tap_column;
-    int64_t row = p->turned ? channel : output, rows = p->turned ? p->channels : p->outputs;
-    int64_t column = p->turned ? output : channel, columns = p->turned ? p->outputs : p->channels;
-    for (int64_t i = 0; i < LANES; i++) {
-        int inside = row + i < rows && column < columns;
-        kernels[i] = inside ? load_channels(weight, (row + i) * p->step + column, columns - column, 0) : (vec){0};
+/* The taps of LANES channels' kernels, (LANES, TAPS) vectors over LANES outputs; zero where there are none. In memory the taps of
+ * neighbouring channels lie side by side, so a square of LANES outputs and LANES taps of whatever channels is turned at once.
+ */
+static void load_taps(const Convolution *p, int64_t output, int64_t channel, vec *taps) {
+    for (int part = 0; part < TAPS; part++) {
+        int64_t at = channel * TAPS + part * LANES, present = p->channels * TAPS - at;
+        for (int64_t i = 0; i < LANES; i++) {
+            int inside = output + i < p->outputs && present > 0;
+            vec none = {0};
+            taps[part * LANES + i] = inside ? load_channels(p->weight, (output + i) * p->channels * TAPS + at, present, 0) : none;
+        }
+        transpose(taps + part * LANES);
     }
-    if (!p->turned) transpose(kernels);
+}
+
+/* The same for turned kernels, whose taps of one channel lie side by side for neighbouring outputs, in the opposite order. */
+static void load_turned_taps(const Convolution *p, int64_t output, int64_t channel, vec *taps) {
+    for (int64_t i = 0; i < LANES; i++) {
+        float line[TAPS * LANES] = {0};
+        int64_t present = smaller(LANES, p->outputs - output);
+        if (channel + i < p->channels && present > 0)
+            memcpy(line, p->weight + ((channel + i) * p->outputs + output) * TAPS, present * TAPS * sizeof(float));
+        for (int tap = 0; tap < TAPS; tap++)
+            UNROLLED for (int lane = 0; lane < LANES; lane++) taps[i * TAPS + tap][lane] = line[lane * TAPS + TAPS - 1 - tap];
+    }
 }
 
 /* Transform the kernels of LANES outputs and LANES channels: to (FREQUENCIES, CHANNELS, OUTPUTS), zero where there are none. */
 static void transform_kernels(const Convolution *p, int64_t output, int64_t channel, float *out) {
-    vec taps[9][LANES];
-    for (int tap = 0; tap < 9; tap++) load_tap(p, tap, output, channel, taps[tap]);
+    vec taps[TAPS * LANES];
+    if (p->turned) load_turned_taps(p, output, channel, taps);
+    else load_taps(p, output, channel, taps);
     for (int64_t c = 0; c < LANES; c++) {
-        vec kernel[9], half[3 * SEEN], done[FREQUENCIES];
-        UNROLLED for (int tap = 0; tap < 9; tap++) kernel[tap] = taps[tap][c];
-        UNROLLED for (int y = 0; y < 3; y++) transform_kernel(kernel + y * 3, 1, half + y * SEEN, 1);
+        vec half[3 * SEEN], done[FREQUENCIES];
+        UNROLLED for (int y = 0; y < 3; y++) transform_kernel(taps + c * TAPS + y * 3, 1, half + y * SEEN, 1);
         UNROLLED for (int x = 0; x < SEEN; x++) transform_kernel(half + x, SEEN, done + x, SEEN);
         for (int f = 0; f < FREQUENCIES; f++) memcpy(out + f * KERNEL_STEP + c * OUTPUTS, &done[f], sizeof(vec));
     }
@@ -268,19 +283,19 @@ static void transform_gradients(const Run *run, int64_t output, vec *out) {
 
 /* Add what the sums (FREQUENCIES, CHANNELS, VECTORS) say to the gradient of LANES outputs' weights for LANES channels. */
 static void add_gradients(const Convolution *p, int64_t output, int64_t channel, const vec *sums) {
-    vec taps[9][LANES];
+    vec taps[TAPS * LANES];
     for (int64_t c = 0; c < LANES; c++) {
-        vec half[3 * SEEN], done[9];
+        vec half[3 * SEEN];
         UNROLLED for (int x = 0; x < SEEN; x++)
             transform_kernel_back(sums + (x * CHANNELS + c) * VECTORS, SEEN * CHANNELS * VECTORS, half + x, SEEN);
-        UNROLLED for (int y = 0; y < 3; y++) transform_kernel_back(half + y * SEEN, 1, done + y * 3, 1);
-        for (int tap = 0; tap < 9; tap++) taps[tap][c] = done[tap];
+        UNROLLED for (int y = 0; y < 3; y++) transform_kernel_back(half + y * SEEN, 1, taps + c * TAPS + y * 3, 1);
     }
-    for (int tap = 0; tap < 9; tap++) {
-        transpose(taps[tap]);
-        for (int64_t i = 0; i < smaller(LANES, p->outputs - output); i++) {
-            int64_t at = ((output + i) * 9 + tap) * p->channels + channel, present = p->channels - channel;
-            store_channels(p->gradient, at, present, 0, load_channels(p->gradient, at, present, 0) + taps[tap][i]);
+    for (int part = 0; part < TAPS; part++) {
+        int64_t start = channel * TAPS + part * LANES, present = p->channels * TAPS - start;
+        transpose(taps + part * LANES);
+        for (int64_t i = 0; present > 0 && i < smaller(LANES, p->outputs - output); i++) {
+            int64_t at = (output + i) * p->channels * TAPS + start;
+            store_channels(p->gradient, at, present, 0, load_channels(p->gradient, at, present, 0) + taps[part * LANES + i]);
         }
     }
 }

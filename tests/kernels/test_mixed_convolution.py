@@ -5,17 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from kernels import (
+from torch import Tensor
+
+from c_kernels import (
     NARROWER,
     assert_compiles_to_one_graph,
     assert_same_bits_for_any_number_of_threads,
     freshly_compiled,
     needs_x86,
 )
-from torch import Tensor
-
-from pamm.ops import mixed_convolution as module
-from pamm.ops.mixed_convolution import KERNEL, mixed_convolution
+from pamm.kernels import mixed_convolution as module
+from pamm.kernels.mixed_convolution import KERNEL, mixed_convolution
 
 needs_compiler = pytest.mark.skipif(KERNEL.unavailable() is not None, reason="no C compiler here")
 

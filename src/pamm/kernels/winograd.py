@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pamm.nn.replace import taking_over
 from pamm.ops.compiled import Kernel, left_to_torch, openmp
 
 FEWEST_CHANNELS = 128
@@ -27,7 +28,7 @@ class _Convolution(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("images", "height", "width", "channels", "outputs")),
-        *((name, ctypes.c_int64) for name in ("image", "row", "column", "step", "tap_row", "tap_column", "turned")),
+        *((name, ctypes.c_int64) for name in ("image", "row", "column", "turned")),
         *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "y", "gradient", "transformed", "work")),
     )
 
@@ -44,7 +45,7 @@ def _declare(library: ctypes.CDLL) -> None:
 KERNEL = Kernel(Path(__file__).with_suffix(".c"), _declare)
 
 
-class Convolution3x3(nn.Conv2d):
+class KernelConv3x3(nn.Conv2d):
     """A 3×3 convolution that keeps the map's size, by `convolution_3x3`."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,9 +53,15 @@ class Convolution3x3(nn.Conv2d):
 
 
 def convolves_3x3(layer: nn.Conv2d) -> bool:
-    """Whether a layer is what `Convolution3x3` computes."""
+    """Whether a layer is what `KernelConv3x3` computes."""
     plain = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode)
     return plain == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
+
+
+def replacement(module: nn.Module) -> nn.Module | None:
+    """A 3×3 convolution of enough channels by the kernel, in the state of `module`; None for other modules."""
+    wide = isinstance(module, nn.Conv2d) and min(module.weight.shape[:2]) >= FEWEST_CHANNELS
+    return taking_over(KernelConv3x3, module, nn.Conv2d) if wide and convolves_3x3(module) else None
 
 
 def convolution_3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -92,10 +99,9 @@ def _available() -> bool:
 def kernel_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(B, C, h, w), (O, C, 3, 3), (O,) → (B, O, h, w), channels-last, zeros around the map."""
     _check(x, weight.shape[1], [x, weight] if bias is None else [x, weight, bias])
-    x, weight = _channels_last(x), _channels_last(weight)
+    x, weight = _channels_last(x), weight.contiguous()
     y = _empty(x, weight, bias)
     problem = _problem(x, y)
-    problem.step, _, problem.tap_row, problem.tap_column = weight.stride()
     problem.weight = weight.data_ptr()
     problem.bias = None if bias is None else (bias := bias.contiguous()).data_ptr()
     _run(problem)
@@ -112,12 +118,10 @@ def _empty(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def input_gradient(dy: Tensor, weight: Tensor) -> Tensor:
     """Gradient of x from that of y, (B, O, h, w): the convolution with the kernels turned by 180° and their channels swapped."""
     _check(dy, len(weight), [dy, weight])
-    dy, weight = _channels_last(dy), _channels_last(weight)
+    dy, weight = _channels_last(dy), weight.contiguous()
     dx = _empty_input(dy, weight)
     problem = _problem(dy, dx)
-    problem.step, _, row, column = weight.stride()
-    problem.tap_row, problem.tap_column, problem.turned = -row, -column, True
-    problem.weight = weight.data_ptr() + weight.element_size() * 2 * (row + column)
+    problem.turned, problem.weight = True, weight.data_ptr()
     _run(problem)
     return dx
 
@@ -137,16 +141,16 @@ def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
             f"found gradients {tuple(dy.shape)} for maps {tuple(x.shape)}; expected the same images and positions"
         )
     dy, x = dy.contiguous(memory_format=torch.channels_last), _channels_last(x)
-    gradient = dy.new_zeros(dy.shape[1], 3, 3, x.shape[1])
+    gradient = dy.new_zeros(dy.shape[1], x.shape[1], 3, 3)
     problem = _problem(x, dy)
     problem.gradient = gradient.data_ptr()
     _run(problem)
-    return gradient.permute(0, 3, 1, 2)
+    return gradient
 
 
 @weight_gradient.register_fake
 def _empty_weight(dy: Tensor, x: Tensor) -> Tensor:
-    return dy.new_empty(dy.shape[1], 3, 3, x.shape[1]).permute(0, 3, 1, 2)
+    return dy.new_empty(dy.shape[1], x.shape[1], 3, 3)
 
 
 def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:

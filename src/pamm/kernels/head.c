@@ -5,8 +5,8 @@
  * the gradients. Channels are taken LANES at a time. Jobs write to places of their own and their split depends on the shapes
  * alone: the result has the same bits for any number of threads.
  */
-#include "jobs.h"
-#include "vector.h"
+#include "../ops/jobs.h"
+#include "../ops/vector.h"
 
 #define GROUP 16 /* channels that lie side by side in `small` */
 #define TAPS 9

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from pamm.kernels import REWRITES, accelerate
+from pamm.kernels import attention as module
 from pamm.models.backbone import ViT, create_backbone
-from pamm.ops import attention as module
 from tiny import BACKBONE
 
 pytestmark = pytest.mark.skipif(module.KERNEL.unavailable() is not None, reason="no C compiler here")
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.skipif(module.KERNEL.unavailable() is not None, reason=
 @pytest.fixture
 def calls(monkeypatch) -> list[str]:
     """As on a processor where the kernel is the faster one; notes every run of it, forward and backward."""
-    monkeypatch.setattr(module, "BY_CONVOLUTION", True)
+    monkeypatch.setattr(module.matrix, "SLOW_PRODUCTS", True)
     monkeypatch.setattr(module, "SMALLEST", 1)
     noted, run = [], module._run
 
@@ -34,6 +35,14 @@ def calls(monkeypatch) -> list[str]:
 def backbone() -> ViT:
     torch.manual_seed(0)
     return create_backbone(replace(BACKBONE, drop_path=0.0), (48, 64)).train()
+
+
+def accelerated(vit: ViT) -> ViT:
+    """A copy whose attention alone is replaced."""
+    vit = copy.deepcopy(vit)
+    rewrites = [rewrite for rewrite in REWRITES if rewrite.name == "attention"]
+    assert len(accelerate(vit, training=True, rewrites=rewrites).replaced["attention"]) == len(vit.vit.blocks)
+    return vit
 
 
 def step(model, vit: ViT) -> dict[str, Tensor]:
@@ -53,12 +62,11 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
 
 
 @pytest.mark.parametrize("form", ["as it is", "recomputed", "compiled"])
-def test_a_training_step_is_that_of_torchs_attention(form, calls, monkeypatch):
-    vit = backbone()
-    with monkeypatch.context() as torchs:
-        torchs.setattr(module, "BY_CONVOLUTION", False)
-        expected = step(plain := copy.deepcopy(vit), plain)
+def test_a_training_step_is_that_of_torchs_attention(form, calls):
+    plain = backbone()
+    expected = step(plain, plain)
     assert not calls
+    vit = accelerated(backbone())
     vit.set_recompute(form == "recomputed")
     torch._dynamo.reset()
     model = torch.compile(vit, fullgraph=True, backend="aot_eager") if form == "compiled" else vit
@@ -68,7 +76,7 @@ def test_a_training_step_is_that_of_torchs_attention(form, calls, monkeypatch):
 
 
 def test_a_training_step_under_autocast(calls):
-    vit = backbone()
+    vit = accelerated(backbone())
     expected = step(vit, vit)
     expected = {name: value.clone() for name, value in expected.items()}
     calls.clear()
@@ -78,7 +86,7 @@ def test_a_training_step_under_autocast(calls):
 
 
 def test_attention_with_dropout_is_timms(calls):
-    vit = backbone()
+    vit = accelerated(backbone())
     for block in vit.vit.blocks:
         block.attn.attn_drop.p = 0.5
     image = torch.randn(1, 3, 48, 64)

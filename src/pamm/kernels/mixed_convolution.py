@@ -1,4 +1,4 @@
-"""A convolution whose 9×9 kernel is made for one image: a base and a weighted sum of parts, as expert weights give.
+"""The released PAMM's experts without gradients: one convolution whose 9×9 kernel is made for one image, by its experts' weights.
 
 Summed kernels are as large as the base, and a direct convolution multiplies each of their 81 taps at every position. The
 C kernel sums the kernels block by block in the cache and takes them and the image through Fourier transforms of squares, which
@@ -12,8 +12,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from pamm.kernels.conv_head import factor_and_shift
+from pamm.models.pamm_released import ReleasedExperts
+from pamm.nn.replace import taking_over
 from pamm.ops.compiled import Kernel, left_to_torch, openmp
 
 TAPS = 9
@@ -40,6 +43,44 @@ def _declare(library: ctypes.CDLL) -> None:
 
 
 KERNEL = Kernel(Path(__file__).with_suffix(".c"), _declare)
+
+
+class FoldedExperts(ReleasedExperts):
+    """`ReleasedExperts` that folds everything behind the routing into one convolution per image, in eval mode.
+
+    There it is affine in x. Not with gradients: one would pass the general path, which sends none back.
+    """
+
+    def one_task(self, task: str, weights: Tensor, mix: Tensor, x: Tensor) -> Tensor:
+        """Routing (B, E) and (B, 1), map (B, e, h, w) → (B, N, h, w), without the prior."""
+        if self.training or torch.is_grad_enabled():
+            return super().one_task(task, weights, mix, x.contiguous())  # channels-last takes twice the time here
+        parts, maps = [self.reduce.flatten(0, 1), self.task_reduce[task].weight], []
+        for p, m, image in zip(weights, mix, x.permute(0, 2, 3, 1), strict=True):
+            with torch.autocast(x.device.type, enabled=False):
+                mixture, factor, shift = self.fold(task, p.float(), m.float())
+                convolved = mixed_convolution(image, self.general.weight, parts, mixture)
+            maps.append(torch.addcmul(shift, convolved, factor))
+        return torch.stack(maps).permute(0, 3, 1, 2)
+
+    def fold(self, task: str, p: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """p (E,), m (1,) → weights (N, E·rank + rank) of the reducing convolutions, factor (N,) and shift (N,), all float32.
+
+        The map of that task and image is factor · (general + weighted reducing kernels) * x + shift.
+        """
+        inner, inner_shift = factor_and_shift(self.norm_experts[task])
+        factor, shift = factor_and_shift(self.norm[task])
+        own, own_restore = self.task_reduce[task], self.task_restore[task]
+        shared = (inner[:, None] * (self.restore * p[:, None, None]).transpose(0, 1).flatten(1)).float()
+        private = m * own_restore.weight.flatten(1).float()
+        bias = shared @ self.reduce_bias.flatten().float() + inner * (p @ self.restore_bias.float()) + inner_shift
+        bias = bias + private @ own.bias.float() + m * own_restore.bias.float() + self.general.bias.float()
+        return torch.cat([shared, private], dim=1), factor, factor * bias + shift
+
+
+def replacement(module: nn.Module) -> nn.Module | None:
+    """The released experts folded, in the state of `module`; None for other modules."""
+    return taking_over(FoldedExperts, module, ReleasedExperts)
 
 
 def mixed_convolution(x: Tensor, base: Tensor, parts: list[Tensor], weights: Tensor) -> Tensor:

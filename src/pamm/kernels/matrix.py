@@ -1,19 +1,34 @@
-"""Products of matrices in float32 by a C kernel, with gradients, for operands that lie in memory in any way."""
+"""Products of matrices in float32 by a C kernel, with gradients, for operands that lie in memory in any way.
+
+On x86 torch multiplies float32 matrices with MKL, which on processors of other makers than Intel does not use the widest
+vectors. There the kernel takes half the time, and it multiplies all tasks in one call.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import os
+import platform
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from pamm.ops.compiled import Kernel, openmp
+from pamm.nn.replace import taking_over
+from pamm.nn.task_layers import TaskLinear
+from pamm.ops.compiled import Kernel, left_to_torch, openmp
 
 LANES = 8
 """Numbers in a vector from which on the kernel pays: AVX2 and AVX-512."""
+
+SMALLEST = 1 << 24
+"""Multiplications from which on a product pays."""
+
+FEWEST_ROWS, SMALLEST_WEIGHT = 32, 1 << 15
+"""Rows and weights of a product from which on it pays: the kernel copies both first."""
 
 WIDEST = 384
 """Columns of a job's block of the result, at most: what they are multiplied with stays in the second cache."""
@@ -51,14 +66,86 @@ def _declare(library: ctypes.CDLL) -> None:
 KERNEL = Kernel(Path(__file__).with_suffix(".c"), _declare)
 
 
+def multiplies_slowly() -> bool:
+    """Whether torch's float32 products are slow here: by MKL, on an x86 processor that is not Intel's."""
+    if platform.machine().lower() not in ("x86_64", "amd64", "x86"):
+        return False
+    return torch.backends.mkl.is_available() and "Intel" not in _maker()
+
+
+def _maker() -> str:
+    """Who made the processor, e.g. "AuthenticAMD"; "Intel" where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return os.environ.get("PROCESSOR_IDENTIFIER", "Intel")
+    return next((line for line in lines if line.startswith("vendor_id")), "Intel")
+
+
+SLOW_PRODUCTS = multiplies_slowly()
+
+
 def objection() -> str | None:
     """Why the kernel is not used on this machine, or None."""
-    return KERNEL.unavailable(LANES)
+    return KERNEL.unavailable(LANES) if SLOW_PRODUCTS else "torch's products are fast on this processor"
 
 
 @torch.compiler.assume_constant_result
-def available() -> bool:
+def _available() -> bool:
     return objection() is None
+
+
+class KernelLinear(nn.Linear):
+    """`torch.nn.Linear` whose product is `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class KernelTaskLinear(TaskLinear):
+    """`TaskLinear` whose products are `batched_linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return batched_linear(x.flatten(1, -2), self.weight, self.bias).unflatten(1, x.shape[1:-1])
+
+
+def replacement(module: nn.Module) -> nn.Module | None:
+    """A linear layer whose products the kernel may take, in the state of `module`; None for other modules."""
+    return taking_over(KernelLinear, module, nn.Linear) or taking_over(KernelTaskLinear, module, TaskLinear)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x·Wᵀ + b, as `torch.nn.functional.linear`: (..., i), (o, i), (o,) → (..., o). Any device and dtype, differentiable."""
+    fits = x.shape[-1:] == weight.shape[1:] and (bias is None or bias.shape == weight.shape[:1])
+    if not (fits and _takes(x, weight, bias, x.numel() // max(1, x.shape[-1]), weight.numel())):
+        return F.linear(x, weight, bias)
+    rows = x.reshape(1, -1, x.shape[-1])
+    y = torch.ops.pamm.product(rows, weight.T[None], None if bias is None else bias[None], False)
+    return y.view(*x.shape[:-1], len(weight))
+
+
+def batched_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """One product per entry of the leading axis: (T, n, i), (T, o, i), (T, 1, o) → (T, n, o), as `TaskLinear`."""
+    fits = x.shape[::2] == weight.shape[::2] and (bias is None or bias.shape == (len(x), 1, weight.shape[1]))
+    if fits and _takes(x, weight, bias, x.shape[1], weight[0].numel()):
+        return torch.ops.pamm.product(x, weight.mT, None if bias is None else bias.flatten(1), False)
+    if x.shape[1] == 1:  # of single columns instead of rows, so that the weights' gradient comes in their own layout
+        column = x.mT
+        return (torch.bmm(weight, column) if bias is None else torch.baddbmm(bias.mT.to(x.dtype), weight, column)).mT
+    return torch.bmm(x, weight.mT) if bias is None else torch.baddbmm(bias.to(x.dtype), x, weight.mT)
+
+
+def _takes(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, weights: int) -> bool:
+    """Whether the kernel takes products of `rows` rows with `weights` weights each. Autocast asks for another dtype."""
+    return (
+        all(t.device.type == "cpu" and t.dtype == torch.float32 for t in (x, weight, bias) if t is not None)
+        and not torch.is_autocast_enabled("cpu")
+        and rows >= FEWEST_ROWS
+        and weights >= SMALLEST_WEIGHT
+        and rows * weights >= SMALLEST
+        and not left_to_torch()
+        and _available()
+    )
 
 
 @torch.library.custom_op("pamm::product", mutates_args=(), device_types="cpu")

@@ -1,7 +1,7 @@
 """Softmax attention of whole sequences, as `torch.nn.functional.scaled_dot_product_attention` without mask and dropout.
 
 Torch multiplies inside its attention with MKL, in float32 also where the inputs are bfloat16. On an x86 processor that is not
-Intel's (see `pamm.ops.product`) a C kernel takes half the time, forward and backward.
+Intel's (see `pamm.kernels.matrix`) a C kernel takes half the time, forward and backward.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from timm.models.vision_transformer import Attention
+from torch import Tensor, nn
 
+from pamm.kernels import matrix
+from pamm.nn.replace import taking_over
 from pamm.ops.compiled import Kernel, left_to_torch, openmp
-from pamm.ops.product import BY_CONVOLUTION
 
 SMALLEST, FEWEST_QUERIES = 1 << 22, 32
 """Multiplications and queries from which on the kernel pays: keys and values are copied first."""
@@ -53,6 +55,32 @@ def _declare(library: ctypes.CDLL) -> None:
 KERNEL = Kernel(Path(__file__).with_suffix(".c"), _declare)
 
 
+class KernelAttention(Attention):
+    """timm's attention, with nothing between attention and output layer, by `attention`."""
+
+    def forward(self, x: Tensor, *masks: Any, **options: Any) -> Tensor:
+        """(B, L, C) → (B, L, C). timm's own form with a mask, with dropout and where its attention maps are to be seen."""
+        plain = all(mask is None or mask is False for mask in (*masks, *options.values()))
+        drops = self.training and self.attn_drop.p > 0
+        if drops or not plain or not self.fused_attn:
+            return super().forward(x, *masks, **options)
+        parts = self.qkv(x).unflatten(2, (3, self.num_heads, self.head_dim))
+        q, k, v = parts.permute(2, 0, 3, 1, 4)
+        y = attention(self.q_norm(q), self.k_norm(k), v)
+        return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
+
+
+def replacement(module: nn.Module) -> nn.Module | None:
+    """A ViT's attention by the kernel, in the state of `module`; None for other modules.
+
+    Not every release of timm has all of the parts that may stand between attention and output layer.
+    """
+    between = (getattr(module, name, None) for name in ("norm", "gate"))
+    if not hasattr(module, "head_dim") or any(part is not None and type(part) is not nn.Identity for part in between):
+        return None
+    return taking_over(KernelAttention, module, Attention)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q·kᵀ / √width)·v: (B, heads, queries, width), twice (B, heads, keys, width) → (B, heads, queries, width)."""
     if _suits(q, k, v) and _available():
@@ -75,9 +103,7 @@ def _suits(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 def objection() -> str | None:
     """Why torch's attention runs on this machine, or None."""
-    if not BY_CONVOLUTION:
-        return "its products are fast on this processor"
-    return KERNEL.unavailable()
+    return KERNEL.unavailable() if matrix.SLOW_PRODUCTS else "torch's products are fast on this processor"
 
 
 @torch.compiler.assume_constant_result

@@ -1,4 +1,4 @@
-"""The head without its large map equals the head with it."""
+"""The head without its large map against the head as it is written."""
 
 import copy
 
@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pamm.models.heads import ConvHead, upsampled_conv3x3
+from pamm.kernels import conv_head
+from pamm.kernels import head as kernel
+from pamm.kernels.conv_head import SmallMapHead, upsampled_conv3x3
+from pamm.models.pamm import ConvHead
 from pamm.nn.joined import JoinedBatchNorm2d
 from pamm.nn.recompute import recomputed
-from pamm.ops import head as kernel
-from pamm.ops.compiled import torch_alone
 
 needs_compiler = pytest.mark.skipif(kernel.KERNEL.unavailable() is not None, reason="no C compiler here")
 
@@ -35,15 +36,25 @@ def test_convolution_of_the_upsampled_map_output_and_gradients(size, scale):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_head_equals_its_plain_form():
+def faster(head: ConvHead, *, kernel: bool = True) -> SmallMapHead:
+    """A copy without the large map; in torch where `kernel` is off."""
+    found = conv_head.replacement(copy.deepcopy(head))
+    if not kernel:
+        found.suits_kernel = lambda feature: False
+    return found
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_head_equals_its_plain_form(kernel, gradient, bias):
     torch.manual_seed(0)
-    head = ConvHead(16, 3).eval()
+    head = ConvHead(16, 3, bias=bias).eval()
     head.norm.running_mean.normal_()
     head.norm.running_var.uniform_(0.5, 2)
     x = torch.randn(2, 16, 6, 5)
-    large = F.interpolate(x, scale_factor=4, mode="bilinear", align_corners=False)
-    plain = head.predict(F.gelu(head.norm(head.conv(large))))
-    torch.testing.assert_close(head(x), plain, rtol=1e-4, atol=1e-5)
+    with torch.set_grad_enabled(gradient):
+        torch.testing.assert_close(faster(head, kernel=kernel)(x), head(x), rtol=1e-4, atol=1e-5)
 
 
 def trained_step(head: ConvHead, x: Tensor) -> dict[str, Tensor]:
@@ -57,22 +68,23 @@ def trained_step(head: ConvHead, x: Tensor) -> dict[str, Tensor]:
 
 @needs_compiler
 @pytest.mark.parametrize("bias", [False, True])
-def test_training_by_the_kernel_is_training_by_torch(bias, monkeypatch):
+def test_training_is_that_of_the_plain_form(bias, monkeypatch):
     torch.manual_seed(0)
     head = ConvHead(32, 5, bias=bias).train()
     torch.nn.init.normal_(head.norm.weight)
     torch.nn.init.normal_(head.norm.bias)
     x, calls = torch.randn(2, 32, 6, 5), []
     monkeypatch.setattr(kernel, "trained", lambda *given, form=kernel.trained: calls.append(1) or form(*given))
-    ours = trained_step(copy.deepcopy(head), x)
+    ours = trained_step(faster(head), x)
     assert calls
-    with torch_alone():
-        torchs = trained_step(copy.deepcopy(head), x)
-    assert len(calls) == 1 and ours.keys() == torchs.keys()
-    for name, found in ours.items():
-        torch.testing.assert_close(
-            found, torchs[name], rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
-        )
+    torchs = trained_step(faster(head, kernel=False), x)
+    plain = trained_step(copy.deepcopy(head), x)
+    assert len(calls) == 1 and ours.keys() == torchs.keys() == plain.keys()
+    for name, expected in plain.items():
+        for found in (ours[name], torchs[name]):
+            torch.testing.assert_close(
+                found, expected, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+            )
 
 
 def average_over_all_batches(head: ConvHead) -> None:
@@ -110,9 +122,9 @@ def normalise_groups(head: ConvHead) -> None:
 def test_a_head_that_was_changed_is_what_it_was_changed_to(change):
     """In training, twice, and then in inference: against the layers as they are written."""
     torch.manual_seed(0)
-    head = ConvHead(32, 5).train()
-    change(head)
-    plain = copy.deepcopy(head)
+    plain = ConvHead(32, 5).train()
+    change(plain)
+    head = faster(plain)
     for _ in range(2):
         x = torch.randn(2, 32, 6, 5)
         large = F.interpolate(x, scale_factor=4, mode="bilinear", align_corners=False)
@@ -128,7 +140,7 @@ def test_a_head_that_was_changed_is_what_it_was_changed_to(change):
 @needs_compiler
 def test_recomputing_the_head_tracks_the_statistics_once():
     torch.manual_seed(0)
-    head, x = ConvHead(32, 5).train(), torch.randn(2, 32, 6, 5)
+    head, x = faster(ConvHead(32, 5).train()), torch.randn(2, 32, 6, 5)
     expected = trained_step(copy.deepcopy(head), x)
     recomputed(head, x.requires_grad_()).square().mean().backward()
     for name, found in {**dict(head.norm.named_buffers(prefix="norm")), "x": x.grad}.items():
@@ -138,7 +150,7 @@ def test_recomputing_the_head_tracks_the_statistics_once():
 @needs_compiler
 def test_a_trained_head_compiles_to_one_graph():
     torch.manual_seed(0)
-    head, x = ConvHead(32, 5).train(), torch.randn(2, 32, 6, 5)
+    head, x = faster(ConvHead(32, 5).train()), torch.randn(2, 32, 6, 5)
     expected = trained_step(copy.deepcopy(head), x)
     compiled = copy.deepcopy(head)
     compiled.compile(backend="aot_eager", fullgraph=True)

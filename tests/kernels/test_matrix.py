@@ -7,19 +7,18 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
-from kernels import (
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from c_kernels import (
     NARROWER,
     assert_compiles_to_one_graph,
     assert_same_bits_for_any_number_of_threads,
     freshly_compiled,
     needs_x86,
 )
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-
-from pamm.nn.task_layers import TaskLinear
-from pamm.ops import matrix, product
-from pamm.ops.matrix import KERNEL
+from pamm.kernels import matrix
+from pamm.kernels.matrix import KERNEL, KernelLinear, KernelTaskLinear
 
 needs_compiler = pytest.mark.skipif(KERNEL.unavailable() is not None, reason="no C compiler here")
 TOLERANCE = 2e-6
@@ -198,18 +197,18 @@ class Calls(TorchDispatchMode):
 @pytest.fixture
 def used(monkeypatch):
     """Products of any size run by the kernel."""
+    monkeypatch.setattr(matrix, "SLOW_PRODUCTS", True)
     if matrix.objection():
         pytest.skip("the kernel does not run here")
-    monkeypatch.setattr(product, "BY_CONVOLUTION", True)
-    monkeypatch.setattr(product, "SMALLEST", 0)
-    monkeypatch.setattr(product, "SMALLEST_WEIGHT", 0)
+    monkeypatch.setattr(matrix, "SMALLEST", 0)
+    monkeypatch.setattr(matrix, "SMALLEST_WEIGHT", 0)
 
 
 def layer_and_input(kind: str) -> tuple[torch.nn.Module, Tensor]:
     torch.manual_seed(0)
     if kind == "task":
-        return TaskLinear(3, 64, 48), torch.randn(3, 2, 4, 5, 64, requires_grad=True)
-    return product.Linear(64, 48), torch.randn(2, 40, 64, requires_grad=True)
+        return KernelTaskLinear(3, 64, 48), torch.randn(3, 2, 4, 5, 64, requires_grad=True)
+    return KernelLinear(64, 48), torch.randn(2, 40, 64, requires_grad=True)
 
 
 @pytest.mark.parametrize("kind", ["one", "task"])
@@ -229,12 +228,12 @@ def test_training_copies_neither_outputs_nor_gradients(used, kind):
 def test_gradients_of_a_single_rows_products_are_not_copied(bias):
     """They are torch's, whatever runs elsewhere."""
     torch.manual_seed(0)
-    layer, x = TaskLinear(3, 64, 48, bias=bias), torch.randn(3, 1, 64)
+    layer, x = KernelTaskLinear(3, 64, 48, bias=bias), torch.randn(3, 1, 64)
     with Calls() as calls:
         y = layer(x)
         y.backward(dy := torch.randn(y.shape))
-    torch.testing.assert_close(y, x @ layer.weight)
-    torch.testing.assert_close(layer.weight.grad, x.mT @ dy)
+    torch.testing.assert_close(y, x @ layer.weight.mT)
+    torch.testing.assert_close(layer.weight.grad, dy.mT @ x)
     assert y.stride() == (48, 48, 1)
     assert layer.weight.grad.stride() == layer.weight.stride() and not (calls["aten::clone"] or calls["aten::copy_"])
 
@@ -251,8 +250,7 @@ def test_derivatives_of_other_kinds_are_torchs(used, kind):
 
     def torchs(x: Tensor) -> Tensor:
         flat = x.flatten(1, -2) if kind == "task" else x
-        weight = layer.weight if kind == "task" else layer.weight.mT
-        return (flat @ weight + layer.bias).view(*x.shape[:-1], -1)
+        return (flat @ layer.weight.mT + layer.bias).view(*x.shape[:-1], -1)
 
     assert error(slope(layer, x), slope(torchs, x)) < 1e-5
     x = x.detach()
@@ -265,10 +263,9 @@ def test_derivatives_of_other_kinds_are_torchs(used, kind):
 
 @needs_compiler
 def test_compiles_to_one_graph():
-    chosen = "product.BY_CONVOLUTION, product.SMALLEST, product.SMALLEST_WEIGHT = True, 0, 0"
-    assert_compiles_to_one_graph(
-        "test_matrix", "product.batched_linear(*given[:2], given[2][:, None]) + 1", before=chosen
-    )
+    chosen = "matrix.SLOW_PRODUCTS, matrix.SMALLEST, matrix.SMALLEST_WEIGHT, matrix.FEWEST_ROWS = True, 0, 0, 1"
+    call = "matrix.batched_linear(given[0], given[1].mT, given[2][:, None]) + 1"
+    assert_compiles_to_one_graph("test_matrix", call, before=chosen)
 
 
 @pytest.mark.parametrize("kind", ["one", "task"])
@@ -283,5 +280,5 @@ def test_mistakes_get_torchs_message(used):
         with pytest.raises(RuntimeError) as torchs:
             F.linear(*given)
         with pytest.raises(RuntimeError) as ours:
-            product.linear(*given)
+            matrix.linear(*given)
         assert str(ours.value) == str(torchs.value)

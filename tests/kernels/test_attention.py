@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 import torch.nn.functional as F
-from kernels import (
+from torch import Tensor
+
+from c_kernels import (
     NARROWER,
     assert_compiles_to_one_graph,
     assert_same_bits_for_any_number_of_threads,
@@ -15,10 +17,8 @@ from kernels import (
     in_fresh_process,
     needs_x86,
 )
-from torch import Tensor
-
-from pamm.ops import attention as module
-from pamm.ops.attention import KERNEL, attention
+from pamm.kernels import attention as module
+from pamm.kernels.attention import KERNEL, attention
 
 needs_compiler = pytest.mark.skipif(KERNEL.unavailable() is not None, reason="no C compiler here")
 
@@ -151,7 +151,7 @@ def test_registration_as_an_operator():
     torch.library.opcheck(torch.ops.pamm.attention_backward.default, (torch.randn_like(kept[0]), *given, *kept))
 
 
-CHOSEN = "module.BY_CONVOLUTION, module.SMALLEST = True, 1"
+CHOSEN = "module.matrix.SLOW_PRODUCTS, module.SMALLEST = True, 1"
 
 
 @needs_compiler
@@ -186,7 +186,7 @@ def test_kernel_of_older_processors(narrower, tmp_path):
 @pytest.fixture
 def operator_calls(monkeypatch) -> list[bool]:
     """As on a processor where the kernel is the faster one, whatever this one is; notes every use of the kernel."""
-    monkeypatch.setattr(module, "BY_CONVOLUTION", True)
+    monkeypatch.setattr(module.matrix, "SLOW_PRODUCTS", True)
     monkeypatch.setattr(module, "SMALLEST", 1)
     calls = []
 

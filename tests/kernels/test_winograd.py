@@ -5,18 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from kernels import (
+from torch import Tensor, nn
+
+from c_kernels import (
     NARROWER,
     assert_compiles_to_one_graph,
     assert_same_bits_for_any_number_of_threads,
     freshly_compiled,
     needs_x86,
 )
-from torch import Tensor, nn
-
-from pamm.ops import winograd as module
-from pamm.ops.product import adopt
-from pamm.ops.winograd import KERNEL, Convolution3x3, convolution_3x3
+from pamm.kernels import accelerate
+from pamm.kernels import winograd as module
+from pamm.kernels.winograd import KERNEL, KernelConv3x3, convolution_3x3
 
 needs_compiler = pytest.mark.skipif(KERNEL.unavailable() is not None, reason="no C compiler here")
 TOLERANCE = 5e-6
@@ -147,15 +147,15 @@ def calls(monkeypatch) -> list[bool]:
     return noted
 
 
-def test_layers_of_a_network_are_adopted(calls):
+def test_layers_of_a_network_are_replaced(calls):
     torch.manual_seed(0)
     layers = nn.Sequential(nn.Conv2d(128, 128, 3, padding=1), nn.Conv2d(128, 130, 3, padding=1, bias=False)).eval()
     x = torch.randn(2, 128, 14, 15)
     expected = layers(x)
-    adopt(layers)
+    accelerate(layers, training=False)
     with torch.no_grad():
         assert error(layers(x), expected) < TOLERANCE
-    assert len(calls) == 2 and all(type(layer) is Convolution3x3 for layer in layers)
+    assert len(calls) == 2 and all(type(layer) is KernelConv3x3 for layer in layers)
 
 
 OTHERS = {
@@ -172,7 +172,7 @@ def test_other_layers_are_left_to_torch(case, calls):
     layers = nn.Sequential(nn.Conv2d(128, 128, 3, **OTHERS[case])).eval()
     x = torch.randn(1, 128, 14, 15)
     expected = layers(x)
-    adopt(layers)
+    accelerate(layers, training=False)
     with torch.no_grad():
         torch.testing.assert_close(layers(x), expected, rtol=1e-5, atol=1e-5)
     assert not calls and type(layers[0]) is nn.Conv2d
@@ -263,7 +263,7 @@ def test_derivatives_of_other_kinds_are_torchs(calls):
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")  # tracing is what older exporters do
 def test_graphs_for_other_machines_hold_torchs_convolution(calls):
-    layer = Convolution3x3(128, 128, 3, padding=1)
+    layer = KernelConv3x3(128, 128, 3, padding=1)
     x = torch.randn(1, 128, 16, 16)
     exported = torch.export.export(layer, (x,))
     traced = torch.jit.trace(layer, x, check_trace=False)

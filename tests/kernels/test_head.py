@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from kernels import (
+from torch import Tensor
+
+from c_kernels import (
     NARROWER,
     assert_compiles_to_one_graph,
     assert_same_bits_for_any_number_of_threads,
@@ -13,10 +15,8 @@ from kernels import (
     in_fresh_process,
     needs_x86,
 )
-from torch import Tensor
-
-from pamm.ops import head as module
-from pamm.ops.head import KERNEL, in_torch, logits, taps, trained
+from pamm.kernels import head as module
+from pamm.kernels.head import KERNEL, in_torch, logits, taps, trained
 
 needs_compiler = pytest.mark.skipif(KERNEL.unavailable() is not None, reason="no C compiler here")
 EPS = 1e-5

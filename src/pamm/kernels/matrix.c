@@ -5,8 +5,8 @@
  * where rows lie side by side: whole cache lines once). Copying absorbs how the matrices lie in memory. The order of a sum depends
  * on its length alone: the result has the same bits for any number of threads and any division into jobs.
  */
-#include "jobs.h"
-#include "vector.h"
+#include "../ops/jobs.h"
+#include "../ops/vector.h"
 
 #define DEPTH 384
 #define VECTORS 2
