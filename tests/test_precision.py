@@ -43,7 +43,9 @@ def test_a_given_model_stays_as_it_is(model):
     exact = Predictor(model)(picture())
     rough = Predictor(model, precision="bfloat16")(picture())
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert Predictor(model).model is model
+    assert Predictor(model, kernels="off").model is model
+    own = dict(Predictor(model).model.named_parameters())
+    assert all(own[name] is parameter for name, parameter in model.named_parameters())
     assert not np.array_equal(exact["depth"], rough["depth"])
     np.testing.assert_allclose(rough["depth"], exact["depth"], atol=0.05 * np.abs(exact["depth"]).max())
 
