@@ -100,7 +100,9 @@ def test_features_are_what_leaves_the_modules(kind):
 
 
 def same(values: np.ndarray, expected: torch.Tensor) -> None:
-    np.testing.assert_allclose(values, expected.permute(1, 2, 0).numpy(), rtol=1e-4, atol=1e-5)
+    """Relative to the largest number: the predictor's network differs from the plain one by rounding."""
+    expected = expected.permute(1, 2, 0).numpy()
+    assert values.shape == expected.shape and np.abs(values - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
 def test_every_pixel_has_the_colour_of_its_token_and_padding_is_cut_off():
