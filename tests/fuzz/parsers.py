@@ -33,6 +33,7 @@ from pamm.data.pascal import read_label_map, read_objects
 from pamm.experiment import DataConfig, ExpertsConfig, ModelConfig, ReleasedConfig, check, load
 from pamm.gain import GainError, baseline_scores
 from pamm.images import ImageError, read_image
+from pamm.models.formats import FIELD, FORMAT
 from pamm.models.registry import build_model
 from pamm.models.saved import CheckpointError, load_model
 from pamm.official import OfficialError
@@ -108,7 +109,8 @@ def model_files() -> dict[str, bytes]:
     model = build_model(
         MODEL, {"depth": create_task("depth"), "semseg": create_task("semseg", classes=["a", "b"])}, (16, 16)
     )
-    return {"config.json": json.dumps(model.settings).encode(), "model.safetensors": save(dict(tensors(model)))}
+    settings = {FIELD: FORMAT} | model.settings
+    return {"config.json": json.dumps(settings).encode(), "model.safetensors": save(dict(tensors(model)))}
 
 
 def tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
