@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pamm.experiment import Experiment, dump
+from pamm.config.experiment import Experiment, dump
 
 TESTS = Path(__file__).parent
 PATHS = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))

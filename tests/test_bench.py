@@ -28,11 +28,11 @@ from pamm.bench.record import FIELDS, append, complete
 from pamm.bench.scaling import AXES, varied
 from pamm.bench.train import random_label
 from pamm.cli import main as pamm
-from pamm.experiment import ExpertsConfig, ModelConfig, ReleasedConfig, check
+from pamm.config.experiment import ExpertsConfig, ModelConfig, ReleasedConfig, check
 from pamm.models.registry import build_model
 from pamm.nn.serialize import scan_orders
 from pamm.ops import selective_scan
-from pamm.recipes import get_recipe
+from pamm.config.recipes import get_recipe
 from pamm.tasks import TASKS, create_task
 from tiny import BACKBONE, DECODER, MODEL
 

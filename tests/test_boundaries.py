@@ -13,8 +13,8 @@ from scipy.io import savemat
 from scipy.sparse import csc_array
 
 from command import run_command
-from pamm.boundaries import BoundaryError
-from pamm.boundaries.measure import COUNTS, measure_folders
+from pamm.evaluation.boundaries import BoundaryError
+from pamm.evaluation.boundaries.measure import COUNTS, measure_folders
 from pamm.tasks.boundary import PROTOCOLS, counts
 from pamm.tasks.metrics.images import processes
 

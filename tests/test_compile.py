@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._inductor import config as inductor
 
-from pamm.experiment import ModelConfig
+from pamm.config.experiment import ModelConfig
 from pamm.models.registry import build_model
 from pamm.tasks import create_task
 from tiny import BACKBONE, DECODER, MTMAMBA, SWIN

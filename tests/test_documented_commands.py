@@ -15,9 +15,9 @@ from PIL import Image
 
 from pamm.cli import COMMANDS, main, parse_experiment
 from pamm.data.loader import StepSampler
-from pamm.experiment import Experiment, TrainConfig, check
-from pamm.recipes import RECIPES, get_recipe
-from pamm.strict import ConfigError
+from pamm.config.experiment import Experiment, TrainConfig, check
+from pamm.config.recipes import RECIPES, get_recipe
+from pamm.config.strict import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "benchmarks").glob("*/README.md"))]

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from pamm.experiment import Experiment, TaskConfig, check, dump, load
-from pamm.recipes import RECIPES, VARIANTS, get_recipe
-from pamm.strict import ConfigError, from_dict, to_dict
+from pamm.config.experiment import Experiment, TaskConfig, check, dump, load
+from pamm.config.recipes import RECIPES, VARIANTS, get_recipe
+from pamm.config.strict import ConfigError, from_dict, to_dict
 
 
 @pytest.mark.parametrize("name", [*RECIPES, *(f"pascal-pamm-b+{v}" for v in VARIANTS)])
@@ -131,5 +131,5 @@ def test_an_unknown_recipe_is_told(name, message):
 
 
 def test_configuration_imports_no_torch():
-    code = "import sys, pamm.experiment, pamm.recipes, pamm.cli; sys.exit('torch' in sys.modules)"
+    code = "import sys, pamm.config.experiment, pamm.config.recipes, pamm.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

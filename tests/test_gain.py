@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from pamm.gain import Conditions, GainError, baselines, compare, multi_task_gain, paper_tables
+from pamm.evaluation.gain import Conditions, GainError, baselines, compare, multi_task_gain, paper_tables
 from pamm.tasks import TASKS
 
 PRINTED_TO = {"PAMM": 0.005, "MTMamba": 0.01}

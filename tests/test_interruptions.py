@@ -212,7 +212,7 @@ def test_a_disk_too_full_for_the_log_is_told(rooms, tmp_path):
 PREPARE_AND_WAIT = """
 import multiprocessing, os, sys, time
 from concurrent.futures import ProcessPoolExecutor
-from pamm.workers import serve_parent
+from pamm.runtime.workers import serve_parent
 if __name__ == "__main__":
     pool = ProcessPoolExecutor(2, multiprocessing.get_context(sys.argv[1]), serve_parent)
     print(*pool.map(abs, range(1)), *pool._processes, flush=True)

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from pamm import measurement
-from pamm.measurement import RESOLUTIONS, Shown, TaskScores
+from pamm.evaluation.scores import RESOLUTIONS, Shown, TaskScores
 from pamm.tasks import TASKS, create_task
 
 FRAME = (24, 32)

@@ -8,7 +8,7 @@ import pytest
 
 FAULTS = """
 import resource, sys, torch
-from pamm.memory import keep_memory
+from pamm.runtime.memory import keep_memory
 if sys.argv[1] == "keep":
     keep_memory()
 for _ in range(20):

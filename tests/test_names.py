@@ -12,9 +12,9 @@ from command import run_command
 from data.packages import write_ids
 from pamm.cli import parse_experiment, run_folder
 from pamm.data import DataError
-from pamm.experiment import dump
-from pamm.recipes import RECIPES, get_recipe
-from pamm.strict import ConfigError
+from pamm.config.experiment import dump
+from pamm.config.recipes import RECIPES, get_recipe
+from pamm.config.strict import ConfigError
 from tiny import experiment
 
 

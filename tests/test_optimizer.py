@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from pamm.experiment import TrainConfig
+from pamm.config.experiment import TrainConfig
 from pamm.models.registry import build_model
-from pamm.recipes import RECIPES
+from pamm.config.recipes import RECIPES
 from pamm.tasks import create_task
 from pamm.training.optimizer import create_optimizer, learning_rate
 

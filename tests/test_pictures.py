@@ -7,7 +7,7 @@ import pytest
 
 from pamm.look.predictions import compare
 from pamm.look.subjects import Subject
-from pamm.pictures import contact_sheet
+from pamm.drawing.sheet import contact_sheet
 from pamm.prediction import Maps
 from pamm.tasks import Task, create_task
 

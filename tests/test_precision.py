@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from pamm import Predictor
-from pamm.experiment import ConfigError, check
+from pamm.config.experiment import ConfigError, check
 from pamm.models.registry import build_model
-from pamm.precision import bfloat16_units, choose_precision
+from pamm.runtime.precision import bfloat16_units, choose_precision
 from pamm.tasks import create_task
 from pamm.training.run import create_loop
 from tiny import MODEL, experiment

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from pamm.ranking import Ranked, Ranking
+from pamm.evaluation.ranking import Ranked, Ranking
 
 
 @pytest.mark.parametrize("higher_is_better", [True, False])

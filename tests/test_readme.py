@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from pamm.cli import main, parse_experiment
-from pamm.demo import run_demo
-from pamm.experiment import DataConfig, ModelConfig, TaskConfig
+from pamm.training.demo import run_demo
+from pamm.config.experiment import DataConfig, ModelConfig, TaskConfig
 from pamm.models.registry import build_model
 from pamm.official.mtmamba import layout
 from pamm.tasks import create_task

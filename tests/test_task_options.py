@@ -14,12 +14,12 @@ from command import run_command
 from pamm.build import create_tasks, label_options
 from pamm.cli import parse_experiment
 from pamm.data import open_dataset
-from pamm.evaluate import evaluate_saved
-from pamm.experiment import DataConfig, Experiment, TaskConfig, dump, load
+from pamm.evaluation.evaluate import evaluate_saved
+from pamm.config.experiment import DataConfig, Experiment, TaskConfig, dump, load
 from pamm.look.subjects import from_dataset
-from pamm.strict import ConfigError
+from pamm.config.strict import ConfigError
 from pamm.tasks import TASKS, create_task, option_defaults
-from pamm.training.processes import launch
+from pamm.runtime.distributed import launch
 from pamm.training.run import train
 from tiny import experiment
 

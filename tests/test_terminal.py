@@ -127,7 +127,7 @@ def test_what_a_terminal_would_obey_is_escaped_in_messages(tmp_path):
 
 
 def test_a_page_shows_what_cannot_be_shown_as_escapes(tmp_path):
-    from pamm.report import escape, html_page
+    from pamm.drawing.page import escape, html_page
 
     text = escape(f"<b>{ODD}\x07")
     assert text == r"&lt;b&gt;caf\xe9 \x1b[31mred→.png\x07"

@@ -16,8 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from pamm.build import create_tasks
 from pamm.cli import main
-from pamm.experiment import DataConfig, TaskConfig
-from pamm.strict import ConfigError
+from pamm.config.experiment import DataConfig, TaskConfig
+from pamm.config.strict import ConfigError
 from pamm.tasks import NonFiniteError
 from pamm.training.loop import TrainingError, step_seed
 from pamm.training.optimizer import create_optimizer

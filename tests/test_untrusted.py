@@ -24,13 +24,13 @@ from pamm import official
 from pamm.cli import main
 from pamm.data import DataError
 from pamm.data.pascal import read_label_map, read_objects
-from pamm.experiment import check, load
-from pamm.gain import GainError, baseline_scores
+from pamm.config.experiment import check, load
+from pamm.evaluation.gain import GainError, baseline_scores
 from pamm.models.registry import rebuild_model
 from pamm.models.saved import CheckpointError, load_model
 from pamm.official import OfficialError
-from pamm.strict import ConfigError, load_json, to_dict
-from pamm.strict_yaml import load_yaml, read_yaml
+from pamm.config.strict import ConfigError, load_json, to_dict
+from pamm.config.strict_yaml import load_yaml, read_yaml
 from pamm.tasks import LabelError, create_task
 from tiny import experiment
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pamm.experiment import (
+from pamm.config.experiment import (
     BackboneConfig,
     DataConfig,
     Experiment,

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
-from pamm.boundaries.files import read_truths
+from pamm.evaluation.boundaries.files import read_truths
 
 SIZE = (425, 560)
 

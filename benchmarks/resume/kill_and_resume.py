@@ -29,7 +29,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pamm.experiment import (
+from pamm.config.experiment import (
     BackboneConfig,
     DataConfig,
     Experiment,

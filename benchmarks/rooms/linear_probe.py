@@ -17,15 +17,15 @@ from pamm.build import create_tasks
 from pamm.data import open_dataset
 from pamm.data.loader import train_loader
 from pamm.data.transforms import TrainTransform
-from pamm.evaluate import Evaluation
-from pamm.experiment import Experiment
+from pamm.evaluation.evaluate import Evaluation
+from pamm.config.experiment import Experiment
 from pamm.models.backbone import create_backbone
 from pamm.models.model import MultiTaskModel
-from pamm.recipes import get_recipe
-from pamm.report import format_table
+from pamm.config.recipes import get_recipe
+from pamm.drawing.page import format_table
 from pamm.training.loop import Loop
 from pamm.training.optimizer import create_optimizer
-from pamm.training.processes import launch
+from pamm.runtime.distributed import launch
 from pamm.training.run import start_folder
 
 

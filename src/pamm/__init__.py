@@ -8,24 +8,24 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pamm.build import create_model
-    from pamm.experiment import Experiment
+    from pamm.config.experiment import Experiment
     from pamm.kernels import accelerate
     from pamm.models.model import MultiTaskModel
     from pamm.models.saved import load_model
     from pamm.ops import selective_scan
     from pamm.prediction import Predictor
-    from pamm.recipes import get_recipe
+    from pamm.config.recipes import get_recipe
     from pamm.tasks import Task, create_task
 
 _HOME = {
-    "Experiment": "pamm.experiment",
+    "Experiment": "pamm.config.experiment",
     "MultiTaskModel": "pamm.models.model",
     "Predictor": "pamm.prediction",
     "Task": "pamm.tasks",
     "accelerate": "pamm.kernels",
     "create_model": "pamm.build",
     "create_task": "pamm.tasks",
-    "get_recipe": "pamm.recipes",
+    "get_recipe": "pamm.config.recipes",
     "load_model": "pamm.models.saved",
     "selective_scan": "pamm.ops",
 }

@@ -7,11 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 from pamm.data import dataset_options
-from pamm.experiment import Experiment
+from pamm.config.experiment import Experiment
 from pamm.models.model import MultiTaskModel
 from pamm.models.registry import build_model
-from pamm.recipes import get_recipe
-from pamm.strict import ConfigError
+from pamm.config.recipes import get_recipe
+from pamm.config.strict import ConfigError
 from pamm.tasks import TASKS, Task, create_task, option_defaults
 
 

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pamm.arguments import add_kernels
+from pamm.command_line import add_kernels
 from pamm.files import shown
 from pamm.terminal import leave_lost_output, print_any_character, say
 
 if TYPE_CHECKING:
-    from pamm.experiment import Experiment
+    from pamm.config.experiment import Experiment
 
 PRECISION_HELP = (
     "arithmetic of matrix products; auto: bfloat16 on a CPU with units for it (see `pamm doctor`), else float32"
@@ -86,7 +86,7 @@ def told(error: Exception) -> str | None:
         return f"{error.strerror}. Free some space, or write to another disk"
     if type(error).__module__.startswith("pamm."):
         return str(error)
-    from pamm.workers import exhausted
+    from pamm.runtime.workers import exhausted
 
     return exhausted(error)
 
@@ -126,7 +126,7 @@ def parse_experiment(name: str, arguments: list[str]) -> tuple[Experiment, argpa
     """
     from dataclasses import replace
 
-    from pamm.strict import ConfigError
+    from pamm.config.strict import ConfigError
 
     own = parser(
         name, epilog="Every leaf of the experiment can be set: see `pamm train RECIPE --help`.", add_help=False
@@ -148,7 +148,7 @@ def parse_experiment(name: str, arguments: list[str]) -> tuple[Experiment, argpa
     if not arguments or arguments[0].startswith("-"):
         own.error(f"give the recipe first: pamm {name} RECIPE [options]")
     plain, rest = own.parse_known_args(arguments)
-    from pamm.recipes import named_experiment
+    from pamm.config.recipes import named_experiment
 
     experiment = named_experiment(plain.recipe)
     if plain.tasks:
@@ -193,10 +193,10 @@ def with_overrides(experiment: Experiment, arguments: list[str], program: str) -
 
     import tyro
 
-    from pamm.arguments import take_task_options
+    from pamm.command_line import take_task_options
     from pamm.build import check_options, options_help
-    from pamm.experiment import Experiment, check
-    from pamm.strict import ConfigError
+    from pamm.config.experiment import Experiment, check
+    from pamm.config.strict import ConfigError
 
     given, rest = take_task_options(arguments)
     for task in given:
@@ -219,7 +219,7 @@ def with_overrides(experiment: Experiment, arguments: list[str], program: str) -
 
 @command("train a small network on synthetic rooms and write a report, in minutes on a CPU")
 def demo(arguments: list[str]) -> int:
-    from pamm.demo import run_demo
+    from pamm.training.demo import run_demo
 
     experiment, plain = parse_experiment("demo", ["demo", *arguments])
     check_writable(plain.out or Path("runs/demo"))
@@ -247,7 +247,7 @@ def train(arguments: list[str]) -> int:
     result = run(experiment, out, progress=not plain.quiet, kernels=plain.kernels)
     if is_first_process():
         from pamm.build import create_tasks
-        from pamm.report import format_table
+        from pamm.drawing.page import format_table
 
         print(format_table([(experiment.name, result.row)], create_tasks(experiment)))
         print(f"{result.protocol}\nrun folder: {out}, weights: best (step {result.model['step']})")
@@ -256,7 +256,7 @@ def train(arguments: list[str]) -> int:
 
 @command("measure every task of a trained network on a split")
 def evaluate(arguments: list[str]) -> int:
-    from pamm.evaluation_command import main as run
+    from pamm.evaluation.command import main as run
 
     return run(arguments)
 
@@ -322,8 +322,8 @@ def data(arguments: list[str]) -> int:
     from pamm.build import check_options
     from pamm.data import DATASETS
     from pamm.data.inspect import format_inspection, inspect_dataset, reading_workers
-    from pamm.experiment import Experiment, check
-    from pamm.recipes import named_data
+    from pamm.config.experiment import Experiment, check
+    from pamm.config.recipes import named_data
 
     experiment = named_data(plain.source, plain.root)
     config, own_options = experiment.data, {name: task.options for name, task in experiment.tasks.items()}
@@ -350,7 +350,7 @@ def bench(arguments: list[str]) -> int:
 
 @command("ODS, OIS and AP of a folder of boundary maps, without MATLAB")
 def boundary(arguments: list[str]) -> int:
-    from pamm.boundaries.command import main as run
+    from pamm.evaluation.boundaries.command import main as run
 
     return run(arguments)
 
@@ -373,8 +373,8 @@ def ablate(arguments: list[str]) -> int:
 def recipes(arguments: list[str]) -> int:
     import yaml
 
-    from pamm.recipes import MTMAMBA_VARIANTS, RECIPES, VARIANTS, get_recipe
-    from pamm.strict import to_dict
+    from pamm.config.recipes import MTMAMBA_VARIANTS, RECIPES, VARIANTS, get_recipe
+    from pamm.config.strict import to_dict
 
     own = parser("recipes")
     own.add_argument("recipe", nargs="?", help="print this one as YAML")

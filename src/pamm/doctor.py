@@ -54,7 +54,7 @@ def _torch() -> bool:
 def _devices() -> None:
     import torch
 
-    from pamm.precision import bfloat16_units
+    from pamm.runtime.precision import bfloat16_units
 
     units = bfloat16_units()
     lower = f"bfloat16 by {units}: --precision auto takes it" if units else "no bfloat16 units: float32 is the faster"

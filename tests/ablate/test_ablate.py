@@ -19,10 +19,10 @@ from pamm.ablate.runs import make_plan
 from pamm.ablate.tables import TABLES, AblationRow, AblationTable
 from pamm.build import create_tasks
 from pamm.cli import parse_experiment
-from pamm.experiment import dump
-from pamm.gain import GainError
-from pamm.recipes import get_recipe
-from pamm.strict import ConfigError
+from pamm.config.experiment import dump
+from pamm.evaluation.gain import GainError
+from pamm.config.recipes import get_recipe
+from pamm.config.strict import ConfigError
 from pamm.training.run import create_loop
 from tiny import experiment
 

@@ -12,7 +12,7 @@ from PIL import Image
 from data.packages import as_user
 from pamm.data import DataError, dataset_options, open_dataset
 from pamm.data.inspect import format_inspection, inspect_dataset
-from pamm.experiment import DataConfig
+from pamm.config.experiment import DataConfig
 from pamm.tasks import create_task
 
 YAML = """

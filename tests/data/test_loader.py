@@ -8,8 +8,8 @@ import torch
 from pamm.data import DataError, Dataset, Sample
 from pamm.data.loader import eval_loader, train_loader
 from pamm.data.transforms import EvalTransform, TrainTransform
-from pamm.experiment import DataConfig, TrainConfig
-from pamm.strict import ConfigError
+from pamm.config.experiment import DataConfig, TrainConfig
+from pamm.config.strict import ConfigError
 from pamm.tasks import create_task
 
 DATA = DataConfig(size=(16, 16))

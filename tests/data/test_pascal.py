@@ -17,7 +17,7 @@ from pamm.data.context_classes import NORMALS_LABELS
 from pamm.data.inspect import inspect_dataset
 from pamm.data.pascal import PART_INDEX
 from pamm.data.transforms import EvalTransform
-from pamm.experiment import DataConfig
+from pamm.config.experiment import DataConfig
 from pamm.images import image_size
 from pamm.tasks import create_task
 

@@ -15,7 +15,7 @@ import torch
 from pamm.data import DataError, dataset_options, open_dataset
 from pamm.data.inspect import inspect_dataset
 from pamm.data.scenes import CLASSES
-from pamm.experiment import DataConfig
+from pamm.config.experiment import DataConfig
 from pamm.tasks import Task, create_task
 
 SIZE = (47, 66)
@@ -177,7 +177,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 sys.modules["embreex"] = None
 from pamm.data import DataError, open_dataset
-from pamm.experiment import DataConfig
+from pamm.config.experiment import DataConfig
 settings = DataConfig(name="synthetic", root=sys.argv[1], size=(8, 8), images=(1, 1))
 print(open_dataset(settings, "train", {})[0].size)
 try:

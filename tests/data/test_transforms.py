@@ -21,8 +21,8 @@ from pamm.data.transforms import (
     rgb_to_hsv,
     seen,
 )
-from pamm.experiment import DataConfig
-from pamm.strict import ConfigError
+from pamm.config.experiment import DataConfig
+from pamm.config.strict import ConfigError
 from pamm.tasks import create_task
 
 STILL = DataConfig(size=(64, 96), scale=(1.0, 1.0), flip=0.0, color=False)

@@ -24,21 +24,21 @@ from scipy.io import savemat
 
 from fuzz import damage
 from pamm import official
-from pamm.boundaries import BoundaryError
-from pamm.boundaries.files import read_map, read_truths
+from pamm.evaluation.boundaries import BoundaryError
+from pamm.evaluation.boundaries.files import read_map, read_truths
 from pamm.data import DataError, dataset_options
 from pamm.data.files import reading
 from pamm.data.listing import read_ids
 from pamm.data.pascal import read_label_map, read_objects
-from pamm.experiment import DataConfig, ExpertsConfig, ModelConfig, ReleasedConfig, check, load
-from pamm.gain import GainError, baseline_scores
+from pamm.config.experiment import DataConfig, ExpertsConfig, ModelConfig, ReleasedConfig, check, load
+from pamm.evaluation.gain import GainError, baseline_scores
 from pamm.images import ImageError, read_image
 from pamm.models.formats import FIELD, FORMAT
 from pamm.models.registry import build_model
 from pamm.models.saved import CheckpointError, load_model
 from pamm.official import OfficialError
 from pamm.official.pamm import table
-from pamm.strict import ConfigError, to_dict
+from pamm.config.strict import ConfigError, to_dict
 from pamm.tasks import TASKS, LabelError, create_task
 from pamm.training.checkpoint import load_training
 from pamm.training.log import Log

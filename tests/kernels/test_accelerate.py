@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 import pamm
-from pamm.experiment import ExpertsConfig, ModelConfig, MTMambaConfig, ReleasedConfig
+from pamm.config.experiment import ExpertsConfig, ModelConfig, MTMambaConfig, ReleasedConfig
 from pamm.kernels import REWRITES, accelerate, apply_choice, matrix
 from pamm.models.model import MultiTaskModel
 from pamm.models.pamm import ConvHead
 from pamm.models.registry import build_model
-from pamm.strict import ConfigError
+from pamm.config.strict import ConfigError
 from pamm.tasks import create_task
 from tiny import BACKBONE, DECODER, MTMAMBA, SWIN
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pamm.experiment import ExpertsConfig, ModelConfig, ReleasedConfig
+from pamm.config.experiment import ExpertsConfig, ModelConfig, ReleasedConfig
 from pamm.models.model import MultiTaskModel
 from pamm.models.registry import build_model
 from pamm.tasks import create_task

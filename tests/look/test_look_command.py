@@ -110,7 +110,7 @@ def test_more_images_than_a_figure_holds_go_into_further_ones(place, tmp_path, c
 
 def data_of(place: Path, tmp_path: Path) -> list[object]:
     """Arguments that name the folder data set."""
-    from pamm.experiment import DataConfig, dump
+    from pamm.config.experiment import DataConfig, dump
 
     settings = replace(experiment(), data=DataConfig(name="folder", root=str(place / "mine"), size=(48, 64)))
     dump(settings, tmp_path / "mine.yaml")

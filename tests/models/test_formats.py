@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import pamm
-from pamm.experiment import ModelConfig
+from pamm.config.experiment import ModelConfig
 from pamm.models.registry import build_model
 from pamm.models.saved import CheckpointError
 from pamm.nn.task_layers import TaskLinear

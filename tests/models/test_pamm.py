@@ -10,13 +10,13 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from pamm.experiment import BackboneConfig, ExpertsConfig, ModelConfig, PAMMConfig
+from pamm.config.experiment import BackboneConfig, ExpertsConfig, ModelConfig, PAMMConfig
 from pamm.models.backbone import create_backbone
 from pamm.models.pamm import PAME, ParameterExperts, Router, TaskDecoder
 from pamm.models.registry import build_model
 from pamm.nn.serialize import scan_orders
-from pamm.recipes import VARIANTS, get_recipe
-from pamm.strict import ConfigError
+from pamm.config.recipes import VARIANTS, get_recipe
+from pamm.config.strict import ConfigError
 from pamm.tasks import create_task
 from tiny import BACKBONE, DECODER
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from pamm.models.backbone import Swin, create_backbone
-from pamm.recipes import get_recipe
-from pamm.strict import ConfigError
+from pamm.config.recipes import get_recipe
+from pamm.config.strict import ConfigError
 from tiny import SWIN
 
 

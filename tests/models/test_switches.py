@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from pamm.experiment import ExpertsConfig, ModelConfig, MTMambaConfig, PAMMConfig, ReleasedConfig
+from pamm.config.experiment import ExpertsConfig, ModelConfig, MTMambaConfig, PAMMConfig, ReleasedConfig
 from pamm.models.model import MultiTaskModel
 from pamm.models.registry import build_model
 from pamm.tasks import create_task

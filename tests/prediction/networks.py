@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pamm.experiment import ModelConfig, MTMambaConfig, PAMMConfig, ReleasedConfig
+from pamm.config.experiment import ModelConfig, MTMambaConfig, PAMMConfig, ReleasedConfig
 from pamm.models.model import MultiTaskModel
 from pamm.models.registry import build_model
 from pamm.tasks import create_task

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from pamm.data import dataset_options, open_dataset
-from pamm.experiment import DataConfig
+from pamm.config.experiment import DataConfig
 from pamm.prediction import Maps
 from pamm.tasks import create_task
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pamm.ablate.tables import TABLES, AblationRow, AblationTable, get_table
-from pamm.experiment import Experiment
-from pamm.strict import ConfigError
+from pamm.config.experiment import Experiment
+from pamm.config.strict import ConfigError
 
 if TYPE_CHECKING:
     from pamm.ablate.result import RowResult

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from pamm.experiment import Experiment
+from pamm.config.experiment import Experiment
 from pamm.kernels import conv_head, mixed_convolution
 from pamm.models.registry import build_model
 from pamm.nn.replace import replace_modules

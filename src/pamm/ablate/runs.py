@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from pamm.ablate.tables import AblationRow, AblationTable
-from pamm.experiment import Experiment, load
+from pamm.config.experiment import Experiment, load
 from pamm.files import shown
-from pamm.gain import GainError
-from pamm.strict import ConfigError, read_json
+from pamm.evaluation.gain import GainError
+from pamm.config.strict import ConfigError, read_json
 from pamm.training.run import differences, train
 
 EVALUATIONS = 8

@@ -9,11 +9,11 @@ from typing import Any
 from pamm.ablate.runs import FINISHED, Plan, Run
 from pamm.build import create_tasks, label_options
 from pamm.data import open_dataset
-from pamm.evaluate import evaluate_split
+from pamm.evaluation.evaluate import evaluate_split
 from pamm.models.saved import load_model
-from pamm.strict import read_json
+from pamm.config.strict import read_json
 from pamm.tasks import create_task
-from pamm.training.processes import launch
+from pamm.runtime.distributed import launch
 
 Splits = Mapping[str, str]
 """Task → the split it is measured on; tasks that are absent are measured where training evaluates."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from pamm.strict import ConfigError
+from pamm.config.strict import ConfigError
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class AblationTable:
     baseline: str | None = None
     """Label of the row that Δ compares with; None: the table has no Δ."""
     paper: tuple[str, str] | None = None
-    """Paper and number of the printed table among `pamm.gain.paper_tables()`."""
+    """Paper and number of the printed table among `pamm.evaluation.gain.paper_tables()`."""
     cost: bool = False
     """Whether the table has the columns of parameters and FLOP."""
     curve: bool = False

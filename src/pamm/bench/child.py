@@ -45,7 +45,7 @@ def run(job: dict[str, Any], begin: Any) -> dict[str, Any]:
     import torch
 
     from pamm.bench.measure import Workload, in_turn, memory
-    from pamm.memory import keep_memory
+    from pamm.runtime.memory import keep_memory
 
     settings, device = job["settings"], job["settings"]["device"]
     if job.get("threads"):

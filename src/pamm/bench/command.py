@@ -250,7 +250,7 @@ def _train(plain: argparse.Namespace) -> Cases:
 
 def _network(plain: argparse.Namespace) -> dict[str, Any]:
     """Settings of a network's measurement. Raises ConfigError for an unknown recipe."""
-    from pamm.recipes import get_recipe
+    from pamm.config.recipes import get_recipe
 
     get_recipe(plain.recipe)
     names = ["pamm", *(f"plain, {scan}" for scan in plain.plain if scan != "none")]
@@ -260,8 +260,8 @@ def _network(plain: argparse.Namespace) -> dict[str, Any]:
 def _scaling(plain: argparse.Namespace) -> Cases:
     from pamm.bench.run import measure
     from pamm.bench.scaling import AXES
-    from pamm.experiment import PAMMConfig
-    from pamm.recipes import get_recipe
+    from pamm.config.experiment import PAMMConfig
+    from pamm.config.recipes import get_recipe
 
     if not isinstance(get_recipe(plain.recipe).model.decoder, PAMMConfig):
         raise BenchError(
@@ -280,7 +280,7 @@ def _data(plain: argparse.Namespace) -> Cases:
     from dataclasses import replace
 
     from pamm.bench.data import throughput
-    from pamm.recipes import get_recipe
+    from pamm.config.recipes import get_recipe
 
     experiment = get_recipe(plain.recipe)
     changes = {"root": plain.root} if plain.root else {}

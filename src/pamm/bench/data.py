@@ -12,7 +12,7 @@ from pamm.build import create_tasks
 from pamm.data import open_dataset
 from pamm.data.loader import train_loader
 from pamm.data.transforms import TrainTransform
-from pamm.experiment import Experiment
+from pamm.config.experiment import Experiment
 
 
 def throughput(experiment: Experiment, batches: int, workers: int) -> dict[str, Any]:

@@ -17,10 +17,10 @@ from pamm.bench.plain_pamm import PlainPAMM
 from pamm.bench.plain_released import PlainReleased
 from pamm.bench.plain_scan import SCANS
 from pamm.build import create_model
-from pamm.experiment import Experiment, PAMMConfig, ReleasedConfig
+from pamm.config.experiment import Experiment, PAMMConfig, ReleasedConfig
 from pamm.models.model import MultiTaskModel
-from pamm.precision import prepare
-from pamm.recipes import get_recipe
+from pamm.runtime.precision import prepare
+from pamm.config.recipes import get_recipe
 
 Decode = Callable[[list[Tensor], tuple[int, int]], dict[str, Tensor]]
 

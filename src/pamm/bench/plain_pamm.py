@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pamm.bench import BenchError
 from pamm.bench.plain_scan import Parts, Scan
-from pamm.experiment import ExpertsConfig, PAMMConfig
+from pamm.config.experiment import ExpertsConfig, PAMMConfig
 from pamm.models.model import MultiTaskModel, resize
 from pamm.nn.serialize import scan_orders
 

@@ -16,7 +16,7 @@ FIELDS = (
 )  # fmt: skip
 """Every JSON line has these; those that do not apply are null. Units: seconds, bytes, operations per second.
 
-allocator: "keep" where freed memory stays with the process (`pamm.memory`), else "system". seconds: {median, q1, q3, calls,
+allocator: "keep" where freed memory stays with the process (`pamm.runtime.memory`), else "system". seconds: {median, q1, q3, calls,
 cold}, cold where the one call was the first. ratio: median over that of the case's first candidate. memory: {peak, before,
 working}. flops: of matrix products and convolutions. gemm_share: flops / seconds over the
 rate of a large matrix product or 3×3 convolution of this dtype, whichever is faster, measured beside it. floor_share: least

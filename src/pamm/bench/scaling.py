@@ -12,9 +12,9 @@ from torch import Tensor
 from pamm.bench.measure import Candidate, Workload
 from pamm.bench.model import predicting
 from pamm.build import create_model
-from pamm.experiment import DataConfig, Experiment, TaskConfig
+from pamm.config.experiment import DataConfig, Experiment, TaskConfig
 from pamm.kernels import accelerate
-from pamm.recipes import get_recipe
+from pamm.config.recipes import get_recipe
 
 TASKS = ("semseg", "human_parts", "sal", "normals", "edge", "depth")
 PATCH = 16

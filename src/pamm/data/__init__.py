@@ -11,7 +11,7 @@ from pamm.data.sample import DATASETS, Batch, DataError, Dataset, Sample, collat
 from pamm.tasks import Task
 
 if TYPE_CHECKING:
-    from pamm.experiment import DataConfig
+    from pamm.config.experiment import DataConfig
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

@@ -27,7 +27,7 @@ from pamm.images import read_values
 from pamm.tasks import Task
 
 if TYPE_CHECKING:
-    from pamm.experiment import DataConfig
+    from pamm.config.experiment import DataConfig
 
 # fmt: off
 CLASSES = {

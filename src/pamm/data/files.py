@@ -22,7 +22,7 @@ from pamm.tasks import LabelError, Task
 from pamm.tasks.task import nearest_index
 
 if TYPE_CHECKING:
-    from pamm.experiment import DataConfig
+    from pamm.config.experiment import DataConfig
 
 
 class FileDataset(Dataset):

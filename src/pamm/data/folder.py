@@ -38,11 +38,11 @@ from pamm.data.listing import (
 from pamm.data.sample import DataError, Sample, register_dataset
 from pamm.files import shown
 from pamm.images import IMAGE_SUFFIXES, image_orientation, image_size, read_image
-from pamm.strict_yaml import read_yaml
+from pamm.config.strict_yaml import read_yaml
 from pamm.tasks import TASKS, Task, create_task
 
 if TYPE_CHECKING:
-    from pamm.experiment import DataConfig
+    from pamm.config.experiment import DataConfig
 
 _SPLITS = ("train", "val")
 

@@ -17,7 +17,7 @@ from pamm.images import ImageError, image_size
 from pamm.tasks import LabelStatistics, Task, create_task
 
 if TYPE_CHECKING:
-    from pamm.experiment import DataConfig
+    from pamm.config.experiment import DataConfig
 
 SAMPLED = 50
 """Labels of each task and split, at most, that are read before training ..."""

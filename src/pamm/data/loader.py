@@ -13,12 +13,12 @@ from torch.utils.data import DataLoader
 
 from pamm.data.sample import Batch, DataError, Dataset, Sample, collate
 from pamm.data.transforms import EvalTransform, TrainTransform
-from pamm.experiment import check_batch
+from pamm.config.experiment import check_batch
 from pamm.tasks import Task
-from pamm.workers import WorkerError, data_worker_ended, serve_training
+from pamm.runtime.workers import WorkerError, data_worker_ended, serve_training
 
 if TYPE_CHECKING:
-    from pamm.experiment import TrainConfig
+    from pamm.config.experiment import TrainConfig
 
 
 class StepSampler:
@@ -167,7 +167,7 @@ def _collate(samples: Sequence[Sample | str], tasks: Mapping[str, Task]) -> dict
 def _batches(loader: DataLoader) -> Iterator[dict[str, Any] | str]:
     """What the loader yields. Raises WorkerError where a process ended while it handed a batch over.
 
-    A process that ended otherwise is torch's RuntimeError, see `pamm.workers.exhausted`.
+    A process that ended otherwise is torch's RuntimeError, see `pamm.runtime.workers.exhausted`.
     """
     iterator = iter(loader)
     while True:

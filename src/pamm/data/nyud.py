@@ -27,7 +27,7 @@ from pamm.tasks.depth import read_array
 from pamm.tasks.pictures import read_mask
 
 if TYPE_CHECKING:
-    from pamm.experiment import DataConfig
+    from pamm.config.experiment import DataConfig
 
 CLASSES = (
     "wall floor cabinet bed chair sofa table door window bookshelf picture counter blinds desk shelves curtain dresser "

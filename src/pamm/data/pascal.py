@@ -42,12 +42,12 @@ from pamm.data.matfile import MatError, read_mat
 from pamm.data.sample import DataError, register_dataset
 from pamm.files import cache_folder, keep, shown
 from pamm.images import ImageError, read_values
-from pamm.strict import read_json
+from pamm.config.strict import read_json
 from pamm.tasks import Task
 from pamm.tasks.pictures import read_mask
 
 if TYPE_CHECKING:
-    from pamm.experiment import DataConfig
+    from pamm.config.experiment import DataConfig
 
 CLASSES = (
     "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "

@@ -14,7 +14,7 @@ from torch import Tensor
 from pamm.tasks import Task
 
 if TYPE_CHECKING:
-    from pamm.experiment import DataConfig
+    from pamm.config.experiment import DataConfig
 
 DATASETS: dict[str, type[Dataset]] = {}
 """Every registered data set, by name."""

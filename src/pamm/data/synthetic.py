@@ -25,10 +25,10 @@ from pamm.data.sample import DataError, Dataset, Sample, register_dataset
 from pamm.data.scenes import CLASSES, PARTS
 from pamm.files import cache_folder, replacing
 from pamm.tasks import Task
-from pamm.workers import serve_parent
+from pamm.runtime.workers import serve_parent
 
 if TYPE_CHECKING:
-    from pamm.experiment import DataConfig
+    from pamm.config.experiment import DataConfig
 
 VERSION = 1
 """Version of the scenes. Raise it with every change of them: a cache of another version is left alone and not read."""

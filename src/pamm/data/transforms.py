@@ -17,11 +17,11 @@ from PIL import Image
 from torch import Tensor
 
 from pamm.data.sample import Box, DataError, Sample
-from pamm.strict import ConfigError
+from pamm.config.strict import ConfigError
 from pamm.tasks import Task
 
 if TYPE_CHECKING:
-    from pamm.experiment import DataConfig
+    from pamm.config.experiment import DataConfig
 
 MEAN = (0.485, 0.456, 0.406)
 """Mean of ImageNet's RGB values in 0..1."""

@@ -15,7 +15,8 @@ from pamm.kernels import head as kernel
 from pamm.kernels.head import shifted_upsampling
 from pamm.kernels.matrix import linear
 from pamm.models.pamm import ConvHead
-from pamm.nn.joined import JoinedBatchNorm2d, world_size
+from pamm.nn.joined import JoinedBatchNorm2d
+from pamm.runtime.distributed import world_size
 from pamm.nn.replace import taking_over
 
 TILE = 32

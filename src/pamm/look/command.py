@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from pamm.arguments import add_kernels, at_least
+from pamm.command_line import add_kernels, at_least
 from pamm.files import distinct_stems, replace_text, shown
 from pamm.look import LookError
-from pamm.look.figure import TILE
+from pamm.drawing.figure import TILE
 
 if TYPE_CHECKING:
     from PIL import Image

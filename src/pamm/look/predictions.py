@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 from PIL import Image
 
-from pamm.look.figure import TILE, Block, Scale, Tile, compose, empty_tile
+from pamm.drawing.figure import TILE, Block, Scale, Tile, compose, empty_tile
 from pamm.look.subjects import Subject
-from pamm.pictures import fit, legend, scale_bar
+from pamm.drawing.sheet import fit, legend, scale_bar
 from pamm.prediction import Maps, Predictor
 
 TRUTH = "ground truth"

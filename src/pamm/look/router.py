@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from pamm.look import LookError
-from pamm.look.figure import INK, PALE, SOFT, TILE, Block, Scale, Tile, color_bar, compose, font, ramp
+from pamm.drawing.figure import INK, PALE, SOFT, TILE, Block, Scale, Tile, color_bar, compose, font, ramp
 from pamm.look.readout import PARAMETERS, plan_of, reading
 from pamm.prediction import Predictor
 

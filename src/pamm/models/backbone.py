@@ -11,11 +11,11 @@ from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from pamm.experiment import BackboneConfig
+from pamm.config.experiment import BackboneConfig
 from pamm.models.hub import hub_cache
 from pamm.nn.joined import join_drop_paths
 from pamm.nn.replace import replace_modules, taking_over
-from pamm.strict import ConfigError
+from pamm.config.strict import ConfigError
 
 SWIN_STRIDE = 2
 """Tokens of a Swin stage per token of the next, along one side."""

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pamm.experiment import Experiment, load
+from pamm.config.experiment import Experiment, load
 from pamm.files import shown
-from pamm.strict import ConfigError
+from pamm.config.strict import ConfigError
 
 if TYPE_CHECKING:
     from pamm.models.model import MultiTaskModel

@@ -19,7 +19,7 @@ from pamm.models.hub import download, repository_name
 from pamm.models.model import CONFIG_FILE, WEIGHTS_FILE, MultiTaskModel
 from pamm.models.registry import WithoutDraws, rebuild_model
 from pamm.models.weights import RESTORE, CheckpointError, first_line, plain_names, tell_renamed
-from pamm.strict import ConfigError, read_json
+from pamm.config.strict import ConfigError, read_json
 
 
 def load_weights(model: MultiTaskModel, path: Path) -> None:

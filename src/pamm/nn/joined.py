@@ -7,10 +7,7 @@ contiguous part of it, and all processes hold equal parts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-import torch.distributed as dist
 import torch.distributed.nn.functional as dist_functional
 import torch.nn.functional as F
 from timm.layers import DropPath
@@ -18,23 +15,7 @@ from torch import Tensor, nn
 
 from pamm.nn.recompute import computing_again
 from pamm.nn.replace import replace_modules, taking_over
-
-
-def world_size() -> int:
-    """Number of processes that share the batch; 1 outside distributed training."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def joined_draw(draw: Callable[[int], Tensor], batch: int) -> Tensor:
-    """This process's rows of a random draw for the joined batch.
-
-    `draw(n)` returns random values whose first dimension is n. Every process must hold the same state of the default
-    random generator, as the training loop's seeding per step makes it; then all draw the same n rows and each keeps its own.
-    """
-    world = world_size()
-    if world == 1:
-        return draw(batch)
-    return draw(batch * world)[dist.get_rank() * batch : (dist.get_rank() + 1) * batch]
+from pamm.runtime.distributed import joined_draw, world_size
 
 
 class JoinedDropPath(DropPath):

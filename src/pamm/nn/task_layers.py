@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pamm.nn.joined import JoinedDropPath, joined_draw
+from pamm.nn.joined import JoinedDropPath
+from pamm.runtime.distributed import joined_draw
 
 
 class TaskLinear(nn.Module):

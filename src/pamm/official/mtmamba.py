@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pamm.experiment import BackboneConfig, ModelConfig, MTMambaConfig
+from pamm.config.experiment import BackboneConfig, ModelConfig, MTMambaConfig
 from pamm.models.backbone import Swin
 from pamm.models.model import MultiTaskModel
 from pamm.models.mtmamba import CTM, MFE, SCTM, STM, DenseHead, Stage
@@ -31,7 +31,7 @@ from pamm.official.parts import (
     place,
 )
 from pamm.official.tasks import task_order, tasks_of
-from pamm.strict import ConfigError
+from pamm.config.strict import ConfigError
 from pamm.tasks import Task
 
 SYSTEM = "mtmamba"

@@ -12,7 +12,7 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
-from pamm.experiment import BackboneConfig, ExpertsConfig, ModelConfig, ReleasedConfig
+from pamm.config.experiment import BackboneConfig, ExpertsConfig, ModelConfig, ReleasedConfig
 from pamm.models.model import MultiTaskModel
 from pamm.models.pamm_released import resize_positions
 from pamm.models.registry import build_model

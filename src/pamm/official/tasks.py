@@ -7,7 +7,7 @@ from typing import Any
 
 from pamm.data import DATASETS
 from pamm.data.files import PackagedDataset
-from pamm.experiment import DataConfig
+from pamm.config.experiment import DataConfig
 from pamm.files import shown
 from pamm.official.names import OfficialError
 from pamm.tasks import TASKS, Task, create_task

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pamm.arguments import add_kernels, at_least
+from pamm.command_line import add_kernels, at_least
 from pamm.cli import PRECISION_HELP, parser
 from pamm.files import shown
 from pamm.terminal import say

@@ -22,7 +22,7 @@ from pamm.files import shown
 from pamm.models.formats import read_format, upgraded_optimizer
 from pamm.models.model import CONFIG_FILE, WEIGHTS_FILE, MultiTaskModel
 from pamm.models.saved import RESTORE, CheckpointError, first_line, load_weights, replaced
-from pamm.workers import exhausted
+from pamm.runtime.workers import exhausted
 
 TRAINING_FILE = "training.pt"
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pamm.data import Batch
-from pamm.evaluate import Evaluation, evaluate_split
-from pamm.experiment import Experiment
+from pamm.evaluation.evaluate import Evaluation, evaluate_split
+from pamm.config.experiment import Experiment
 from pamm.models.model import WEIGHTS_FILE, MultiTaskModel
 from pamm.models.saved import load_weights
 from pamm.tasks import Task
@@ -31,7 +31,7 @@ from pamm.training.lock import FolderLock
 from pamm.training.log import Log
 from pamm.training.optimizer import set_learning_rate
 from pamm.training.signals import StopSignals, exit_with
-from pamm.workers import exhausted
+from pamm.runtime.workers import exhausted
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

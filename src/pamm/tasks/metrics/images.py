@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from pamm.tasks.metrics import Sums
 from pamm.tasks.metrics.sums import SumMetric
-from pamm.workers import serve_parent
+from pamm.runtime.workers import serve_parent
 
 FEW = 4
 """Images for which no process is started."""

@@ -7,10 +7,10 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from pamm.files import shown
-from pamm.strict import ConfigError, to_dict
+from pamm.config.strict import ConfigError, to_dict
 
 if TYPE_CHECKING:
-    from pamm.experiment import Experiment, TrainConfig
+    from pamm.config.experiment import Experiment, TrainConfig
 
 MANY = 10**9
 

@@ -8,7 +8,7 @@ import torch
 
 from pamm.kernels import Choice, apply_choice
 from pamm.models.model import MultiTaskModel
-from pamm.strict import ConfigError
+from pamm.config.strict import ConfigError
 
 Precision = Literal["auto", "float32", "bfloat16"]
 

@@ -11,15 +11,15 @@ import torch
 from pamm.build import create_model, create_tasks
 from pamm.data import open_dataset
 from pamm.data.transforms import EvalTransform
-from pamm.evaluate import evaluate_split
-from pamm.experiment import Experiment
+from pamm.evaluation.evaluate import evaluate_split
+from pamm.config.experiment import Experiment
 from pamm.kernels import Choice
 from pamm.models.saved import load_model
-from pamm.precision import prepare
-from pamm.report import Figure, figure_from, format_table, write_report
-from pamm.strict import ConfigError
+from pamm.runtime.precision import prepare
+from pamm.drawing.page import Figure, figure_from, format_table, write_report
+from pamm.config.strict import ConfigError
 from pamm.training.lock import FolderLock
-from pamm.training.processes import launch
+from pamm.runtime.distributed import launch
 from pamm.training.run import train
 
 FIGURES = 8

@@ -21,18 +21,18 @@ from pamm.data import Batch, Dataset, open_dataset
 from pamm.data.listing import preview
 from pamm.data.loader import eval_loader
 from pamm.data.transforms import EvalTransform, denormalize, seen
-from pamm.experiment import DataConfig, Experiment, load
+from pamm.config.experiment import DataConfig, Experiment, load
 from pamm.files import replace_text
 from pamm.kernels import Choice
-from pamm.measurement import RESOLUTIONS, Resolution, Row, Shown, TaskScores, over_processes, significant
+from pamm.evaluation.scores import RESOLUTIONS, Resolution, Row, Shown, TaskScores, summed, significant
 from pamm.models.model import MultiTaskModel
 from pamm.models.registry import rebuild_model
 from pamm.models.saved import find_checkpoint, load_model
-from pamm.pictures import draw_pair, embedded, png_uri, scale_bar
-from pamm.precision import Precision, choose_precision, prepare
-from pamm.ranking import Ranking
-from pamm.recipes import named_experiment
-from pamm.strict import ConfigError
+from pamm.drawing.sheet import draw_pair, embedded, png_uri, scale_bar
+from pamm.runtime.precision import Precision, choose_precision, prepare
+from pamm.evaluation.ranking import Ranking
+from pamm.config.recipes import named_experiment
+from pamm.config.strict import ConfigError
 from pamm.tasks import Task, create_task
 from pamm.tasks.segmentation import numbered_classes
 
@@ -66,7 +66,7 @@ class Evaluation:
     rankings: Mapping[str, Ranking] = field(default_factory=dict)
     """Task → its best and worst images."""
     gain: Mapping[str, Any] = field(default_factory=dict)
-    """What the results gain over a baseline, see `pamm.gain.Comparison.summary`."""
+    """What the results gain over a baseline, see `pamm.evaluation.gain.Comparison.summary`."""
     data: str = ""
     """Kind of the data set."""
     boundaries: str = ""
@@ -164,7 +164,7 @@ def evaluate(
         for ranking in (rankings or {}).values():
             ranking.gather()
         rows = {resolution: {name: values[name][resolution] for name in tasks} for resolution in resolutions}
-        return rows, int(over_processes(torch.tensor(resized, device=home)))
+        return rows, int(summed(torch.tensor(resized, device=home)))
     finally:
         model.train(was_training)
 
@@ -298,7 +298,7 @@ def evaluate_saved(
     """Evaluate a saved model: named results, the untrained network's first, if asked for, the model's last; and the tasks.
 
     source: what `load_model` takes. data: recipe or experiment.yaml whose data set is measured; the run's own by default.
-    ranked, pictures: see `evaluate_split`. precision, compile, kernels: as `pamm.precision.prepare` takes them.
+    ranked, pictures: see `evaluate_split`. precision, compile, kernels: as `pamm.runtime.precision.prepare` takes them.
     Raises CheckpointError, ConfigError, DataError.
     """
     model = load_model(source)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from pamm.experiment import (
+from pamm.config.experiment import (
     BackboneConfig,
     DataConfig,
     Experiment,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pamm.data.sample import Box
 from pamm.models.model import resize_rows
-from pamm.nn.joined import world_size
+from pamm.runtime.distributed import summed
 from pamm.tasks import Task
 
 Row = dict[str, dict[str, float]]
@@ -126,18 +126,11 @@ class LossMean:
 
     def compute(self, device: torch.device | str) -> float:
         """The mean over all processes' images; NaN without any label, infinity where the network's output is not finite."""
-        sums = over_processes(self.sums.to(device))
+        sums = summed(self.sums.to(device))
         if sums[1] == 0:
             return math.nan
         mean = float(sums[0] / sums[1])
         return mean if math.isfinite(mean) else math.inf
-
-
-def over_processes(sums: Tensor) -> Tensor:
-    """The sum of all processes' tensors."""
-    if world_size() > 1:
-        dist.all_reduce(sums)
-    return sums
 
 
 def significant(value: float) -> float:

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from pamm.evaluate import SCALE, Evaluation
+from pamm.evaluation.evaluate import SCALE, Evaluation
 from pamm.files import replace_text
-from pamm.gain import Comparison
-from pamm.measurement import Resolution
-from pamm.ranking import Ranked, Ranking
-from pamm.report import (
+from pamm.evaluation.gain import Comparison
+from pamm.evaluation.scores import Resolution
+from pamm.evaluation.ranking import Ranked, Ranking
+from pamm.drawing.page import (
     MISSING,
     REPORT,
     Row,

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pamm.boundaries import BoundaryError
+from pamm.evaluation.boundaries import BoundaryError
 from pamm.data.listing import check_all_read, is_folder, list_folder, preview, read_ids
 from pamm.data.matfile import read_mat
 from pamm.files import shown

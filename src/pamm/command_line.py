@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from pamm.strict import ConfigError
-from pamm.strict_yaml import load_yaml
+from pamm.config.strict import ConfigError
+from pamm.config.strict_yaml import load_yaml
 
 
 def at_least(smallest: int) -> Callable[[str], int]:

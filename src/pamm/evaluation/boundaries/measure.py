@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from pamm.boundaries import BoundaryError
-from pamm.boundaries.files import pair_files, read_map, read_truths
+from pamm.evaluation.boundaries import BoundaryError
+from pamm.evaluation.boundaries.files import pair_files, read_map, read_truths
 from pamm.data.listing import preview
 from pamm.files import shown
 from pamm.tasks.boundary import PROTOCOLS, average_precision, f_measure, protocol_counts
-from pamm.workers import serve_parent
+from pamm.runtime.workers import serve_parent
 
 Work = Callable[[Path, Path], np.ndarray]
 """A map's and a truth's file → counts of the image."""
@@ -118,7 +118,7 @@ def measure_folders(
 
     Args:
         predictions: PNG of 8 or 16 bits, or .npy in [0, 1].
-        truths: BSDS .mat with any number of annotators, PNG or .npy; see `pamm.boundaries.files.read_truths`.
+        truths: BSDS .mat with any number of annotators, PNG or .npy; see `pamm.evaluation.boundaries.files.read_truths`.
         protocol: a key of `pamm.tasks.boundary.PROTOCOLS`.
         max_distance: reach of a pair, as a fraction of the image's diagonal (0.0075 PASCAL and BSDS, 0.011 NYUD).
         ids: list of the names to measure, one per line; all files of both folders by default.

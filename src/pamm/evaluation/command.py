@@ -10,25 +10,25 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pamm.arguments import add_kernels, at_least
+from pamm.command_line import add_kernels, at_least
 from pamm.cli import PRECISION_HELP, check_writable, is_first_process, parser
 from pamm.files import shown
 
 if TYPE_CHECKING:
-    from pamm.evaluate import Evaluation
-    from pamm.gain import Comparison
-    from pamm.measurement import Resolution
+    from pamm.evaluation.evaluate import Evaluation
+    from pamm.evaluation.gain import Comparison
+    from pamm.evaluation.scores import Resolution
     from pamm.tasks import Task
 
 
 def main(arguments: list[str]) -> int:
     """Run `pamm eval ARGUMENTS`. Raises CheckpointError, ConfigError, DataError, GainError, and OSError for the outputs."""
     plain = arguments_parser().parse_args(arguments)
-    from pamm.evaluate import evaluate_saved
-    from pamm.experiment import TrainConfig
-    from pamm.gain import baseline_scores
-    from pamm.measurement import RESOLUTIONS
-    from pamm.training.processes import launch
+    from pamm.evaluation.evaluate import evaluate_saved
+    from pamm.config.experiment import TrainConfig
+    from pamm.evaluation.gain import baseline_scores
+    from pamm.evaluation.scores import RESOLUTIONS
+    from pamm.runtime.distributed import launch
 
     if plain.baseline:
         baseline_scores(plain.baseline)  # told now, not after hours of evaluating
@@ -59,8 +59,8 @@ def tell(
     plain: argparse.Namespace, named: list[tuple[str, Evaluation]], tasks: dict[str, Task], *, command: str
 ) -> None:
     """Write, then print what was asked for. named: results by name, the model's last."""
-    from pamm.evaluation_report import format_evaluation, write_evaluation_report
-    from pamm.gain import GainError
+    from pamm.evaluation.report import format_evaluation, write_evaluation_report
+    from pamm.evaluation.gain import GainError
 
     name, result = named[-1]
     comparisons, incomparable = {}, None
@@ -128,7 +128,7 @@ def check_outputs(out: Path | None, report: Path | None) -> None:
 
 def compare_with(baseline: str, result: Evaluation) -> dict[Resolution, Comparison]:
     """The comparison at every resolution that both have; prints why another has none. Raises GainError where none has."""
-    from pamm.gain import Conditions, GainError, compare
+    from pamm.evaluation.gain import Conditions, GainError, compare
 
     found, failures = {}, {}
     own = Conditions(result.data, result.split, result.boundaries)

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from pamm.files import shown
-from pamm.strict import read_json
+from pamm.config.strict import read_json
 
 
 class GainError(ValueError):

@@ -7,10 +7,10 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from pamm.experiment import DataConfig, Experiment, load
-from pamm.recipes.experiments import RECIPES
-from pamm.recipes.variants import nearest, with_variants
-from pamm.strict import ConfigError
+from pamm.config.experiment import DataConfig, Experiment, load
+from pamm.config.recipes.experiments import RECIPES
+from pamm.config.recipes.variants import nearest, with_variants
+from pamm.config.strict import ConfigError
 
 RENAMED = {"mosaic-pamm": "folder-pamm"}
 """Recipe's earlier name → its name; experiment.yaml files of runs under the earlier name load and go on as they are."""

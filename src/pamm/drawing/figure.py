@@ -12,7 +12,7 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from pamm.pictures import Colour
+from pamm.drawing.sheet import Colour
 
 TILE = 240
 """Longer side of a picture, pixels, unless another is asked for."""

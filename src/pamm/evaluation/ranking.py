@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch.distributed as dist
 
-from pamm.nn.joined import world_size
+from pamm.runtime.distributed import world_size
 
 
 @dataclass(frozen=True)
@@ -58,17 +58,10 @@ class Ranking:
         """Join the rankings of all processes: afterwards each has the whole. Pictures travel of the kept images alone."""
         if world_size() == 1:
             return
-        orders = sorted(order for share in _exchange([self._order(one) for one in self.kept]) for order in share)
+        orders = sorted(order for share in gathered([self._order(one) for one in self.kept]) for order in share)
         ends = {*orders[: self.count], *orders[max(0, len(orders) - self.count) :]}
-        shares = _exchange([one for one in self.kept if self._order(one) in ends])
+        shares = gathered([one for one in self.kept if self._order(one) in ends])
         self.kept = sorted((one for share in shares for one in share), key=self._order)
 
     def _order(self, one: Ranked) -> tuple[float, str]:
         return self.sign * one.score, one.id
-
-
-def _exchange(own: list) -> list[list]:
-    """Every process's list, in the order of the processes."""
-    shares: list[list] = [[]] * world_size()
-    dist.all_gather_object(shares, own)
-    return shares

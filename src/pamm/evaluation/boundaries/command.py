@@ -7,9 +7,9 @@ import json
 import sys
 from pathlib import Path
 
-from pamm.arguments import at_least
-from pamm.boundaries import BoundaryError
-from pamm.boundaries.measure import BoundaryScores, measure_folders
+from pamm.command_line import at_least
+from pamm.evaluation.boundaries import BoundaryError
+from pamm.evaluation.boundaries.measure import BoundaryScores, measure_folders
 from pamm.files import replace_text, shown
 from pamm.tasks.boundary import PROTOCOLS
 from pamm.tasks.metrics.images import processes

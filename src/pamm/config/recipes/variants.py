@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 
-from pamm.experiment import Experiment, MTMambaConfig
-from pamm.strict import ConfigError
+from pamm.config.experiment import Experiment, MTMambaConfig
+from pamm.config.strict import ConfigError
 
 
 def _decoder(**changes: object) -> Callable[[Experiment], Experiment]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pamm.data.transforms import denormalize
 from pamm.files import distinct_stem, escaped
-from pamm.pictures import draw_pair, legend, png_uri, scale_bar, scale_text
+from pamm.drawing.sheet import draw_pair, legend, png_uri, scale_bar, scale_text
 from pamm.tasks import Task
 
 Row = tuple[str, Mapping[str, Mapping[str, float | None]]]

@@ -1,0 +1,1 @@
+"""Laying out pictures, tables and pages."""

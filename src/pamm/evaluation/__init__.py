@@ -1,0 +1,1 @@
+"""Measuring trained networks: metrics at both resolutions, rankings, gains over baselines, reports, boundaries."""

@@ -1,0 +1,92 @@
+"""The processes of a run, one per device: which one this is, what they share, and how they start."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from pamm.config.strict import ConfigError
+from pamm.files import first_line
+from pamm.runtime.memory import keep_memory
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+    from pamm.config.experiment import TrainConfig
+
+
+def is_first_process() -> bool:
+    """Whether this process prints, of those that Fabric, torchrun or SLURM started."""
+    return all(int(os.environ.get(key, 0)) == 0 for key in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+
+
+def world_size() -> int:
+    """Number of processes that share the batch; 1 outside distributed training."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def joined_draw(draw: Callable[[int], Tensor], batch: int) -> Tensor:
+    """This process's rows of a random draw for the joined batch.
+
+    `draw(n)` returns random values whose first dimension is n. Every process must hold the same state of the default
+    random generator, as the training loop's seeding per step makes it; then all draw the same n rows and each keeps its own.
+    """
+    world = world_size()
+    if world == 1:
+        return draw(batch)
+    return draw(batch * world)[dist.get_rank() * batch : (dist.get_rank() + 1) * batch]
+
+
+def summed(values: Tensor) -> Tensor:
+    """The sum of all processes' tensors."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def gathered(own: list[Any]) -> list[list[Any]]:
+    """Every process's list, in the order of the processes."""
+    if world_size() == 1:
+        return [own]
+    shares: list[list[Any]] = [[]] * world_size()
+    dist.all_gather_object(shares, own)
+    return shares
+
+
+def launch(config: TrainConfig) -> Fabric:
+    """Start Fabric with the configured processes, or join those that torchrun or SLURM started. Raises ConfigError."""
+    from lightning_fabric import Fabric
+
+    devices, nodes = started_outside() or (config.devices, config.nodes)
+    try:
+        fabric = Fabric(
+            accelerator=config.accelerator,
+            devices=devices,
+            num_nodes=nodes,
+            strategy="ddp" if devices * nodes > 1 else "auto",
+            precision=config.precision,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"train.accelerator = {config.accelerator}, train.devices = {config.devices} cannot be used here "
+            f"({first_line(error)}). `pamm doctor` lists the devices; --train.accelerator cpu runs everywhere"
+        ) from error
+    fabric.launch()
+    if fabric.device.type == "cpu":
+        keep_memory()
+    return fabric
+
+
+def started_outside() -> tuple[int, int] | None:
+    """(processes per node, nodes) where torchrun or `srun` has started them, else None."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        return local, int(os.environ["WORLD_SIZE"]) // local
+    if "SLURM_PROCID" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+        nodes = int(os.environ.get("SLURM_NNODES", 1))
+        return int(os.environ.get("SLURM_NTASKS", 1)) // nodes, nodes
+    return None
