@@ -8,7 +8,8 @@ import pytest
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
-sys.path.insert(0, str(Path(__file__).parent))
+TESTS = Path(__file__).resolve().parent
+sys.path[:0] = [str(TESTS), str(TESTS.parent / "benchmarks")]
 
 
 @pytest.fixture(scope="session")

@@ -13,26 +13,26 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from speed import BenchError, child, run
+from speed.command import main, scan_shape
+from speed.layers import CASES, LEARNING, workload
+from speed.machine import scan_floor, vector_rates
+from speed.measure import Candidate, Workload, in_turn
+from speed.operations import operations
+from speed.plain_pamm import PlainPAMM, plain_state
+from speed.plain_released import PlainReleased
+from speed.plain_scan import SCANS, Parts, along_orders, mambapy, recurrence
+from speed.plan import PLAN
+from speed.record import FIELDS, append, complete
+from speed.scaling import AXES, varied
+from speed.train import random_label
 
-from pamm.bench import BenchError, child, run
-from pamm.bench.command import main, scan_shape
-from pamm.bench.layers import CASES, LEARNING, workload
-from pamm.bench.machine import scan_floor, vector_rates
-from pamm.bench.measure import Candidate, Workload, in_turn
-from pamm.bench.operations import operations
-from pamm.bench.plain_pamm import PlainPAMM, plain_state
-from pamm.bench.plain_released import PlainReleased
-from pamm.bench.plain_scan import SCANS, Parts, along_orders, mambapy, recurrence
-from pamm.bench.plan import PLAN
-from pamm.bench.record import FIELDS, append, complete
-from pamm.bench.scaling import AXES, varied
-from pamm.bench.train import random_label
 from pamm.cli import main as pamm
 from pamm.config.experiment import ExpertsConfig, ModelConfig, ReleasedConfig, check
+from pamm.config.recipes import get_recipe
 from pamm.models.registry import build_model
 from pamm.nn.serialize import scan_orders
 from pamm.ops import selective_scan
-from pamm.config.recipes import get_recipe
 from pamm.tasks import TASKS, create_task
 from tiny import BACKBONE, DECODER, MODEL
 
@@ -293,7 +293,7 @@ def test_a_candidate_whose_process_is_killed_is_reported(tmp_path, monkeypatch):
 def test_a_benchmark_that_is_ended_ends_the_process_of_its_case(tmp_path):
     told = tmp_path / "pid"
     sleeper = f"import os, pathlib, time; pathlib.Path({str(told)!r}).write_text(str(os.getpid())); time.sleep(600)"
-    code = f"from pamm.bench import run; run.CHILD = ('-c', {sleeper!r}); run._child({{}})"
+    code = f"from speed import run; run.CHILD = ('-c', {sleeper!r}); run._child({{}})"
     parent = subprocess.Popen([sys.executable, "-c", code])
     while not (told.exists() and told.read_text()):
         assert parent.poll() is None
@@ -432,7 +432,7 @@ def test_the_report_draws_the_newest_results(tmp_path):
 
 
 def test_the_plan_is_one_of_known_measurements():
-    from pamm.bench.command import arguments_parser
+    from speed.command import arguments_parser
 
     for line in PLAN:
         plain = arguments_parser().parse_args(line)

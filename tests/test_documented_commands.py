@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 from pamm.cli import COMMANDS, main, parse_experiment
-from pamm.data.loader import StepSampler
 from pamm.config.experiment import Experiment, TrainConfig, check
 from pamm.config.recipes import RECIPES, get_recipe
 from pamm.config.strict import ConfigError
+from pamm.data.loader import StepSampler
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "benchmarks").glob("*/README.md"))]

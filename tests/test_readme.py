@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 
 from pamm.cli import main, parse_experiment
-from pamm.training.demo import run_demo
 from pamm.config.experiment import DataConfig, ModelConfig, TaskConfig
 from pamm.models.registry import build_model
 from pamm.official.mtmamba import layout
 from pamm.tasks import create_task
+from pamm.training.demo import run_demo
 from pamm.training.run import train
 from tiny import MTMAMBA, SWIN, experiment
 

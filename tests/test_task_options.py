@@ -13,13 +13,13 @@ from PIL import Image
 from command import run_command
 from pamm.build import create_tasks, label_options
 from pamm.cli import parse_experiment
+from pamm.config.experiment import DataConfig, Experiment, TaskConfig, dump, load
+from pamm.config.strict import ConfigError
 from pamm.data import open_dataset
 from pamm.evaluation.evaluate import evaluate_saved
-from pamm.config.experiment import DataConfig, Experiment, TaskConfig, dump, load
 from pamm.look.subjects import from_dataset
-from pamm.config.strict import ConfigError
-from pamm.tasks import TASKS, create_task, option_defaults
 from pamm.runtime.distributed import launch
+from pamm.tasks import TASKS, create_task, option_defaults
 from pamm.training.run import train
 from tiny import experiment
 

@@ -22,15 +22,15 @@ from fuzz.guard import guarded
 from fuzz.parsers import model_files, published
 from pamm import official
 from pamm.cli import main
+from pamm.config.experiment import check, load
+from pamm.config.strict import ConfigError, load_json, to_dict
+from pamm.config.strict_yaml import load_yaml, read_yaml
 from pamm.data import DataError
 from pamm.data.pascal import read_label_map, read_objects
-from pamm.config.experiment import check, load
 from pamm.evaluation.gain import GainError, baseline_scores
 from pamm.models.registry import rebuild_model
 from pamm.models.saved import CheckpointError, load_model
 from pamm.official import OfficialError
-from pamm.config.strict import ConfigError, load_json, to_dict
-from pamm.config.strict_yaml import load_yaml, read_yaml
 from pamm.tasks import LabelError, create_task
 from tiny import experiment
 

@@ -14,18 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from pamm.build import create_tasks
+from pamm.config.experiment import Experiment
+from pamm.config.recipes import get_recipe
 from pamm.data import open_dataset
 from pamm.data.loader import train_loader
 from pamm.data.transforms import TrainTransform
+from pamm.drawing.page import format_table
 from pamm.evaluation.evaluate import Evaluation
-from pamm.config.experiment import Experiment
 from pamm.models.backbone import create_backbone
 from pamm.models.model import MultiTaskModel
-from pamm.config.recipes import get_recipe
-from pamm.drawing.page import format_table
+from pamm.runtime.distributed import launch
 from pamm.training.loop import Loop
 from pamm.training.optimizer import create_optimizer
-from pamm.runtime.distributed import launch
 from pamm.training.run import start_folder
 
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pamm.build import create_model
     from pamm.config.experiment import Experiment
+    from pamm.config.recipes import get_recipe
     from pamm.kernels import accelerate
     from pamm.models.model import MultiTaskModel
     from pamm.models.saved import load_model
     from pamm.ops import selective_scan
     from pamm.prediction import Predictor
-    from pamm.config.recipes import get_recipe
     from pamm.tasks import Task, create_task
 
 _HOME = {
@@ -33,6 +33,7 @@ _HOME = {
 __all__ = [
     "Experiment",
     "MultiTaskModel",
+    "PammError",
     "Predictor",
     "Task",
     "accelerate",
@@ -42,6 +43,10 @@ __all__ = [
     "load_model",
     "selective_scan",
 ]
+
+
+class PammError(Exception):
+    """Above every error of this package; its message says what was found, what was expected and what to do."""
 
 
 def __getattr__(name: str) -> object:

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from pamm.data import dataset_options
 from pamm.config.experiment import Experiment
-from pamm.models.model import MultiTaskModel
-from pamm.models.registry import build_model
 from pamm.config.recipes import get_recipe
 from pamm.config.strict import ConfigError
+from pamm.data import dataset_options
+from pamm.models.model import MultiTaskModel
+from pamm.models.registry import build_model
 from pamm.tasks import TASKS, Task, create_task, option_defaults
 
 

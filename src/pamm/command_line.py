@@ -1,16 +1,59 @@
-"""What the commands' argument parsers share."""
+"""What the commands share: their table, their parsers, experiments from arguments, and printing.
+
+Nothing heavy is imported before a command needs it, so that `pamm --help` is instant.
+"""
 
 from __future__ import annotations
 
 import argparse
+import codecs
+import io
+import os
 import re
+import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import yaml
+from pamm.files import escape, escaped, shown
 
-from pamm.config.strict import ConfigError
-from pamm.config.strict_yaml import load_yaml
+if TYPE_CHECKING:
+    from pamm.config.experiment import Experiment
+
+PRECISION_HELP = (
+    "arithmetic of matrix products; auto: bfloat16 on a CPU with units for it (see `pamm doctor`), else float32"
+)
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "demo": (
+        "train a small network on synthetic rooms and write a report, in minutes on a CPU",
+        "pamm.training.command:demo",
+    ),
+    "train": ("train a recipe, or go on where its run stopped", "pamm.training.command:train"),
+    "eval": ("measure every task of a trained network on a split", "pamm.evaluation.command:main"),
+    "predict": ("predict every task for images, folders or globs", "pamm.prediction.command:main"),
+    "import": (
+        "turn a published PAMM or MTMamba checkpoint into a model of this package",
+        "pamm.official.command:main",
+    ),
+    "data": ("check a data set, or make the synthetic one", "pamm.data.command:main"),
+    "bench": ("measure speed and memory: scan, model, train, data, scaling, all, report", "pamm.cli:bench"),
+    "boundary": (
+        "ODS, OIS and AP of a folder of boundary maps, without MATLAB",
+        "pamm.evaluation.boundaries.command:main",
+    ),
+    "look": ("look inside: predictions side by side, features, router weights, scan orders", "pamm.look.command:main"),
+    "ablate": ("train the rows of a paper's table, or go on with them, and print it", "pamm.ablate.command:main"),
+    "recipes": ("list the recipes, or print one", "pamm.config.recipes.command:main"),
+    "doctor": ("tell what runs on this machine and what does not, with the remedy", "pamm.doctor:main"),
+}
+"""Command → its help line and the function of its arguments that runs it, imported when it is called."""
+
+
+def parser(name: str, **options: Any) -> argparse.ArgumentParser:
+    """An argument parser for a command, described by its help line."""
+    return argparse.ArgumentParser(prog=f"pamm {name}", description=COMMANDS[name][0], allow_abbrev=False, **options)
 
 
 def at_least(smallest: int) -> Callable[[str], int]:
@@ -24,6 +67,115 @@ def at_least(smallest: int) -> Callable[[str], int]:
     return number
 
 
+def add_kernels(parser: argparse.ArgumentParser) -> None:
+    """The option --kernels, for every command that runs a network."""
+    text = "auto: faster modules in the place of the network's own (see `pamm doctor`); off: the network as it is"
+    parser.add_argument("--kernels", default="auto", choices=["auto", "off"], help=text)
+
+
+def check_writable(folder: Path) -> None:
+    """Create the folder and try to write in it, before hours are spent; raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".writable.{os.getpid()}"
+    probe.touch()
+    probe.unlink()
+
+
+# -- experiments ---------------------------------------------------------------------------------------------------------
+
+
+def parse_experiment(name: str, arguments: list[str]) -> tuple[Experiment, argparse.Namespace]:
+    """`RECIPE [--out F] [--tasks a,b] [--section.key value ...]` → the experiment and the plain arguments.
+
+    RECIPE is a recipe's name or an experiment.yaml. Raises ConfigError; a wrong override ends the process with code 2.
+    """
+    from pamm.config.strict import ConfigError
+
+    own = parser(
+        name, epilog="Every leaf of the experiment can be set: see `pamm train RECIPE --help`.", add_help=False
+    )
+    own.add_argument("recipe", help="a name that `pamm recipes` lists, or an experiment.yaml")
+    own.add_argument(
+        "--out", type=Path, help="run folder (default: runs/RECIPE, on a folder of your own runs/RECIPE-FOLDER)"
+    )
+    own.add_argument("--tasks", help="only these tasks, e.g. semseg,depth")
+    own.add_argument(
+        "--init", metavar="SOURCE", help="start from the weights of a run, a saved model or a hub repository"
+    )
+    own.add_argument("--freeze", metavar="backbone[:N]", help="do not train the backbone, or its first N blocks")
+    own.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_kernels(own)
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(own.format_help())
+        raise SystemExit(0)
+    if not arguments or arguments[0].startswith("-"):
+        own.error(f"give the recipe first: pamm {name} RECIPE [options]")
+    plain, rest = own.parse_known_args(arguments)
+    from pamm.config.recipes import named_experiment
+
+    experiment = named_experiment(plain.recipe)
+    if plain.tasks:
+        chosen = [task.strip() for task in plain.tasks.split(",") if task.strip()]
+        unknown = [task for task in chosen if task not in experiment.tasks]
+        if unknown:
+            raise ConfigError(
+                f"--tasks: '{unknown[0]}' is none of this experiment's tasks: {', '.join(experiment.tasks)}"
+            )
+        experiment = replace(experiment, tasks={task: experiment.tasks[task] for task in chosen})
+    given = {name: value for name in ("init", "freeze") if (value := getattr(plain, name)) is not None}
+    experiment = replace(experiment, train=replace(experiment.train, **given))
+    experiment = with_overrides(experiment, rest, f"pamm {name} {plain.recipe}")
+    is_file = Path(plain.recipe).suffix in (".yaml", ".yml")
+    if experiment.data.name == "folder" and not (plain.tasks or is_file):
+        experiment = with_tasks_of_folder(experiment)
+    return experiment, plain
+
+
+def with_tasks_of_folder(experiment: Experiment) -> Experiment:
+    """A recipe for anybody's folder with those of its tasks that the folder has labels for; tells which. Raises DataError."""
+    from pamm.build import label_options
+    from pamm.runtime.distributed import is_first_process
+
+    described = label_options(experiment)
+    tasks = {name: task for name, task in experiment.tasks.items() if name in described}
+    absent = [name for name in experiment.tasks if name not in described]
+    if not tasks or not absent:
+        return experiment
+    if is_first_process():
+        print(f"tasks: {', '.join(tasks)} ({shown(experiment.data.root)} has no labels for {', '.join(absent)})")
+    return replace(experiment, tasks=tasks)
+
+
+def with_overrides(experiment: Experiment, arguments: list[str], program: str) -> Experiment:
+    """The experiment with the leaves that `--section.key value ...` set.
+
+    Raises ConfigError; a word that is no override ends the process with code 2.
+    """
+    import tyro
+
+    from pamm.build import check_options, options_help
+    from pamm.config.experiment import Experiment, check
+    from pamm.config.strict import ConfigError
+
+    given, rest = take_task_options(arguments)
+    for task in given:
+        if task not in experiment.tasks:
+            raise ConfigError(
+                f"--tasks.{task}.options: '{task}' is none of this experiment's tasks: {', '.join(experiment.tasks)}"
+            )
+    asks = {"-h", "--help"}.intersection(rest)
+    style = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
+    plain = replace(experiment, tasks={name: replace(task, options={}) for name, task in experiment.tasks.items()})
+    text = options_help(experiment) if asks else None
+    parsed = tyro.cli(Experiment, default=plain, args=rest, prog=program, config=style, description=text)
+    options = {name: task.options | given.get(name, {}) for name, task in experiment.tasks.items()}
+    tasks = {name: replace(task, options=options[name]) for name, task in parsed.tasks.items()}
+    experiment = replace(parsed, tasks=tasks)
+    check(experiment)
+    check_options(experiment)
+    return experiment
+
+
 TASK_OPTION = re.compile(r"--tasks\.([^.=]+)\.options(?:\.([^.=]+))?(?:=(.*))?", re.S)
 
 
@@ -33,6 +185,8 @@ def take_task_options(arguments: Sequence[str]) -> tuple[dict[str, dict[str, Any
     One value is what YAML makes of it (`true`, `0.8`, `seism`, `[sky, tree]`), several are a list of texts. Dashes in names are
     underscores. Raises ConfigError for an option without a name or a value.
     """
+    from pamm.config.strict import ConfigError
+
     taken: dict[str, dict[str, Any]] = {}
     left, index = [], 0
     while index < len(arguments):
@@ -59,13 +213,61 @@ def take_task_options(arguments: Sequence[str]) -> tuple[dict[str, dict[str, Any
 
 def _value(text: str) -> Any:
     """A number, true or false, a list or a text, as YAML reads it; what is no YAML is a text."""
+    import yaml
+
+    from pamm.config.strict_yaml import load_yaml
+
     try:
         return load_yaml(text)
     except yaml.YAMLError:
         return text
 
 
-def add_kernels(parser: argparse.ArgumentParser) -> None:
-    """The option --kernels, for every command that runs a network."""
-    text = "auto: faster modules in the place of the network's own (see `pamm doctor`); off: the network as it is"
-    parser.add_argument("--kernels", default="auto", choices=["auto", "off"], help=text)
+# -- printing to terminals, pipes and files of any encoding, open or closed ----------------------------------------------
+
+PLAIN = dict(
+    zip(
+        "→←↑↓×–—−…≥≤±Δ§⊙",
+        ["->", "<-", "^", "v", "x", "-", "-", "-", "...", ">=", "<=", "+-", "d", "S", "o"],
+        strict=True,
+    )
+)
+"""Signs of printed tables → what stands for them where the output's encoding has no such character."""
+
+
+def say(text: str) -> None:
+    """Print to standard error; what a terminal would obey, which may come from a file's name, is escaped."""
+    print(escaped(text, keep="\n"), file=sys.stderr)
+
+
+def print_any_character() -> None:
+    """From now on a character that the output cannot encode, among them bytes of a file's name, is replaced and no error."""
+
+    def replace(error: UnicodeError) -> tuple[str, int]:
+        signs = error.object[error.start : error.end]
+        return "".join(PLAIN.get(sign) or escape(sign) for sign in signs), error.end
+
+    codecs.register_error("pamm", replace)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="pamm")
+
+
+def leave_lost_output() -> bool:
+    """Whether standard output or error cannot be written, tried with a line end; what waits to be written is then dropped."""
+    streams = [stream for stream in (sys.stdout, sys.stderr) if stream is not None and hasattr(stream, "buffer")]
+    for stream in streams:
+        try:
+            place = stream.fileno()
+            stream.flush()
+            os.write(place, b"\n")
+        except io.UnsupportedOperation:  # a stream in memory
+            continue
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            places = [other.fileno() for other in streams]
+            for lost in [other for other in places if os.path.sameopenfile(other, place)]:  # both after `2>&1`
+                os.dup2(nowhere, lost)
+            os.close(nowhere)
+            return True
+    return False

@@ -8,6 +8,8 @@ import shutil
 import sys
 from importlib.metadata import PackageNotFoundError, requires, version
 
+from pamm.command_line import parser
+
 EXTRAS = {
     "train": ["lightning_fabric", "torchmetrics", "scipy", "skimage", "tensorboard"],
     "demo": ["trimesh", "embreex", "scipy", "skimage"],
@@ -17,8 +19,9 @@ EXTRAS = {
 """Extra → the modules it brings."""
 
 
-def examine() -> int:
-    """Print the findings; 0 when the library can run, 1 when something it cannot do without is broken."""
+def main(arguments: list[str]) -> int:
+    """Run `pamm doctor`. Prints the findings; 0 when the library can run, 1 when something it cannot do without is broken."""
+    parser("doctor").parse_args(arguments)
     print(f"pamm {version('pamm')}, Python {platform.python_version()}, {platform.platform()}")
     healthy = _torch()
     if healthy:

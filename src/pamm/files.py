@@ -54,6 +54,11 @@ def keep(path: Path, content: bytes) -> None:
             new.write_bytes(content)
 
 
+def first_line(error: BaseException) -> str:
+    """An error's message without what follows its first line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def shown(text: object, most: int = 80) -> str:
     """Text from outside (a file's name, a value of a configuration) as one harmless line of at most `most` characters.
 

@@ -20,9 +20,9 @@ from pamm.ablate.tables import TABLES, AblationRow, AblationTable
 from pamm.build import create_tasks
 from pamm.cli import parse_experiment
 from pamm.config.experiment import dump
-from pamm.evaluation.gain import GainError
 from pamm.config.recipes import get_recipe
 from pamm.config.strict import ConfigError
+from pamm.evaluation.gain import GainError
 from pamm.training.run import create_loop
 from tiny import experiment
 

@@ -11,9 +11,9 @@ from pamm.ablate.cost import count_cost
 from pamm.ablate.result import printed_cells, printed_table
 from pamm.ablate.tables import TABLES, get_table
 from pamm.config.experiment import Experiment
-from pamm.evaluation.gain import baselines, paper_tables
 from pamm.config.recipes import get_recipe
 from pamm.config.strict import ConfigError, to_dict
+from pamm.evaluation.gain import baselines, paper_tables
 from pamm.tasks import create_task
 
 PRINTED = [table for table in TABLES.values() if table.paper]

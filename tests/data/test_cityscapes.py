@@ -6,12 +6,12 @@ import torch
 from PIL import Image
 
 from data.packages import make_cityscapes, snapshot, write_png
+from pamm.config.experiment import DataConfig, Experiment, ModelConfig, TaskConfig, TrainConfig
+from pamm.config.recipes import get_recipe
 from pamm.data import DataError, collate, dataset_options, open_dataset
 from pamm.data.inspect import inspect_dataset
 from pamm.data.transforms import EvalTransform, TrainTransform, normalize
-from pamm.config.experiment import DataConfig, Experiment, ModelConfig, TaskConfig, TrainConfig
 from pamm.models.saved import load_model
-from pamm.config.recipes import get_recipe
 from pamm.tasks import create_task
 from pamm.training.run import train
 from tiny import MTMAMBA, SWIN

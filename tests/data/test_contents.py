@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from command import run_command
+from pamm.config.experiment import DataConfig
 from pamm.data import DataError, dataset_options, open_dataset
 from pamm.data.inspect import inspect_dataset, notes_before_training
-from pamm.config.experiment import DataConfig
 from pamm.tasks import create_task
 
 HEIGHT, WIDTH = 12, 16

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from data.packages import as_user
+from pamm.config.experiment import DataConfig
 from pamm.data import DataError, dataset_options, open_dataset
 from pamm.data.inspect import format_inspection, inspect_dataset
-from pamm.config.experiment import DataConfig
 from pamm.tasks import create_task
 
 YAML = """

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from data.png_files import GREY, GREY_ALPHA, PALETTE, RGB, RGBA, png
-from pamm.evaluation.boundaries.files import read_map, read_truths
-from pamm.data import open_dataset
 from pamm.config.experiment import DataConfig
+from pamm.data import open_dataset
+from pamm.evaluation.boundaries.files import read_map, read_truths
 from pamm.images import ImageError, read_image, read_values
 from pamm.tasks import LabelError, create_task
 

@@ -10,12 +10,12 @@ from PIL import Image
 
 from command import run_command
 from data.packages import make_cityscapes, make_nyud, write_ids
-from pamm.evaluation.boundaries import BoundaryError
-from pamm.evaluation.boundaries.files import pair_files
+from pamm.config.experiment import DataConfig
 from pamm.data import DataError, dataset_options, open_dataset
 from pamm.data.inspect import inspect_dataset
 from pamm.data.listing import list_folder, read_ids
-from pamm.config.experiment import DataConfig
+from pamm.evaluation.boundaries import BoundaryError
+from pamm.evaluation.boundaries.files import pair_files
 from pamm.look import LookError
 from pamm.look.subjects import from_files
 from pamm.prediction import list_inputs

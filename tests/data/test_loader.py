@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from pamm.config.experiment import DataConfig, TrainConfig
+from pamm.config.strict import ConfigError
 from pamm.data import DataError, Dataset, Sample
 from pamm.data.loader import eval_loader, train_loader
 from pamm.data.transforms import EvalTransform, TrainTransform
-from pamm.config.experiment import DataConfig, TrainConfig
-from pamm.config.strict import ConfigError
 from pamm.tasks import create_task
 
 DATA = DataConfig(size=(16, 16))

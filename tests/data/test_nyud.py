@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 
 from data.packages import make_nyud, snapshot, write_ids, write_png
+from pamm.config.experiment import DataConfig
 from pamm.data import DataError, dataset_options, open_dataset
 from pamm.data.inspect import inspect_dataset
-from pamm.config.experiment import DataConfig
 from pamm.tasks import create_task
 
 NAMES = ("semseg", "depth", "normals", "edge")

@@ -12,12 +12,12 @@ from scipy.io import loadmat, savemat
 from skimage.morphology import thin
 
 from data.packages import make_pascal, snapshot, write_ids, write_png
+from pamm.config.experiment import DataConfig
 from pamm.data import DataError, dataset_options, open_dataset
 from pamm.data.context_classes import NORMALS_LABELS
 from pamm.data.inspect import inspect_dataset
 from pamm.data.pascal import PART_INDEX
 from pamm.data.transforms import EvalTransform
-from pamm.config.experiment import DataConfig
 from pamm.images import image_size
 from pamm.tasks import create_task
 

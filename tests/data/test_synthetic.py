@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from pamm.config.experiment import DataConfig
 from pamm.data import DataError, dataset_options, open_dataset
 from pamm.data.inspect import inspect_dataset
 from pamm.data.scenes import CLASSES
-from pamm.config.experiment import DataConfig
 from pamm.tasks import Task, create_task
 
 SIZE = (47, 66)

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from pamm.config.experiment import DataConfig
+from pamm.config.strict import ConfigError
 from pamm.data import DataError, Sample, transforms
 from pamm.data.transforms import (
     MEAN,
@@ -21,8 +23,6 @@ from pamm.data.transforms import (
     rgb_to_hsv,
     seen,
 )
-from pamm.config.experiment import DataConfig
-from pamm.config.strict import ConfigError
 from pamm.tasks import create_task
 
 STILL = DataConfig(size=(64, 96), scale=(1.0, 1.0), flip=0.0, color=False)

@@ -24,13 +24,14 @@ from scipy.io import savemat
 
 from fuzz import damage
 from pamm import official
-from pamm.evaluation.boundaries import BoundaryError
-from pamm.evaluation.boundaries.files import read_map, read_truths
+from pamm.config.experiment import DataConfig, ExpertsConfig, ModelConfig, ReleasedConfig, check, load
+from pamm.config.strict import ConfigError, to_dict
 from pamm.data import DataError, dataset_options
 from pamm.data.files import reading
 from pamm.data.listing import read_ids
 from pamm.data.pascal import read_label_map, read_objects
-from pamm.config.experiment import DataConfig, ExpertsConfig, ModelConfig, ReleasedConfig, check, load
+from pamm.evaluation.boundaries import BoundaryError
+from pamm.evaluation.boundaries.files import read_map, read_truths
 from pamm.evaluation.gain import GainError, baseline_scores
 from pamm.images import ImageError, read_image
 from pamm.models.formats import FIELD, FORMAT
@@ -38,7 +39,6 @@ from pamm.models.registry import build_model
 from pamm.models.saved import CheckpointError, load_model
 from pamm.official import OfficialError
 from pamm.official.pamm import table
-from pamm.config.strict import ConfigError, to_dict
 from pamm.tasks import TASKS, LabelError, create_task
 from pamm.training.checkpoint import load_training
 from pamm.training.log import Log

@@ -10,11 +10,11 @@ from torch import nn
 
 import pamm
 from pamm.config.experiment import ExpertsConfig, ModelConfig, MTMambaConfig, ReleasedConfig
+from pamm.config.strict import ConfigError
 from pamm.kernels import REWRITES, accelerate, apply_choice, matrix
 from pamm.models.model import MultiTaskModel
 from pamm.models.pamm import ConvHead
 from pamm.models.registry import build_model
-from pamm.config.strict import ConfigError
 from pamm.tasks import create_task
 from tiny import BACKBONE, DECODER, MTMAMBA, SWIN
 

@@ -16,14 +16,14 @@ from torch.nn import functional as F
 
 from pamm.cli import parse_experiment
 from pamm.config.experiment import BackboneConfig, ModelConfig, MTMambaConfig, dump, load
+from pamm.config.recipes import MTMAMBA_VARIANTS, get_recipe
+from pamm.config.strict import ConfigError, to_dict
 from pamm.models.mtmamba import CTM, SS2D, DenseHead, MTMambaDecoder
 from pamm.models.registry import build_model, rebuild_model
 from pamm.nn import joined
 from pamm.nn.serialize import row_column_orders
 from pamm.nn.task_layers import TaskDropPath, TaskLayerNorm
 from pamm.nn.window_attention import WindowAttention
-from pamm.config.recipes import MTMAMBA_VARIANTS, get_recipe
-from pamm.config.strict import ConfigError, to_dict
 from pamm.tasks import create_task
 from pamm.training.run import train
 from tiny import BACKBONE, DECODER, MTMAMBA, SWIN, experiment

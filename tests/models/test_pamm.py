@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 
 from pamm.config.experiment import BackboneConfig, ExpertsConfig, ModelConfig, PAMMConfig
+from pamm.config.recipes import VARIANTS, get_recipe
+from pamm.config.strict import ConfigError
 from pamm.models.backbone import create_backbone
 from pamm.models.pamm import PAME, ParameterExperts, Router, TaskDecoder
 from pamm.models.registry import build_model
 from pamm.nn.serialize import scan_orders
-from pamm.config.recipes import VARIANTS, get_recipe
-from pamm.config.strict import ConfigError
 from pamm.tasks import create_task
 from tiny import BACKBONE, DECODER
 

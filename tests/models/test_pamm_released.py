@@ -11,13 +11,13 @@ import torch.nn.functional as F
 
 from pamm.cli import parse_experiment
 from pamm.config.experiment import ExpertsConfig, ModelConfig, PAMMConfig, ReleasedConfig
+from pamm.config.recipes import VARIANTS, get_recipe
+from pamm.config.strict import ConfigError, from_dict, to_dict
 from pamm.models.backbone import create_backbone
 from pamm.models.pamm_released import ReleasedDecoder, ReleasedExperts, ReleasedRouter, resize_positions
 from pamm.models.registry import build_model
 from pamm.models.saved import load_model
 from pamm.nn.serialize import scan_orders
-from pamm.config.recipes import VARIANTS, get_recipe
-from pamm.config.strict import ConfigError, from_dict, to_dict
 from pamm.tasks import create_task
 from pamm.training.run import train
 from tiny import BACKBONE, experiment

@@ -9,9 +9,9 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from pamm.models.backbone import Swin, create_backbone
 from pamm.config.recipes import get_recipe
 from pamm.config.strict import ConfigError
+from pamm.models.backbone import Swin, create_backbone
 from tiny import SWIN
 
 

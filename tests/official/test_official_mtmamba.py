@@ -15,14 +15,14 @@ from safetensors.torch import save_file
 
 from pamm.build import create_tasks
 from pamm.cli import main
-from pamm.data import dataset_options
 from pamm.config.experiment import BackboneConfig, DataConfig, ModelConfig, MTMambaConfig
+from pamm.config.recipes import get_recipe
+from pamm.data import dataset_options
 from pamm.models.registry import build_model
 from pamm.models.saved import load_model
 from pamm.official import OfficialError, gradients, intermediates, load
 from pamm.official.mtmamba import layout
 from pamm.prediction import Predictor
-from pamm.config.recipes import get_recipe
 from pamm.tasks import create_task
 from tiny import MTMAMBA, SWIN
 

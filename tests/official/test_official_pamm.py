@@ -20,12 +20,12 @@ from pamm import official
 from pamm.build import create_model
 from pamm.cli import main
 from pamm.config.experiment import ExpertsConfig, ModelConfig, ReleasedConfig
+from pamm.config.strict import ConfigError
 from pamm.models.registry import build_model
 from pamm.models.saved import load_model
 from pamm.nn.serialize import scan_orders
 from pamm.official import OfficialError
 from pamm.official.pamm import table
-from pamm.config.strict import ConfigError
 from pamm.tasks import create_task
 from tiny import BACKBONE
 

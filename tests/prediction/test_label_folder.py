@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pamm.data import dataset_options, open_dataset
 from pamm.config.experiment import DataConfig
+from pamm.data import dataset_options, open_dataset
 from pamm.prediction import Maps
 from pamm.tasks import create_task
 

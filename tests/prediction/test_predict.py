@@ -9,9 +9,9 @@ from PIL import Image
 from torch.nn import functional as F
 
 from data.packages import as_user
+from pamm.drawing.sheet import contact_sheet, save_sheet
 from pamm.images import ImageError
 from pamm.models.registry import build_model
-from pamm.drawing.sheet import contact_sheet, save_sheet
 from pamm.prediction import Maps, PredictError, Predictor, expand_inputs, file_names, predict_files
 from pamm.prediction import maps as strips_of_maps
 from pamm.prediction import predictor as strips_of_logits

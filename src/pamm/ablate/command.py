@@ -5,24 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pamm.ablate.tables import TABLES, AblationRow, AblationTable, get_table
-from pamm.config.experiment import Experiment
+from pamm.command_line import parse_experiment
 from pamm.config.strict import ConfigError
 
 if TYPE_CHECKING:
     from pamm.ablate.result import RowResult
     from pamm.ablate.runs import Plan
 
-Parse = Callable[[list[str]], Experiment]
-"""A recipe's name and overrides → the experiment."""
 
-
-def main(arguments: list[str], parse: Parse, first: Callable[[], bool]) -> int:
-    """Run `pamm ablate ARGUMENTS`; `first`: whether this process prints. Returns 1 where a row failed. Raises ConfigError."""
+def main(arguments: list[str]) -> int:
+    """Run `pamm ablate ARGUMENTS`. Returns 1 where a row failed. Raises ConfigError."""
     own = arguments_parser()
     plain, overrides = own.parse_known_args(arguments)
     table = get_table(plain.table)
@@ -34,6 +30,7 @@ def main(arguments: list[str], parse: Parse, first: Callable[[], bool]) -> int:
         raise ConfigError(f"--split: '{table.name}' shows the evaluations of a training, which are on its own split")
     from pamm.ablate.runs import make_plan, train_all
     from pamm.ablate.splits import check_splits, measure_all
+    from pamm.runtime.distributed import is_first_process
 
     plan = make_plan(
         table,
@@ -41,10 +38,11 @@ def main(arguments: list[str], parse: Parse, first: Callable[[], bool]) -> int:
         base=plain.base or table.base,
         seeds=plain.seeds,
         out=plain.out,
-        resolve=lambda recipe: parse([recipe, *overrides]),
+        resolve=lambda recipe: parse_experiment("train", [recipe, *overrides])[0],
         split=plain.split,
     )
-    say = print if first() else lambda line: None
+    first = is_first_process()
+    say = print if first else lambda line: None
     if plain.dry_run:
         for run in plan.runs:
             say(f"{run.label}, seed {run.seed}: {run.recipe}, {run.folder}: {run.state()}")
@@ -56,9 +54,9 @@ def main(arguments: list[str], parse: Parse, first: Callable[[], bool]) -> int:
         plain.out.mkdir(parents=True, exist_ok=True)
         failed = train_all(plan, progress=not plain.quiet, say=say)
         failed |= measure_all(plan, progress=not plain.quiet, say=say)
-    if first() and not plain.dry_run:
+    if first and not plain.dry_run:
         write(plan, plain.out, failed)
-    for label, reason in failed.items() if first() else ():
+    for label, reason in failed.items() if first else ():
         print(f"failed: {label}: {reason}", file=sys.stderr)
     return 1 if failed else 0
 

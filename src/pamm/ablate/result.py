@@ -13,9 +13,9 @@ from pamm.ablate.runs import OWN_SPLIT, Plan, Run
 from pamm.ablate.splits import results_on
 from pamm.ablate.tables import AblationTable
 from pamm.build import label_options
-from pamm.evaluation.gain import Conditions, GainError, PaperTable, evaluations, multi_task_gain, paper_tables
-from pamm.drawing.page import MISSING, aligned, as_markdown, decimals
 from pamm.config.strict import load_json
+from pamm.drawing.page import MISSING, aligned, as_markdown, decimals
+from pamm.evaluation.gain import Conditions, GainError, PaperTable, evaluations, multi_task_gain, paper_tables
 from pamm.tasks import TASKS, Task, create_task
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from pamm.ablate.tables import AblationRow, AblationTable
 from pamm.config.experiment import Experiment, load
-from pamm.files import shown
-from pamm.evaluation.gain import GainError
 from pamm.config.strict import ConfigError, read_json
+from pamm.evaluation.gain import GainError
+from pamm.files import shown
 from pamm.training.run import differences, train
 
 EVALUATIONS = 8

@@ -8,12 +8,12 @@ from typing import Any
 
 from pamm.ablate.runs import FINISHED, Plan, Run
 from pamm.build import create_tasks, label_options
+from pamm.config.strict import read_json
 from pamm.data import open_dataset
 from pamm.evaluation.evaluate import evaluate_split
 from pamm.models.saved import load_model
-from pamm.config.strict import read_json
-from pamm.tasks import create_task
 from pamm.runtime.distributed import launch
+from pamm.tasks import create_task
 
 Splits = Mapping[str, str]
 """Task → the split it is measured on; tasks that are absent are measured where training evaluates."""

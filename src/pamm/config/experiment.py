@@ -13,9 +13,9 @@ from typing import Any, Literal
 import yaml
 
 from pamm.config.limits import check, check_batch, check_values
-from pamm.files import replace_text, shown
 from pamm.config.strict import ConfigError, from_dict, to_dict
 from pamm.config.strict_yaml import read_yaml
+from pamm.files import replace_text, shown
 
 
 @dataclass(frozen=True)

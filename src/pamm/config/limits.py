@@ -6,8 +6,8 @@ import os
 import re
 from typing import TYPE_CHECKING, Any
 
-from pamm.files import shown
 from pamm.config.strict import ConfigError, to_dict
+from pamm.files import shown
 
 if TYPE_CHECKING:
     from pamm.config.experiment import Experiment, TrainConfig

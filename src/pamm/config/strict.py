@@ -12,13 +12,14 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
+from pamm import PammError
 from pamm.files import shown
 
 LARGEST_JSON = 2**24
 """Bytes of a JSON file: the names and numbers of a hundred thousand images."""
 
 
-class ConfigError(ValueError):
+class ConfigError(PammError, ValueError):
     """A configuration that cannot be used; the message names the key, what was found and what was expected."""
 
 

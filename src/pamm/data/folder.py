@@ -24,6 +24,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from pamm.config.strict_yaml import read_yaml
 from pamm.data.files import FileDataset, check_tasks, reading, root_of
 from pamm.data.listing import (
     check_all_read,
@@ -38,7 +39,6 @@ from pamm.data.listing import (
 from pamm.data.sample import DataError, Sample, register_dataset
 from pamm.files import shown
 from pamm.images import IMAGE_SUFFIXES, image_orientation, image_size, read_image
-from pamm.config.strict_yaml import read_yaml
 from pamm.tasks import TASKS, Task, create_task
 
 if TYPE_CHECKING:

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from pamm.config.experiment import check_batch
 from pamm.data.sample import Batch, DataError, Dataset, Sample, collate
 from pamm.data.transforms import EvalTransform, TrainTransform
-from pamm.config.experiment import check_batch
-from pamm.tasks import Task
 from pamm.runtime.workers import WorkerError, data_worker_ended, serve_training
+from pamm.tasks import Task
 
 if TYPE_CHECKING:
     from pamm.config.experiment import TrainConfig

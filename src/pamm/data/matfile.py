@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from pamm import PammError
+
 LARGEST = 2**28
 """Bytes of the variables that are read, unpacked."""
 
@@ -33,7 +35,7 @@ OTHERS = {3: "an object", 5: "a sparse matrix", 16: "a function", 17: "an object
 COMPLEX = 0x08
 
 
-class MatError(ValueError):
+class MatError(PammError, ValueError):
     """A file that is no MATLAB file of plain arrays; the message tells what was found."""
 
 

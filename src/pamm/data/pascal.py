@@ -29,6 +29,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pamm.config.strict import read_json
 from pamm.data.context_classes import NORMALS_LABELS
 from pamm.data.files import (
     PackagedDataset,
@@ -42,7 +43,6 @@ from pamm.data.matfile import MatError, read_mat
 from pamm.data.sample import DataError, register_dataset
 from pamm.files import cache_folder, keep, shown
 from pamm.images import ImageError, read_values
-from pamm.config.strict import read_json
 from pamm.tasks import Task
 from pamm.tasks.pictures import read_mask
 

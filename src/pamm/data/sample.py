@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from pamm import PammError
 from pamm.tasks import Task
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def collate(samples: Sequence[Sample], tasks: Mapping[str, Task]) -> Batch:
     )
 
 
-class DataError(ValueError):
+class DataError(PammError, ValueError):
     """Data that is absent, incomplete or corrupt; the message names the file, what was expected and the remedy."""
 
 

@@ -24,8 +24,8 @@ from tqdm import tqdm
 from pamm.data.sample import DataError, Dataset, Sample, register_dataset
 from pamm.data.scenes import CLASSES, PARTS
 from pamm.files import cache_folder, replacing
-from pamm.tasks import Task
 from pamm.runtime.workers import serve_parent
+from pamm.tasks import Task
 
 if TYPE_CHECKING:
     from pamm.config.experiment import DataConfig

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pamm.data.sample import Box, DataError, Sample
 from pamm.config.strict import ConfigError
+from pamm.data.sample import Box, DataError, Sample
 from pamm.tasks import Task
 
 if TYPE_CHECKING:

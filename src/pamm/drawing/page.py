@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from pamm.data.transforms import denormalize
-from pamm.files import distinct_stem, escaped
 from pamm.drawing.sheet import draw_pair, legend, png_uri, scale_bar, scale_text
+from pamm.files import distinct_stem, escaped
 from pamm.tasks import Task
 
 Row = tuple[str, Mapping[str, Mapping[str, float | None]]]

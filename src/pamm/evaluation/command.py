@@ -10,8 +10,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pamm.command_line import add_kernels, at_least
-from pamm.cli import PRECISION_HELP, check_writable, is_first_process, parser
+from pamm.command_line import PRECISION_HELP, add_kernels, at_least, check_writable, parser
 from pamm.files import shown
 
 if TYPE_CHECKING:
@@ -24,11 +23,11 @@ if TYPE_CHECKING:
 def main(arguments: list[str]) -> int:
     """Run `pamm eval ARGUMENTS`. Raises CheckpointError, ConfigError, DataError, GainError, and OSError for the outputs."""
     plain = arguments_parser().parse_args(arguments)
-    from pamm.evaluation.evaluate import evaluate_saved
     from pamm.config.experiment import TrainConfig
+    from pamm.evaluation.evaluate import evaluate_saved
     from pamm.evaluation.gain import baseline_scores
     from pamm.evaluation.scores import RESOLUTIONS
-    from pamm.runtime.distributed import launch
+    from pamm.runtime.distributed import is_first_process, launch
 
     if plain.baseline:
         baseline_scores(plain.baseline)  # told now, not after hours of evaluating
@@ -59,8 +58,8 @@ def tell(
     plain: argparse.Namespace, named: list[tuple[str, Evaluation]], tasks: dict[str, Task], *, command: str
 ) -> None:
     """Write, then print what was asked for. named: results by name, the model's last."""
-    from pamm.evaluation.report import format_evaluation, write_evaluation_report
     from pamm.evaluation.gain import GainError
+    from pamm.evaluation.report import format_evaluation, write_evaluation_report
 
     name, result = named[-1]
     comparisons, incomparable = {}, None

@@ -17,22 +17,23 @@ from torch import nn
 from tqdm import tqdm
 
 from pamm.build import label_options
+from pamm.config.experiment import DataConfig, Experiment, load
+from pamm.config.recipes import named_experiment
+from pamm.config.strict import ConfigError
 from pamm.data import Batch, Dataset, open_dataset
 from pamm.data.listing import preview
 from pamm.data.loader import eval_loader
 from pamm.data.transforms import EvalTransform, denormalize, seen
-from pamm.config.experiment import DataConfig, Experiment, load
+from pamm.drawing.sheet import draw_pair, embedded, png_uri, scale_bar
+from pamm.evaluation.ranking import Ranking
+from pamm.evaluation.scores import RESOLUTIONS, Resolution, Row, Shown, TaskScores, significant, summed
 from pamm.files import replace_text
 from pamm.kernels import Choice
-from pamm.evaluation.scores import RESOLUTIONS, Resolution, Row, Shown, TaskScores, summed, significant
+from pamm.kernels.prepare import prepare
 from pamm.models.model import MultiTaskModel
 from pamm.models.registry import rebuild_model
 from pamm.models.saved import find_checkpoint, load_model
-from pamm.drawing.sheet import draw_pair, embedded, png_uri, scale_bar
-from pamm.runtime.precision import Precision, choose_precision, prepare
-from pamm.evaluation.ranking import Ranking
-from pamm.config.recipes import named_experiment
-from pamm.config.strict import ConfigError
+from pamm.runtime.precision import Precision, choose_precision
 from pamm.tasks import Task, create_task
 from pamm.tasks.segmentation import numbered_classes
 

@@ -12,11 +12,12 @@ from typing import Any
 
 import yaml
 
-from pamm.files import shown
+from pamm import PammError
 from pamm.config.strict import read_json
+from pamm.files import shown
 
 
-class GainError(ValueError):
+class GainError(PammError, ValueError):
     """A gain that cannot be computed; the message tells what is absent and what there is."""
 
 

@@ -6,9 +6,7 @@ from bisect import bisect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-import torch.distributed as dist
-
-from pamm.runtime.distributed import world_size
+from pamm.runtime.distributed import gathered
 
 
 @dataclass(frozen=True)
@@ -56,8 +54,6 @@ class Ranking:
 
     def gather(self) -> None:
         """Join the rankings of all processes: afterwards each has the whole. Pictures travel of the kept images alone."""
-        if world_size() == 1:
-            return
         orders = sorted(order for share in gathered([self._order(one) for one in self.kept]) for order in share)
         ends = {*orders[: self.count], *orders[max(0, len(orders) - self.count) :]}
         shares = gathered([one for one in self.kept if self._order(one) in ends])

@@ -7,11 +7,6 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from pamm.evaluation.evaluate import SCALE, Evaluation
-from pamm.files import replace_text
-from pamm.evaluation.gain import Comparison
-from pamm.evaluation.scores import Resolution
-from pamm.evaluation.ranking import Ranked, Ranking
 from pamm.drawing.page import (
     MISSING,
     REPORT,
@@ -26,6 +21,11 @@ from pamm.drawing.page import (
     metric_details,
     plain_markdown,
 )
+from pamm.evaluation.evaluate import SCALE, Evaluation
+from pamm.evaluation.gain import Comparison
+from pamm.evaluation.ranking import Ranked, Ranking
+from pamm.evaluation.scores import Resolution
+from pamm.files import replace_text
 from pamm.tasks import TASKS, Task
 
 RESULTS, PAGE = "results.json", "results.md"

@@ -7,6 +7,8 @@ import importlib.util
 
 from PIL import features
 
+from pamm import PammError
+
 HEIF = importlib.util.find_spec("pillow_heif") is not None
 """Whether .heic photographs can be read here."""
 
@@ -43,7 +45,7 @@ IMAGE_SUFFIXES = tuple(suffix for name, suffixes in _SUFFIXES.items() if name in
 """Ends of file names, in lower case, that folders take for photographs."""
 
 
-class ImageError(ValueError):
+class ImageError(PammError, ValueError):
     """A picture that cannot be read; the message names the file, what was found and the remedy."""
 
 

@@ -16,8 +16,8 @@ from pamm.kernels.head import shifted_upsampling
 from pamm.kernels.matrix import linear
 from pamm.models.pamm import ConvHead
 from pamm.nn.joined import JoinedBatchNorm2d
-from pamm.runtime.distributed import world_size
 from pamm.nn.replace import taking_over
+from pamm.runtime.distributed import world_size
 
 TILE = 32
 """Side of the tiles of the large map that are made one after the other on a CPU where no gradient is needed."""

@@ -9,10 +9,10 @@ from typing import Literal, get_args
 
 from torch import nn
 
+from pamm.config.strict import ConfigError
 from pamm.kernels import attention, conv_head, head, matrix, mixed_convolution, winograd
 from pamm.nn.replace import replace_modules
 from pamm.ops.compiled import VARIABLE, Kernel
-from pamm.config.strict import ConfigError
 
 Choice = Literal["auto", "off"]
 """What `--kernels` takes: every rewrite that is worth while on this machine, or none."""

@@ -4,6 +4,8 @@ Each view is a module with plain functions for notebooks: `predictions`, `featur
 images that are looked at, `readout` takes features and router weights out of a forward pass, `figure` lays tiles out.
 """
 
+from pamm import PammError
 
-class LookError(ValueError):
+
+class LookError(PammError, ValueError):
     """What cannot be looked at; the message tells what was found and the remedy."""

@@ -13,9 +13,9 @@ import numpy as np
 from tqdm import tqdm
 
 from pamm.command_line import add_kernels, at_least
+from pamm.drawing.figure import TILE
 from pamm.files import distinct_stems, replace_text, shown
 from pamm.look import LookError
-from pamm.drawing.figure import TILE
 
 if TYPE_CHECKING:
     from PIL import Image

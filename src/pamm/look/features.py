@@ -9,12 +9,12 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from pamm.look import LookError
 from pamm.drawing.figure import TILE, Block, Tile, compose
+from pamm.drawing.sheet import fit
+from pamm.look import LookError
 from pamm.look.predictions import TRUTH, truth_row
 from pamm.look.readout import FUSED, GENERAL, reading
 from pamm.look.subjects import Subject
-from pamm.drawing.sheet import fit
 from pamm.prediction import Predictor
 
 Sharing = Literal["per-task", "shared"]

@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 
 from pamm.drawing.figure import TILE, Block, Scale, Tile, compose, empty_tile
-from pamm.look.subjects import Subject
 from pamm.drawing.sheet import fit, legend, scale_bar
+from pamm.look.subjects import Subject
 from pamm.prediction import Maps, Predictor
 
 TRUTH = "ground truth"

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from pamm.look import LookError
 from pamm.drawing.figure import INK, PALE, SOFT, TILE, Block, Scale, Tile, color_bar, compose, font, ramp
+from pamm.look import LookError
 from pamm.look.readout import PARAMETERS, plan_of, reading
 from pamm.prediction import Predictor
 

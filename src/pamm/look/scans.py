@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-from pamm.look import LookError
 from pamm.drawing.figure import TILE, Block, Tile, compose
+from pamm.look import LookError
 from pamm.nn.serialize import CURVES, MOST_ORDERS, row_column_orders, scan_orders
 from pamm.tasks.pictures import colour_map
 

@@ -11,17 +11,17 @@ from pathlib import Path
 import numpy as np
 
 from pamm.build import label_options
+from pamm.config.experiment import Experiment
+from pamm.config.strict import ConfigError
 from pamm.data import open_dataset
 from pamm.data.sample import Sample
 from pamm.evaluation.evaluate import measurable_tasks, saved_experiment
-from pamm.config.experiment import Experiment
 from pamm.files import shown
 from pamm.kernels import Choice
 from pamm.look import LookError
 from pamm.models.backbone import NoBackbone
 from pamm.models.model import MultiTaskModel
 from pamm.prediction import Predictor, file_names, list_inputs, to_array
-from pamm.config.strict import ConfigError
 from pamm.tasks import Task, create_task
 
 

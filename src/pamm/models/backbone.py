@@ -12,10 +12,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from pamm.config.experiment import BackboneConfig
+from pamm.config.strict import ConfigError
+from pamm.files import first_line
 from pamm.models.hub import hub_cache
 from pamm.nn.joined import join_drop_paths
 from pamm.nn.replace import replace_modules, taking_over
-from pamm.config.strict import ConfigError
 
 SWIN_STRIDE = 2
 """Tokens of a Swin stage per token of the next, along one side."""
@@ -223,20 +224,20 @@ def _create(config: BackboneConfig, arguments: dict[str, Any], kind: type) -> An
         model = timm.create_model(config.name, pretrained=config.pretrained, **arguments)
     except OSError as error:
         raise ConfigError(
-            f"the pretrained weights of '{config.name}' could not be fetched ({_first_line(error)}). Connect to the network "
+            f"the pretrained weights of '{config.name}' could not be fetched ({first_line(error)}). Connect to the network "
             f"once so that timm can fetch them, or {random}"
         ) from error
     except RuntimeError as error:
         if not config.pretrained:
             raise
         raise ConfigError(
-            f"the pretrained weights of '{config.name}' cannot be used ({_first_line(error)}). Leave the backbone's sizes "
+            f"the pretrained weights of '{config.name}' cannot be used ({first_line(error)}). Leave the backbone's sizes "
             f"unset, or {random}"
         ) from error
     except (TypeError, ValueError, AssertionError, ZeroDivisionError) as error:
         raise ConfigError(
             f"timm cannot build '{config.name}' as a plain vision transformer or a Swin transformer with {arguments}: "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from error
     if not isinstance(model, kind):
         raise ConfigError(
@@ -256,10 +257,6 @@ def _check_image(height: int, width: int, patch: int) -> None:
             f"image of {height}×{width} pixels: both sides must be multiples of the patch, {patch}; "
             f"pad it to {_padded(height, width, patch)}, or use pamm.Predictor, which takes any size"
         )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _remove_class_token(vit: VisionTransformer) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pamm.config.experiment import Experiment, load
-from pamm.files import shown
 from pamm.config.strict import ConfigError
+from pamm.files import shown
 
 if TYPE_CHECKING:
     from pamm.models.model import MultiTaskModel

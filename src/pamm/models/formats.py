@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pamm import PammError
 from pamm.nn.task_layers import TaskLinear
 
 FORMAT = 2
@@ -22,7 +23,7 @@ FIELD = "format"
 """Its key in config.json."""
 
 
-class FormatError(ValueError):
+class FormatError(PammError, ValueError):
     """A format that this version does not read; the message tells what to do."""
 
 

@@ -9,9 +9,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from pamm.files import cache_folder, shown
+from pamm.files import cache_folder, first_line, shown
 from pamm.models.model import CONFIG_FILE, WEIGHTS_FILE
-from pamm.models.weights import CheckpointError, first_line
+from pamm.models.weights import CheckpointError
 
 SCHEME = "hf:"
 """What a name starts with that means the Hub and nothing else."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pamm.config.experiment import MTMambaConfig
+from pamm.config.strict import ConfigError
 from pamm.models.backbone import PaddedSwinBlock
 from pamm.nn.joined import JoinedBatchNorm2d, join_drop_paths
 from pamm.nn.recompute import call, recomputed
@@ -26,7 +27,6 @@ from pamm.nn.ssm import init_A_log, init_D, init_delta_bias, init_delta_weight
 from pamm.nn.task_layers import TaskConv3x3, TaskDropPath, TaskLayerNorm, TaskLinear
 from pamm.nn.window_attention import WindowAttention
 from pamm.ops import selective_scan
-from pamm.config.strict import ConfigError
 
 ORDERS = 4
 """Scan orders of SS2D: rows, columns, and both backwards."""

@@ -15,15 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pamm.config.experiment import ExpertsConfig, PAMMConfig
+from pamm.config.strict import ConfigError
 from pamm.nn.group_norm import GroupNorm
 from pamm.nn.joined import JoinedBatchNorm2d
-from pamm.runtime.distributed import joined_draw
 from pamm.nn.recompute import call, recomputed
 from pamm.nn.serialize import scan_orders
 from pamm.nn.ssm import init_A_log, init_D, init_delta_bias
 from pamm.nn.task_layers import TaskLinear
 from pamm.ops import selective_scan
-from pamm.config.strict import ConfigError
+from pamm.runtime.distributed import joined_draw
 
 GROUPS = 32
 """Groups of every GroupNorm."""

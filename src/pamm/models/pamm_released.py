@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pamm.config.experiment import ReleasedConfig
+from pamm.config.strict import ConfigError
 from pamm.nn.group_norm import GroupNorm
 from pamm.nn.joined import JoinedBatchNorm2d
-from pamm.runtime.distributed import joined_draw
 from pamm.nn.recompute import call, recomputed
 from pamm.nn.serialize import MOST_ORDERS, scan_orders
 from pamm.nn.ssm import init_A_log, init_D
 from pamm.ops import selective_scan
-from pamm.config.strict import ConfigError
+from pamm.runtime.distributed import joined_draw
 
 GROUPS = 32
 """Groups of every GroupNorm."""

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from pamm.config.experiment import ModelConfig, MTMambaConfig, PAMMConfig, ReleasedConfig
 from pamm.config.limits import LIMITS, MODEL_LIMITS, check_ranges
+from pamm.config.strict import ConfigError, from_dict, to_dict
 from pamm.files import shown
 from pamm.models.backbone import NoBackbone, Swin, ViT, create_backbone
 from pamm.models.formats import FIELD, format_of
@@ -21,7 +22,6 @@ from pamm.models.model import MultiTaskModel
 from pamm.models.mtmamba import DenseHead, LiteHead, MTMambaDecoder
 from pamm.models.pamm import ConvHead, PAMMDecoder
 from pamm.models.pamm_released import ReleasedDecoder
-from pamm.config.strict import ConfigError, from_dict, to_dict
 from pamm.tasks import Task, create_task
 
 Decoder = tuple[nn.Module, dict[str, nn.Module]]

@@ -13,13 +13,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pamm.files import shown
+from pamm.config.strict import ConfigError, read_json
+from pamm.files import first_line, shown
 from pamm.models.formats import FormatError, read_format, upgraded_weights
 from pamm.models.hub import download, repository_name
 from pamm.models.model import CONFIG_FILE, WEIGHTS_FILE, MultiTaskModel
 from pamm.models.registry import WithoutDraws, rebuild_model
-from pamm.models.weights import RESTORE, CheckpointError, first_line, plain_names, tell_renamed
-from pamm.config.strict import ConfigError, read_json
+from pamm.models.weights import RESTORE, CheckpointError, plain_names, tell_renamed
 
 
 def load_weights(model: MultiTaskModel, path: Path) -> None:

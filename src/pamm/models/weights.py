@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from pamm import PammError
 
-class CheckpointError(RuntimeError):
+
+class CheckpointError(PammError, RuntimeError):
     """A checkpoint that cannot be read or written; the message names the file, the cause and the remedy."""
 
 
 RESTORE = "Restore it from a copy, or train into another folder (--out)"
-
-
-def first_line(error: BaseException) -> str:
-    """An error's message without what follows its first line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 OUTER = ("module", "model")

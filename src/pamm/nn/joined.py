@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from pamm import PammError
 from pamm.nn.recompute import computing_again
 from pamm.nn.replace import replace_modules, taking_over
 from pamm.runtime.distributed import joined_draw, world_size
@@ -47,7 +48,7 @@ class _ContiguousGradient(torch.autograd.Function):
         return gradient.contiguous()
 
 
-class BatchError(ValueError):
+class BatchError(PammError, ValueError):
     """A batch that cannot be normalised; the message tells what it holds and the remedy."""
 
 

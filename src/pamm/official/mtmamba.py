@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pamm.config.experiment import BackboneConfig, ModelConfig, MTMambaConfig
+from pamm.config.strict import ConfigError
 from pamm.models.backbone import Swin
 from pamm.models.model import MultiTaskModel
 from pamm.models.mtmamba import CTM, MFE, SCTM, STM, DenseHead, Stage
@@ -31,7 +32,6 @@ from pamm.official.parts import (
     place,
 )
 from pamm.official.tasks import task_order, tasks_of
-from pamm.config.strict import ConfigError
 from pamm.tasks import Task
 
 SYSTEM = "mtmamba"

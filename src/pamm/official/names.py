@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pamm import PammError
 from pamm.files import shown
 
 PLACEHOLDERS = {"s": r"\d+", "k": r"\d+", "t": r"[^.]+", "p": r"[BC]", "w": r".+"}
@@ -25,7 +26,7 @@ Rules = Sequence[tuple[str, str]]
 """Pairs of our name and theirs."""
 
 
-class OfficialError(ValueError):
+class OfficialError(PammError, ValueError):
     """A checkpoint that cannot be read as a published one; the message names the cause and the remedy."""
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from pamm.config.experiment import DataConfig
 from pamm.data import DATASETS
 from pamm.data.files import PackagedDataset
-from pamm.config.experiment import DataConfig
 from pamm.files import shown
 from pamm.official.names import OfficialError
 from pamm.tasks import TASKS, Task, create_task

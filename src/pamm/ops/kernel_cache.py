@@ -25,6 +25,7 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
+from pamm import PammError
 from pamm.files import cache_folder, shown
 
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-pthread", "-Wno-psabi")
@@ -42,7 +43,7 @@ OTHERS = stat.S_IWGRP | stat.S_IWOTH
 log = logging.getLogger(__name__)
 
 
-class BuildError(RuntimeError):
+class BuildError(PammError, RuntimeError):
     """Why a kernel could not be built."""
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from pamm.drawing.sheet import SheetRow, compose_sheet, save_sheet, sheet_row
 from pamm.files import shown
 from pamm.images import ImageError, open_picture
-from pamm.drawing.sheet import SheetRow, compose_sheet, save_sheet, sheet_row
 from pamm.prediction.inputs import PredictError, file_names
 from pamm.prediction.maps import DEFAULT_FORMATS, FORMATS, FolderError, check_folder, check_formats, try_folder
 from pamm.prediction.predictor import Predictor

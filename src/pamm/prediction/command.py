@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pamm.command_line import add_kernels, at_least
-from pamm.cli import PRECISION_HELP, parser
+from pamm.command_line import PRECISION_HELP, add_kernels, at_least, parser, say
 from pamm.files import shown
-from pamm.terminal import say
 
 FAILURES_SHOWN = 50
 """Images that could not be predicted, each named on a line of its own."""

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pamm import PammError
 from pamm.data import DataError
 from pamm.data.listing import NO_FILE, conversion, is_skipped, kind_of, preview, visible
 from pamm.files import shown
@@ -29,7 +30,7 @@ LONGEST = 200
 """Bytes of a file's name without its suffix; file systems take 255 in all."""
 
 
-class PredictError(ValueError):
+class PredictError(PammError, ValueError):
     """An input or an output of a prediction that cannot be used; the message tells what was found and the remedy."""
 
 

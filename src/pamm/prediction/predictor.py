@@ -17,12 +17,13 @@ from torch.nn import functional as F
 from pamm.data.transforms import normalize
 from pamm.files import shown
 from pamm.kernels import Choice
-from pamm.runtime.memory import keep_memory
+from pamm.kernels.prepare import prepare
 from pamm.models.model import MultiTaskModel, resize_rows
 from pamm.models.saved import load_model
-from pamm.runtime.precision import Precision, choose_precision, prepare
 from pamm.prediction.inputs import ImageLike, PredictError, to_array
 from pamm.prediction.maps import STRIP_VALUES, Maps
+from pamm.runtime.memory import keep_memory
+from pamm.runtime.precision import Precision, choose_precision
 from pamm.tasks import Task
 
 

@@ -6,8 +6,6 @@ from typing import Literal, get_args
 
 import torch
 
-from pamm.kernels import Choice, apply_choice
-from pamm.models.model import MultiTaskModel
 from pamm.config.strict import ConfigError
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -33,20 +31,3 @@ def choose_precision(name: Precision, device: str | torch.device = "cpu") -> tor
         raise ConfigError(f"precision: bfloat16 cannot be used on {kind}; choose float32")
     wanted = name == "bfloat16" or (name == "auto" and kind == "cpu" and bfloat16_units() is not None)
     return torch.bfloat16 if wanted else torch.float32
-
-
-def prepare(
-    model: MultiTaskModel, *, precision: Precision = "float32", compile: bool = False, kernels: Choice = "auto"
-) -> MultiTaskModel:
-    """The model itself, made ready for inference in this arithmetic.
-
-    kernels: "auto" puts faster modules in the place of its own (see `pamm.accelerate`), "off" leaves them.
-    compile: let torch.compile fuse what surrounds the matrix products. It takes a minute or more at the first image, and
-    again for every other size. Raises ConfigError.
-    """
-    apply_choice(model, kernels, training=False)
-    if choose_precision(precision, next(model.parameters()).device) == torch.bfloat16:
-        model.use_bfloat16()
-    if compile:
-        model.compile(dynamic=False)
-    return model

@@ -9,6 +9,8 @@ import signal
 import threading
 from concurrent.futures.process import BrokenProcessPool
 
+from pamm import PammError
+
 
 def serve_parent(*_: object) -> None:
     """Call first in a worker process, which `multiprocessing` started.
@@ -35,7 +37,7 @@ def _end_with(sentinel: int) -> None:
     os._exit(1)
 
 
-class WorkerError(RuntimeError):
+class WorkerError(PammError, RuntimeError):
     """A worker process ended before its work was done; the message holds the remedy."""
 
 

@@ -24,6 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pamm import PammError
+
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
@@ -282,11 +284,11 @@ def nearest_index(old: int, new: int) -> np.ndarray:
     return np.arange(new) * old // new
 
 
-class NonFiniteError(ValueError):
+class NonFiniteError(PammError, ValueError):
     """A network's output that holds NaN or infinite values, for which no score exists; the message names the task."""
 
 
-class LabelError(ValueError):
+class LabelError(PammError, ValueError):
     """A label file that cannot be used; the message names the file, what was expected and the remedy."""
 
 

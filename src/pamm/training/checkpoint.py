@@ -18,10 +18,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from pamm.files import shown
+from pamm.files import first_line, shown
 from pamm.models.formats import read_format, upgraded_optimizer
 from pamm.models.model import CONFIG_FILE, WEIGHTS_FILE, MultiTaskModel
-from pamm.models.saved import RESTORE, CheckpointError, first_line, load_weights, replaced
+from pamm.models.saved import RESTORE, CheckpointError, load_weights, replaced
 from pamm.runtime.workers import exhausted
 
 TRAINING_FILE = "training.pt"

@@ -9,17 +9,17 @@ from pathlib import Path
 import torch
 
 from pamm.build import create_model, create_tasks
+from pamm.config.experiment import Experiment
+from pamm.config.strict import ConfigError
 from pamm.data import open_dataset
 from pamm.data.transforms import EvalTransform
-from pamm.evaluation.evaluate import evaluate_split
-from pamm.config.experiment import Experiment
-from pamm.kernels import Choice
-from pamm.models.saved import load_model
-from pamm.runtime.precision import prepare
 from pamm.drawing.page import Figure, figure_from, format_table, write_report
-from pamm.config.strict import ConfigError
-from pamm.training.lock import FolderLock
+from pamm.evaluation.evaluate import evaluate_split
+from pamm.kernels import Choice
+from pamm.kernels.prepare import prepare
+from pamm.models.saved import load_model
 from pamm.runtime.distributed import launch
+from pamm.training.lock import FolderLock
 from pamm.training.run import train
 
 FIGURES = 8

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+from pamm import PammError
 from pamm.files import shown
 
 LOCK_FILE = ".lock"
@@ -27,7 +28,7 @@ _held: set[str] = set()
 """Run folders locked by this process: POSIX locks do not keep a process from its own files."""
 
 
-class FolderInUseError(RuntimeError):
+class FolderInUseError(PammError, RuntimeError):
     """Another process trains into the run folder; the message names it."""
 
 

@@ -20,18 +20,19 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pamm import PammError
+from pamm.config.experiment import Experiment
 from pamm.data import Batch
 from pamm.evaluation.evaluate import Evaluation, evaluate_split
-from pamm.config.experiment import Experiment
 from pamm.models.model import WEIGHTS_FILE, MultiTaskModel
 from pamm.models.saved import load_weights
+from pamm.runtime.workers import exhausted
 from pamm.tasks import Task
 from pamm.training.checkpoint import holds_files, save_checkpoint
 from pamm.training.lock import FolderLock
 from pamm.training.log import Log
 from pamm.training.optimizer import set_learning_rate
 from pamm.training.signals import StopSignals, exit_with
-from pamm.runtime.workers import exhausted
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -41,7 +42,7 @@ UNMEASURED = "no task of weight above 0 has a label in the validation split"
 """Why no evaluation is better than another."""
 
 
-class TrainingError(RuntimeError):
+class TrainingError(PammError, RuntimeError):
     """A run that cannot go on; the message names the step, the cause and the remedy."""
 
 

@@ -13,25 +13,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pamm.build import create_tasks
+from pamm.config.experiment import Experiment, ModelConfig, check, check_batch, dump, load
+from pamm.config.strict import ConfigError, to_dict
 from pamm.data import Batch, Dataset, open_dataset
 from pamm.data.inspect import notes_before_training
 from pamm.data.loader import train_loader
 from pamm.data.transforms import TrainTransform
 from pamm.evaluation.evaluate import Evaluation
-from pamm.config.experiment import Experiment, ModelConfig, check, check_batch, dump, load
-from pamm.files import replace_text, shown
+from pamm.files import first_line, replace_text, shown
 from pamm.kernels import Choice, apply_choice
 from pamm.models.model import CONFIG_FILE, MultiTaskModel
 from pamm.models.registry import build_model
-from pamm.models.saved import RESTORE, CheckpointError, first_line, load_model
-from pamm.config.strict import ConfigError, to_dict
+from pamm.models.saved import RESTORE, CheckpointError, load_model
+from pamm.runtime.distributed import launch
 from pamm.tasks import Task, create_task
 from pamm.training.checkpoint import holds_files, load_training, recover
 from pamm.training.initial import freeze, take_weights
 from pamm.training.lock import FolderInUseError, FolderLock
 from pamm.training.loop import Loop, tell
 from pamm.training.optimizer import create_optimizer
-from pamm.runtime.distributed import launch
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

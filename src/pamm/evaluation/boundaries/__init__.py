@@ -1,5 +1,7 @@
 """The boundary benchmark on folders of maps and truths: what its MATLAB code prints, without MATLAB."""
 
+from pamm import PammError
 
-class BoundaryError(ValueError):
+
+class BoundaryError(PammError, ValueError):
     """Maps or truths that cannot be measured; the message names the file, what was found and the remedy."""

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from pamm.command_line import at_least
+from pamm.command_line import at_least, parser
 from pamm.evaluation.boundaries import BoundaryError
 from pamm.evaluation.boundaries.measure import BoundaryScores, measure_folders
 from pamm.files import replace_text, shown
@@ -47,11 +47,7 @@ def main(arguments: list[str]) -> int:
 
 
 def arguments_parser() -> argparse.ArgumentParser:
-    own = argparse.ArgumentParser(
-        prog="pamm boundary",
-        description="ODS, OIS and AP of boundary maps, as the benchmark's MATLAB code measures them.",
-        allow_abbrev=False,
-    )
+    own = parser("boundary")
     own.add_argument("predictions", type=Path, help="folder of maps: PNG of 8 or 16 bits, or .npy in [0, 1]")
     own.add_argument(
         "truths",

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from pamm.evaluation.boundaries import BoundaryError
 from pamm.data.listing import check_all_read, is_folder, list_folder, preview, read_ids
 from pamm.data.matfile import read_mat
+from pamm.evaluation.boundaries import BoundaryError
 from pamm.files import shown
 from pamm.images import open_array
 from pamm.tasks.metrics.correspondence import label_boundaries, thin

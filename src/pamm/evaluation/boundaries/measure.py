@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from pamm.data.listing import preview
 from pamm.evaluation.boundaries import BoundaryError
 from pamm.evaluation.boundaries.files import pair_files, read_map, read_truths
-from pamm.data.listing import preview
 from pamm.files import shown
-from pamm.tasks.boundary import PROTOCOLS, average_precision, f_measure, protocol_counts
 from pamm.runtime.workers import serve_parent
+from pamm.tasks.boundary import PROTOCOLS, average_precision, f_measure, protocol_counts
 
 Work = Callable[[Path, Path], np.ndarray]
 """A map's and a truth's file → counts of the image."""

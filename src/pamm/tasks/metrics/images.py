@@ -16,9 +16,9 @@ from torch import Tensor
 from torchmetrics import Metric
 from tqdm import tqdm
 
+from pamm.runtime.workers import serve_parent
 from pamm.tasks.metrics import Sums
 from pamm.tasks.metrics.sums import SumMetric
-from pamm.runtime.workers import serve_parent
 
 FEW = 4
 """Images for which no process is started."""

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pamm.bench.machine import give_back, process_memory
-from pamm.bench.operations import operations
+from speed.machine import give_back, process_memory
+from speed.operations import operations
 
 VISIT = 0.25
 """Seconds of calls of one candidate before the next one's turn; at least one call."""

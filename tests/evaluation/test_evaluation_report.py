@@ -6,11 +6,11 @@ import json
 import math
 
 from page import Page
-from pamm.evaluation.evaluate import Evaluation, OriginalResults
 from pamm.evaluation.command import compare_with
-from pamm.evaluation.report import format_evaluation, write_evaluation_report
+from pamm.evaluation.evaluate import Evaluation, OriginalResults
 from pamm.evaluation.gain import compare
 from pamm.evaluation.ranking import Ranking
+from pamm.evaluation.report import format_evaluation, write_evaluation_report
 from pamm.tasks import create_task
 
 TASKS = {"semseg": create_task("semseg", classes=["sky", "tree"]), "depth": create_task("depth")}

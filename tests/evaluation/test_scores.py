@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pamm import measurement
+from pamm.evaluation import scores
 from pamm.evaluation.scores import RESOLUTIONS, Shown, TaskScores
 from pamm.tasks import TASKS, create_task
 
@@ -118,7 +118,7 @@ def test_both_resolutions_at_once_are_each_alone(name: str) -> None:
 def test_strips_of_rows_change_nothing(name: str, monkeypatch) -> None:
     task = create_task(name)
     whole = measure(task, images(task), ("original",))
-    monkeypatch.setattr(measurement, "STRIP_VALUES", task.channels * 80 * 7)
+    monkeypatch.setattr(scores, "STRIP_VALUES", task.channels * 80 * 7)
     assert measure(task, images(task), ("original",)) == whole
 
 

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pamm.bench import BenchError
-from pamm.bench.measure import Candidate, Workload
-from pamm.bench.plain_pamm import PlainPAMM
-from pamm.bench.plain_released import PlainReleased
-from pamm.bench.plain_scan import SCANS
 from pamm.build import create_model
 from pamm.config.experiment import Experiment, PAMMConfig, ReleasedConfig
-from pamm.models.model import MultiTaskModel
-from pamm.runtime.precision import prepare
 from pamm.config.recipes import get_recipe
+from pamm.kernels.prepare import prepare
+from pamm.models.model import MultiTaskModel
+from speed import BenchError
+from speed.measure import Candidate, Workload
+from speed.plain_pamm import PlainPAMM
+from speed.plain_released import PlainReleased
+from speed.plain_scan import SCANS
 
 Decode = Callable[[list[Tensor], tuple[int, int]], dict[str, Tensor]]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pamm.bench import BenchError
+from speed import BenchError
 
 FIELDS = (
     "bench", "case", "what", "candidate", "shape", "dtype", "device", "allocator", "threads", "seconds", "ratio",
@@ -26,7 +26,7 @@ first candidate's, relative to its largest value.
 
 
 def records(bench: str, case: str, what: str, job: Mapping[str, Any], found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One record per candidate of a case that was run. `found`: see `pamm.bench.child`."""
+    """One record per candidate of a case that was run. `found`: see `speed.child`."""
     settings, limits = job["settings"], found.get("limits") or {}
     first = next(iter(found["candidates"].values()))
     lines = []

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pamm.bench.plots import Bar, bars, curves
-from pamm.bench.record import HEADINGS, amount, cells, duration, read
 from pamm.files import replace_text
+from speed.plots import Bar, bars, curves
+from speed.record import HEADINGS, amount, cells, duration, read
 
 Line = Mapping[str, Any]
 

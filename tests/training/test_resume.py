@@ -18,10 +18,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from pamm.ablate.runs import Plan, Run, train_all
 from pamm.ablate.tables import TABLES
-from pamm.data import DataError
 from pamm.config.experiment import DataConfig, TaskConfig
-from pamm.models.saved import CheckpointError, load_model
 from pamm.config.strict import ConfigError
+from pamm.data import DataError
+from pamm.models.saved import CheckpointError, load_model
 from pamm.training.lock import FolderInUseError, FolderLock
 from pamm.training.loop import Loop
 from pamm.training.run import create_loop, train

@@ -10,8 +10,8 @@ from PIL import Image
 
 from page import Page
 from pamm.data.transforms import normalize
-from pamm.drawing.sheet import scale_bar, scale_text
 from pamm.drawing.page import Figure, figure_from, format_table, markdown_table, write_report
+from pamm.drawing.sheet import scale_bar, scale_text
 from pamm.tasks import TASKS as REGISTERED
 from pamm.tasks import create_task
 

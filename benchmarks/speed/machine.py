@@ -17,6 +17,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pamm
+
 GPU_LANES, GPU_EXPONENTIALS = 128, 16
 """Fused multiply-adds and exponentials that one multiprocessor of an NVIDIA GPU issues per clock."""
 
@@ -50,10 +52,11 @@ def describe() -> dict[str, Any]:
 def commit() -> str | None:
     """The checkout's commit, with "+" where files differ from it; None outside a checkout."""
     folder = Path(__file__).parent
+    code = [str(Path(pamm.__file__).parent), str(folder / "*.py")]
     try:
         found, changed = (
             subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False)
-            for arguments in (["rev-parse", "--short=10", "HEAD"], ["status", "--porcelain", "--", str(folder.parent)])
+            for arguments in (["rev-parse", "--short=10", "HEAD"], ["status", "--porcelain", "--", *code])
         )
     except OSError:
         return None

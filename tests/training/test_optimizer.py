@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from pamm.config.experiment import TrainConfig
-from pamm.models.registry import build_model
 from pamm.config.recipes import RECIPES
+from pamm.models.registry import build_model
 from pamm.tasks import create_task
 from pamm.training.optimizer import create_optimizer, learning_rate
 

@@ -13,9 +13,9 @@ from timm.layers import resample_abs_pos_embed
 
 from command import run_command
 from pamm.config.experiment import ExpertsConfig, ReleasedConfig, TaskConfig, dump, load
+from pamm.config.strict import ConfigError
 from pamm.models.registry import build_model
 from pamm.models.saved import CheckpointError
-from pamm.config.strict import ConfigError
 from pamm.tasks import create_task
 from pamm.training.initial import take_weights
 from pamm.training.run import create_loop, train

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pamm.bench import BenchError
-from pamm.bench.plain_scan import Parts, Scan
 from pamm.config.experiment import ExpertsConfig, PAMMConfig
 from pamm.models.model import MultiTaskModel, resize
 from pamm.nn.serialize import scan_orders
+from speed import BenchError
+from speed.plain_scan import Parts, Scan
 
 GROUPS, HEAD_SCALE = 32, 4
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from pamm.build import create_tasks
+from pamm.config.experiment import Experiment
 from pamm.data import open_dataset
 from pamm.data.loader import train_loader
 from pamm.data.transforms import TrainTransform
-from pamm.config.experiment import Experiment
 
 
 def throughput(experiment: Experiment, batches: int, workers: int) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pamm.bench import BenchError
-from pamm.bench.record import append, complete, table
+from speed import BenchError
+from speed.record import append, complete, table
 
 Cases = Iterable[list[dict[str, Any]]]
 """Records, case by case, as they are measured."""
@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> int:
             if isinstance(number, (int, float)) and not isinstance(number, bool) and number < smallest:
                 raise BenchError(f"--{name.replace('_', '-')}: found {number}, expected a number from {smallest} up")
     if plain.bench == "report":
-        from pamm.bench.report import write
+        from speed.report import write
 
         print(f"written: {', '.join(map(str, write(plain.results, plain.out)))}")
         return 0
@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
 
 def run_plan(plain: argparse.Namespace) -> int:
     """The measurements of `plan.py`, or those of the kinds named; one that cannot be made is told and the others go on."""
-    from pamm.bench.plan import PLAN
+    from speed.plan import PLAN
 
     for kind in plain.kinds:
         if kind not in MEASURE:
@@ -176,8 +176,8 @@ def _job(plain: argparse.Namespace, work: str, settings: dict[str, Any]) -> dict
 
 
 def _scan(plain: argparse.Namespace) -> Cases:
-    from pamm.bench.run import measure
     from pamm.ops.selective_scan import ENGINES
+    from speed.run import measure
 
     for engine in plain.engine:
         if engine not in (*ENGINES, "reference"):
@@ -202,7 +202,7 @@ def _scan(plain: argparse.Namespace) -> Cases:
 
 def scan_shape(text: str) -> dict[str, int]:
     """A named shape, or channels, state size, height, width and orders. Raises BenchError."""
-    from pamm.bench.scan import SHAPES
+    from speed.scan import SHAPES
 
     keys = ("channels", "state", "height", "width", "orders")
     parts = text.split(",")
@@ -216,8 +216,8 @@ def scan_shape(text: str) -> dict[str, int]:
 
 
 def _layers(plain: argparse.Namespace) -> Cases:
-    from pamm.bench.layers import CASES, LEARNING
-    from pamm.bench.run import measure
+    from speed.layers import CASES, LEARNING
+    from speed.run import measure
 
     for name in plain.layers:
         if name not in CASES:
@@ -231,7 +231,7 @@ def _layers(plain: argparse.Namespace) -> Cases:
 
 
 def _model(plain: argparse.Namespace) -> Cases:
-    from pamm.bench.run import measure
+    from speed.run import measure
 
     settings = _network(plain) | {"part": plain.part, "dead_branch": plain.dead_branch}
     settings["candidates"][1:1] = ["pamm, compiled"] if plain.compile else []
@@ -240,7 +240,7 @@ def _model(plain: argparse.Namespace) -> Cases:
 
 
 def _train(plain: argparse.Namespace) -> Cases:
-    from pamm.bench.run import measure
+    from speed.run import measure
 
     settings = _network(plain)
     settings["candidates"][1:1] = ["pamm, recomputed"] if plain.recompute else []
@@ -258,10 +258,10 @@ def _network(plain: argparse.Namespace) -> dict[str, Any]:
 
 
 def _scaling(plain: argparse.Namespace) -> Cases:
-    from pamm.bench.run import measure
-    from pamm.bench.scaling import AXES
     from pamm.config.experiment import PAMMConfig
     from pamm.config.recipes import get_recipe
+    from speed.run import measure
+    from speed.scaling import AXES
 
     if not isinstance(get_recipe(plain.recipe).model.decoder, PAMMConfig):
         raise BenchError(
@@ -279,8 +279,8 @@ def _scaling(plain: argparse.Namespace) -> Cases:
 def _data(plain: argparse.Namespace) -> Cases:
     from dataclasses import replace
 
-    from pamm.bench.data import throughput
     from pamm.config.recipes import get_recipe
+    from speed.data import throughput
 
     experiment = get_recipe(plain.recipe)
     changes = {"root": plain.root} if plain.root else {}
@@ -313,7 +313,7 @@ MEASURE = {"scan": _scan, "layers": _layers, "model": _model, "train": _train, "
 
 def finish(lines: list[dict[str, Any]], out: Path | None) -> list[dict[str, Any]]:
     """Print a case's table and append its lines, with the machine they were measured on."""
-    from pamm.bench.machine import describe
+    from speed.machine import describe
 
     machine = describe()
     for line in lines:

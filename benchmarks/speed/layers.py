@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pamm.bench import BenchError
-from pamm.bench.measure import Candidate, Workload
 from pamm.kernels import accelerate, attention, matrix, mixed_convolution, winograd
 from pamm.kernels.conv_head import SmallMapHead
 from pamm.models.pamm import ConvHead
 from pamm.nn.replace import taking_over
+from speed import BenchError
+from speed.measure import Candidate, Workload
 
 CASES: dict[str, dict[str, int]] = {
     "attention-b": {"heads": 12, "tokens": 1025, "width": 64},

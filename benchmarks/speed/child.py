@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 WORKS = {
-    "scan": "pamm.bench.scan",
-    "layers": "pamm.bench.layers",
-    "model": "pamm.bench.model",
-    "train": "pamm.bench.train",
-    "scaling": "pamm.bench.scaling",
+    "scan": "speed.scan",
+    "layers": "speed.layers",
+    "model": "speed.model",
+    "train": "speed.train",
+    "scaling": "speed.scaling",
 }
 """Kind of work → the module whose `workload(settings, only)` makes it."""
 
@@ -44,8 +44,8 @@ def run(job: dict[str, Any], begin: Any) -> dict[str, Any]:
     """Do the job: candidate → what was measured of it, with the facts of the work."""
     import torch
 
-    from pamm.bench.measure import Workload, in_turn, memory
     from pamm.runtime.memory import keep_memory
+    from speed.measure import Workload, in_turn, memory
 
     settings, device = job["settings"], job["settings"]["device"]
     if job.get("threads"):
@@ -77,7 +77,7 @@ def run(job: dict[str, Any], begin: Any) -> dict[str, Any]:
 
 def limits(work: Any, settings: dict[str, Any]) -> dict[str, Any]:
     """What the machine can do at most in this work's arithmetic, measured now."""
-    from pamm.bench.machine import product_rates
+    from speed.machine import product_rates
 
     found = product_rates(settings["device"], settings["dtype"]) if work.images else {}
     return found | ({"floor": work.floor()} if work.floor else {})
@@ -88,7 +88,7 @@ def limit_memory() -> None:
 
     Should memory run out all the same, this process is the first that Linux ends. Does nothing on other systems.
     """
-    from pamm.bench.machine import free_memory, process_memory
+    from speed.machine import free_memory, process_memory
 
     free = free_memory()
     if free is None:

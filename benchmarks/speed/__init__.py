@@ -6,6 +6,8 @@ others go on. Results are JSON lines; `pamm bench report` draws committed ones a
 
 from __future__ import annotations
 
+from pamm import PammError
 
-class BenchError(ValueError):
+
+class BenchError(PammError, ValueError):
     """A measurement that cannot be made; the message tells what was found and what to do."""

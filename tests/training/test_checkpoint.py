@@ -151,7 +151,7 @@ def test_a_disk_that_takes_no_more_bytes_keeps_the_old_checkpoint(tmp_path):
     """The write itself fails, as on a full disk: the file size limit of a child process stands in for it."""
     model = build()
     save_checkpoint(tmp_path / "last", model)
-    code = SAVE_UNDER_A_LIMIT.format(tests=str(Path(__file__).parent), target=str(tmp_path / "last"))
+    code = SAVE_UNDER_A_LIMIT.format(tests=str(Path(__file__).parents[1]), target=str(tmp_path / "last"))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 7, done.stderr
     assert "could not save" in done.stdout and "is intact" in done.stdout

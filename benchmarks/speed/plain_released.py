@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pamm.bench.plain_scan import Parts, Scan
 from pamm.models.model import MultiTaskModel, resize
 from pamm.nn.serialize import scan_orders
 from pamm.official.pamm import STAGE, table
+from speed.plain_scan import Parts, Scan
 
 GROUPS, TOP_K, HEAD_SCALE = 32, 9, 4
 DEAD_KERNEL, DEAD_RANK = 3, 16

@@ -18,9 +18,9 @@ from PIL import Image
 
 from page import Page
 from pamm.cli import main
+from pamm.config.experiment import DataConfig, Experiment
 from pamm.data import dataset_options, open_dataset
 from pamm.data.transforms import EvalTransform
-from pamm.config.experiment import DataConfig, Experiment
 from pamm.models.saved import load_model
 from pamm.tasks import create_task
 from pamm.training.run import train

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pamm.bench.measure import Candidate, Workload
-from pamm.bench.model import predicting
 from pamm.build import create_model
 from pamm.config.experiment import DataConfig, Experiment, TaskConfig
-from pamm.kernels import accelerate
 from pamm.config.recipes import get_recipe
+from pamm.kernels import accelerate
+from speed.measure import Candidate, Workload
+from speed.model import predicting
 
 TASKS = ("semseg", "human_parts", "sal", "normals", "edge", "depth")
 PATCH = 16

@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pamm.bench import BenchError
-from pamm.bench.record import records
+import pamm
+from speed import BenchError
+from speed.record import records
 
-CHILD = ("-m", "pamm.bench.child")
+CHILD = ("-m", "speed.child")
 """Arguments of Python that start the process of a case."""
 
 LONGEST = 60.0
@@ -59,7 +60,7 @@ def measure(bench: str, case: str, what: str, job: dict[str, Any], *, memory: bo
 
 def _child(job: dict[str, Any]) -> tuple[dict[str, Any] | None, str | None, str]:
     """Run a job → its result, or None with the candidate under way and the reason. Raises BenchError for what the job told."""
-    source = str(Path(__file__).parents[2])
+    source = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(pamm.__file__).parents[1])])
     path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
     try:
         with _ending_with_this_process():

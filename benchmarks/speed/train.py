@@ -9,8 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pamm.bench.measure import Candidate, Workload
-from pamm.bench.model import (
+from pamm.build import create_model
+from pamm.kernels import accelerate
+from pamm.models.model import MultiTaskModel
+from pamm.tasks import Task
+from pamm.training.optimizer import create_optimizer
+from speed.measure import Candidate, Workload
+from speed.model import (
     PLAIN,
     arithmetic,
     drop_decoder,
@@ -18,11 +23,6 @@ from pamm.bench.model import (
     plain_decoder,
     with_backbone,
 )
-from pamm.build import create_model
-from pamm.kernels import accelerate
-from pamm.models.model import MultiTaskModel
-from pamm.tasks import Task
-from pamm.training.optimizer import create_optimizer
 
 
 def workload(settings: Mapping[str, Any], only: str | None = None) -> Workload:

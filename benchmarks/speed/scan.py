@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pamm.bench import BenchError
-from pamm.bench.machine import scan_floor
-from pamm.bench.measure import Candidate, Workload
-from pamm.bench.plain_scan import Parts, along_orders, mambapy, recurrence
 from pamm.nn.serialize import scan_orders
 from pamm.ops import selective_scan
+from speed import BenchError
+from speed.machine import scan_floor
+from speed.measure import Candidate, Workload
+from speed.plain_scan import Parts, along_orders, mambapy, recurrence
 
 SHAPES: dict[str, dict[str, int]] = {
     "nyud-b": {"channels": 1536, "state": 16, "height": 28, "width": 36, "orders": 4},

@@ -1,0 +1,45 @@
+"""The command line of `pamm data`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import replace
+
+from pamm.command_line import parser
+from pamm.files import shown
+
+
+def main(arguments: list[str]) -> int:
+    own = parser("data")
+    own.add_argument(
+        "source",
+        metavar="FOLDER|RECIPE",
+        help="a folder data set, a recipe's name or an experiment.yaml; of equal names the recipe's is meant, ./NAME the folder",
+    )
+    own.add_argument("--root", help="with a recipe: folder of the data set, in place of the configured one")
+    own.add_argument("--deep", action="store_true", help="read every file; tell what labels hold and all that is wrong")
+    own.add_argument(
+        "--val-fraction", type=float, help="as data.val_fraction: share of train that is the validation split"
+    )
+    plain = own.parse_args(arguments)
+    from pamm.build import check_options
+    from pamm.config.experiment import Experiment, check
+    from pamm.config.recipes import named_data
+    from pamm.data import DATASETS
+    from pamm.data.inspect import format_inspection, inspect_dataset, reading_workers
+
+    experiment = named_data(plain.source, plain.root)
+    config, own_options = experiment.data, {name: task.options for name, task in experiment.tasks.items()}
+    check_options(experiment)
+    if plain.val_fraction is not None:
+        config = replace(config, val_fraction=plain.val_fraction)
+        check(Experiment(data=config))
+    print(f"data set: {config.name}, {shown(config.root) if config.root else 'made here, kept in the cache'}")
+    if hasattr(DATASETS[config.name], "prepare"):
+        for split in ("train", "val"):
+            DATASETS[config.name].open(config, split, {}).prepare(workers=os.cpu_count() or 1)
+    how = {"deep": plain.deep, "workers": reading_workers(), "progress": sys.stderr.isatty()}
+    rows = inspect_dataset(config, options=own_options, **how)
+    print(format_inspection(rows))
+    return 1 if any(row.problems for row in rows) else 0
