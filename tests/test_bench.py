@@ -13,6 +13,14 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+
+from pamm.cli import main as pamm
+from pamm.config.experiment import ExpertsConfig, ModelConfig, ReleasedConfig, check
+from pamm.config.recipes import get_recipe
+from pamm.models.registry import build_model
+from pamm.nn.serialize import scan_orders
+from pamm.ops import selective_scan
+from pamm.tasks import TASKS, create_task
 from speed import BenchError, child, run
 from speed.command import main, scan_shape
 from speed.layers import CASES, LEARNING, workload
@@ -26,14 +34,6 @@ from speed.plan import PLAN
 from speed.record import FIELDS, append, complete
 from speed.scaling import AXES, varied
 from speed.train import random_label
-
-from pamm.cli import main as pamm
-from pamm.config.experiment import ExpertsConfig, ModelConfig, ReleasedConfig, check
-from pamm.config.recipes import get_recipe
-from pamm.models.registry import build_model
-from pamm.nn.serialize import scan_orders
-from pamm.ops import selective_scan
-from pamm.tasks import TASKS, create_task
 from tiny import BACKBONE, DECODER, MODEL
 
 SIZE = (48, 64)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from command import run_command
 from data.packages import make_pascal, write_ids
-from pamm.cli import COMMANDS
+from pamm.command_line import COMMANDS
 from pamm.config.experiment import dump
 from pamm.images import image_size
 from pamm.training.run import train

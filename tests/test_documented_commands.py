@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pamm.cli import COMMANDS, main, parse_experiment
+from pamm.cli import main
+from pamm.command_line import COMMANDS, parse_experiment
 from pamm.config.experiment import Experiment, TrainConfig, check
 from pamm.config.recipes import RECIPES, get_recipe
 from pamm.config.strict import ConfigError

@@ -10,11 +10,12 @@ from PIL import Image
 
 from command import run_command
 from data.packages import write_ids
-from pamm.cli import parse_experiment, run_folder
+from pamm.command_line import parse_experiment
 from pamm.config.experiment import dump
 from pamm.config.recipes import RECIPES, get_recipe
 from pamm.config.strict import ConfigError
 from pamm.data import DataError
+from pamm.training.command import run_folder
 from tiny import experiment
 
 

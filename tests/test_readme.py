@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pamm.cli import main, parse_experiment
+from pamm.cli import main
+from pamm.command_line import parse_experiment
 from pamm.config.experiment import DataConfig, ModelConfig, TaskConfig
 from pamm.models.registry import build_model
 from pamm.official.mtmamba import layout

@@ -12,7 +12,7 @@ from PIL import Image
 
 from command import run_command
 from pamm.build import create_tasks, label_options
-from pamm.cli import parse_experiment
+from pamm.command_line import parse_experiment
 from pamm.config.experiment import DataConfig, Experiment, TaskConfig, dump, load
 from pamm.config.strict import ConfigError
 from pamm.data import open_dataset

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import pamm
-from pamm.cli import COMMANDS
+from pamm.command_line import COMMANDS
 from pamm.training.run import train
 from tiny import experiment
 

@@ -18,7 +18,7 @@ from pamm.ablate.result import collect, mean_and_spread, printed_notes
 from pamm.ablate.runs import make_plan
 from pamm.ablate.tables import TABLES, AblationRow, AblationTable
 from pamm.build import create_tasks
-from pamm.cli import parse_experiment
+from pamm.command_line import parse_experiment
 from pamm.config.experiment import dump
 from pamm.config.recipes import get_recipe
 from pamm.config.strict import ConfigError

@@ -14,7 +14,7 @@ import torch
 from timm.models.swin_transformer import WindowAttention as TimmAttention
 from torch.nn import functional as F
 
-from pamm.cli import parse_experiment
+from pamm.command_line import parse_experiment
 from pamm.config.experiment import BackboneConfig, ModelConfig, MTMambaConfig, dump, load
 from pamm.config.recipes import MTMAMBA_VARIANTS, get_recipe
 from pamm.config.strict import ConfigError, to_dict

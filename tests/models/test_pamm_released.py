@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pamm.cli import parse_experiment
+from pamm.command_line import parse_experiment
 from pamm.config.experiment import ExpertsConfig, ModelConfig, PAMMConfig, ReleasedConfig
 from pamm.config.recipes import VARIANTS, get_recipe
 from pamm.config.strict import ConfigError, from_dict, to_dict

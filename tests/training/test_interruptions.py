@@ -133,8 +133,8 @@ def evaluate(arguments):
     os.kill(next(iter(metric.pool._processes)), signal.SIGKILL)  # the other has to be ended
     metric.compute()
 
-import pamm.cli
-pamm.cli.COMMANDS["eval"] = ("", evaluate)
+from pamm.command_line import COMMANDS
+COMMANDS["eval"] = ("", "__main__:evaluate")
 sys.exit(main(["eval"]))
 """
 
