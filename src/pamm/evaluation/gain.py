@@ -305,7 +305,7 @@ def _score(value: Any) -> float | None:
 
 @cache
 def _data() -> dict[str, Any]:
-    return yaml.safe_load(files("pamm").joinpath("papers.yaml").read_text(encoding="utf-8"))
+    return yaml.safe_load(files("pamm.evaluation").joinpath("papers.yaml").read_text(encoding="utf-8"))
 
 
 def _table(values: Mapping[str, Any]) -> PaperTable:
