@@ -142,7 +142,7 @@ def with_tasks_of_folder(experiment: Experiment) -> Experiment:
     if not tasks or not absent:
         return experiment
     if is_first_process():
-        print(f"tasks: {', '.join(tasks)} ({shown(experiment.data.root)} has no labels for {', '.join(absent)})")
+        print(f"tasks: {', '.join(tasks)} ({shown(experiment.data.root, 300)} has no labels for {', '.join(absent)})")
     return replace(experiment, tasks=tasks)
 
 

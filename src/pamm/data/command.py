@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
     if plain.val_fraction is not None:
         config = replace(config, val_fraction=plain.val_fraction)
         check(Experiment(data=config))
-    print(f"data set: {config.name}, {shown(config.root) if config.root else 'made here, kept in the cache'}")
+    print(f"data set: {config.name}, {shown(config.root, 300) if config.root else 'made here, kept in the cache'}")
     if hasattr(DATASETS[config.name], "prepare"):
         for split in ("train", "val"):
             DATASETS[config.name].open(config, split, {}).prepare(workers=os.cpu_count() or 1)

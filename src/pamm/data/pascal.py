@@ -159,8 +159,9 @@ class PascalContext(PackagedDataset):
 
 def read_objects(path: Path) -> list[tuple[int, list[tuple[str, np.ndarray]]]]:
     """PASCAL-Part annotation → per object its category and parts, each a name and an (H, W) mask. Raises DataError."""
+    annotation = _load_mat(path, "anno")
     try:
-        listed = _load_mat(path, "anno")[0][0][1]
+        listed = annotation[0][0][1]
         objects = listed[0] if listed.size else []
         found = [
             (int(entry[1][0][0]), [(str(part[0][0]), part[1]) for part in entry[3][0]] if entry[3].size else [])

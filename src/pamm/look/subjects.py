@@ -62,7 +62,7 @@ def from_files(patterns: Sequence[str | Path]) -> Subjects:
     if inputs.unread:
         path, reason = inputs.failures()[0]
         raise LookError(
-            f"{len(inputs.unread)} of the files given are not read, e.g. {shown(path)}: {reason}; or name the images, e.g. "
+            f"{len(inputs.unread)} of the files given are not read, e.g. {shown(path, 300)}: {reason}; or name the images, e.g. "
             "'photos/*.jpg'"
         )
     paths = inputs.images

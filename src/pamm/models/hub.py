@@ -30,7 +30,9 @@ def repository_name(source: str) -> str:
     if source.startswith(SCHEME):
         if NAME.fullmatch(name):
             return name
-        raise CheckpointError(f"'{shown(source)}' is no repository of the Hugging Face Hub: expected hf:owner/name")
+        raise CheckpointError(
+            f"'{shown(source, 300)}' is no repository of the Hugging Face Hub: expected hf:owner/name"
+        )
     tried = f"nothing at {shown(os.path.abspath(os.path.expanduser(source)), 300)}{_near(source)}"
     if not NAME.fullmatch(name):
         raise CheckpointError(

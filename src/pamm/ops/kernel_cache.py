@@ -112,11 +112,11 @@ def _refused(folder: Path, handle: int) -> str | None:
     known += [(folder.parent, os.stat(folder.parent)), (folder, os.fstat(handle))]
     for path, status in known:
         if status.st_uid != os.geteuid():
-            return f"{shown(path)} belongs to another user (number {status.st_uid}); set XDG_CACHE_HOME to a folder of your own"
+            return f"{shown(path, 300)} belongs to another user (number {status.st_uid}); set XDG_CACHE_HOME to a folder of your own"
         if not stat.S_ISLNK(status.st_mode) and status.st_mode & OTHERS:
             return (
-                f"{shown(path)} may be written by other users; remove the files in it that are not yours, then: "
-                f"chmod go-w {shlex.quote(shown(path))}"
+                f"{shown(path, 300)} may be written by other users; remove the files in it that are not yours, then: "
+                f"chmod go-w {shlex.quote(shown(path, 300))}"
             )
     return None
 
