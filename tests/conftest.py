@@ -14,9 +14,9 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent / "benchmarks")]
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of reference outputs and real images beside the checkout; tests that need it skip where it is absent."""
+    """The folder beside the checkout with data/, photographs that may not be shipped; without it the test skips."""
     if not SHARED.is_dir():
-        pytest.skip(f"no folder {SHARED.name}/ beside the checkout: its golden outputs and real images are needed here")
+        pytest.skip(f"no folder {SHARED.name}/ beside the checkout: its photographs and labels are needed here")
     return SHARED
 
 

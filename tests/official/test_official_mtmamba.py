@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import re
 from dataclasses import replace
 
@@ -13,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+import golden
 from pamm.build import create_tasks
 from pamm.cli import main
 from pamm.config.experiment import BackboneConfig, DataConfig, ModelConfig, MTMambaConfig
@@ -26,35 +25,12 @@ from pamm.prediction import Predictor
 from pamm.tasks import create_task
 from tiny import MTMAMBA, SWIN
 
-CASES = ("mtmamba_nyud", "mtmamba_plus_pascal")
 SYSTEMS = ("mtmamba", "mtmamba++")
 
 
-def formula_of(shared):
-    spec = importlib.util.spec_from_file_location("formula", shared / "golden" / "formula.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(params=CASES)
-def golden(request, shared):
-    """(case, arrays, weights as the formula gives them, formula)."""
-    formula = formula_of(shared)
-    case = json.loads((shared / "golden" / f"{request.param}.json").read_text())
-    arrays = np.load(shared / "golden" / f"{request.param}.npz")
-    state = {key: torch.from_numpy(formula.tensor(key, tuple(shape))) for key, shape in case["state"].items()}
-    return case, arrays, state, formula
-
-
-def features(arrays) -> list[torch.Tensor]:
-    return [torch.from_numpy(arrays[f"feature/{i}"]) for i in range(4)]
-
-
-def deviation(ours: torch.Tensor, reference: np.ndarray) -> float:
-    """Largest difference as a share of the reference's largest magnitude."""
-    assert tuple(ours.shape) == reference.shape
-    return float(np.abs(ours.detach().numpy() - reference).max() / np.abs(reference).max())
+@pytest.fixture(params=("mtmamba_nyud", "mtmamba_plus_pascal"))
+def published_case(request) -> golden.GoldenCase:
+    return golden.GoldenCase(request.param)
 
 
 def published(model, system: str) -> dict[str, torch.Tensor]:
@@ -82,35 +58,31 @@ def build(system="mtmamba", names=("semseg", "depth"), backbone=SWIN, **changes)
 # -- the published implementations -------------------------------------------------------------------------------------------
 
 
-def test_outputs_and_maps_are_the_published_ones(golden, form):
-    case, arrays, state, _ = golden
-    model = form(load(state, image_size=tuple(case["image"])))
-    assert list(model.tasks) == case["tasks"] and not model.training
-    assert {name: task.channels for name, task in model.tasks.items()} == case["num_output"]
+def test_outputs_and_maps_are_the_published_ones(published_case, form):
+    case = published_case
+    model = form(load(case.state, image_size=case.image_size))
+    assert list(model.tasks) == case.tasks and not model.training
+    assert {name: task.channels for name, task in model.tasks.items()} == case.facts["num_output"]
     with torch.no_grad(), intermediates(model) as maps:
-        logits = model.decode(features(arrays), tuple(case["image"]))
-    assert {f"mid/{name}" for name in maps} == {name for name in arrays if name.startswith("mid/")}
-    for name, value in maps.items():
-        assert deviation(value, arrays[f"mid/{name}"]) < 1e-5, name
-    for task in case["tasks"]:
-        assert deviation(logits[task], arrays[f"output/{task}"]) < 1e-5, task
+        logits = model.decode(case.features(), case.image_size)
+    found = {f"mid/{name}": value for name, value in maps.items()}
+    found |= {f"output/{name}": value for name, value in logits.items()}
+    assert found.keys() == set(case.maps())
+    for name, value in found.items():
+        assert case.deviation(name, value) < 1e-5, name
 
 
-def test_gradients_are_the_published_ones_under_their_names(golden, form):
-    case, arrays, state, formula = golden
-    model = form(load(state, image_size=tuple(case["image"])), training=True)
-    logits = model.decode(features(arrays), tuple(case["image"]))
-    weights = {
-        t: torch.from_numpy(formula.image(f"{case['name']}/weight/{t}", tuple(x.shape))) for t, x in logits.items()
-    }
-    sum((x * weights[t]).mean() for t, x in logits.items()).backward()
+def test_gradients_are_the_published_ones_under_their_names(published_case, form):
+    case = published_case
+    model = form(load(case.state, image_size=case.image_size), training=True)
+    case.loss(model.decode(case.features(), case.image_size)).backward()
     ours = gradients(model)
-    assert ours.keys() == state.keys()
+    assert ours.keys() == case.state.keys()
     for key, gradient in ours.items():
-        expected = case["grad_norm"].get(key)
+        expected = case.facts["grad_norm"].get(key)
         assert (gradient is None) == (expected is None), key
         if gradient is not None:
-            assert gradient.shape == state[key].shape
+            assert gradient.shape == case.state[key].shape
             assert gradient.norm().item() == pytest.approx(expected, rel=1e-3), key
 
 
@@ -123,8 +95,8 @@ def test_gradients_are_the_published_ones_under_their_names(golden, form):
         ("pascal-mtmamba-plus", "mtmamba_plus_pascal", 343_231_606),
     ],
 )
-def test_recipes_have_the_published_keys_shapes_and_sizes(recipe, manifest, parameters, shared):
-    listed = json.loads((shared / "golden" / f"{manifest}_swinl_keys.json").read_text())
+def test_recipes_have_the_published_keys_shapes_and_sizes(recipe, manifest, parameters):
+    listed = golden.manifest(f"{manifest}_swinl")
     experiment = get_recipe(recipe)
     with torch.device("meta"):
         config = replace(experiment.model, backbone=replace(experiment.model.backbone, pretrained=False))

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import logging
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import golden
 import pamm
 from pamm import official
 from pamm.build import create_model
@@ -29,127 +27,105 @@ from pamm.official.pamm import table
 from pamm.tasks import create_task
 from tiny import BACKBONE
 
-GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
-CASES = sorted(path.stem for path in GOLDEN.glob("pamm_released_*.npz"))
+CASES = ("pamm_released_pascal", "pamm_released_nyud", "pamm_released_pascal_z")
 SIZE = (48, 64)
 STAGE = "backbone.stage_MTLoRA_mamba.0"
 
 
-class Golden:
-    """One case: the checkpoint by formula, its loaded model after a backward pass, and what the published code gave."""
+def load_case(case: golden.GoldenCase, state: object, **changes: object) -> pamm.MultiTaskModel:
+    arguments = {"image_size": case.image_size, "num_heads": case.facts["num_heads"], "scan": case.facts["scan"]}
+    return official.load(state, **(arguments | {"extras": case.extras} | changes)).eval()
+
+
+class Trained:
+    """The loaded model of a case after a backward pass, with what it computed."""
 
     def __init__(self, name: str, *, accelerated: bool):
-        spec = importlib.util.spec_from_file_location("golden_formula", GOLDEN / "formula.py")
-        self.formula = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(self.formula)
-        self.case = json.loads((GOLDEN / f"{name}.json").read_text())
-        with np.load(GOLDEN / f"{name}.npz") as maps:
-            self.expected = {key: torch.from_numpy(maps[key]) for key in maps.files}
-        self.state, self.extras = (self.tensors(self.case[kind]) for kind in ("state", "unregistered"))
-        self.model = self.load(self.state)
-        self.accelerated = accelerated
+        self.case = golden.GoldenCase(name)
+        self.model = load_case(self.case, self.case.state)
         if accelerated:
             pamm.accelerate(self.model, training=True)
-        for key in self.extras:
+        for key in self.case.extras:
             self.model.get_buffer(self.model.load_report.keys[key]).requires_grad_()
-        with official.intermediates(self.model) as self.maps:
-            self.outputs = self.model(self.expected["input"])
-        self.loss().backward()
+        with official.intermediates(self.model) as maps:
+            self.outputs = self.model(self.case.image())
+        self.maps = {name if name.startswith("order/") else f"mid/{name}": value for name, value in maps.items()}
+        self.case.loss(self.outputs).backward()
         self.gradients = official.gradients(self.model)
-
-    def tensors(self, shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
-        return {key: torch.from_numpy(self.formula.tensor(key, tuple(shape))) for key, shape in shapes.items()}
-
-    def load(self, state: object, **changes: object) -> pamm.MultiTaskModel:
-        case = self.case
-        arguments = {"image_size": tuple(case["image"]), "num_heads": case["num_heads"], "extras": self.extras}
-        return official.load(state, **(arguments | {"scan": case["scan"]} | changes)).eval()
-
-    def loss(self) -> torch.Tensor:
-        def weight(task: str, x: torch.Tensor) -> torch.Tensor:
-            return torch.from_numpy(self.formula.image(f"{self.case['name']}/weight/{task}", tuple(x.shape)))
-
-        return sum((x * weight(task, x)).mean() for task, x in self.outputs.items())
 
 
 @pytest.fixture(
     scope="module", params=[(name, how) for name in CASES for how in ("plain", "accelerated")], ids="-".join
 )
-def golden(request) -> Golden:
+def trained(request) -> Trained:
     name, how = request.param
-    return Golden(name, accelerated=how == "accelerated")
+    return Trained(name, accelerated=how == "accelerated")
 
 
-def test_golden_outputs(golden):
-    assert list(golden.outputs) == golden.case["tasks"]
-    for task, value in golden.outputs.items():
-        expected = golden.expected[f"output/{task}"]
-        assert value.shape == expected.shape
-        assert (value - expected).abs().max() <= 1e-5 * expected.abs().max(), task
+def test_golden_outputs(trained):
+    assert list(trained.outputs) == trained.case.tasks
+    for task, value in trained.outputs.items():
+        assert trained.case.deviation(f"output/{task}", value) <= 1e-5, task
 
 
-def test_golden_maps_and_orders(golden):
-    names = [key for key in golden.expected if key.startswith(("mid/", "order/"))]
-    assert {name.removeprefix("mid/") for name in names} == set(golden.maps)
-    for name in names:
-        value, expected = golden.maps[name.removeprefix("mid/")], golden.expected[name]
-        assert value.shape == expected.shape
-        if name.startswith("order/"):
-            assert torch.equal(value, expected)
-        else:
-            assert (value - expected).abs().max() <= 1e-5 * expected.abs().max(), name
+def test_golden_maps_and_orders(trained):
+    assert trained.maps.keys() == set(trained.case.maps("mid/", "order/"))
+    for name, value in trained.maps.items():
+        assert trained.case.deviation(name, value) <= 1e-5, name
 
 
-def test_golden_outputs_and_maps_without_gradients(golden, form):
+@pytest.mark.parametrize("name", CASES)
+def test_golden_outputs_and_maps_without_gradients(name, form):
     """As users predict: with experts and heads folded, where the form is not the plain one."""
-    model = form(golden.load(golden.state))
-    with torch.inference_mode(), pamm.official.intermediates(model) as maps:
-        found = {f"output/{task}": value for task, value in model(golden.expected["input"]).items()}
+    case = golden.GoldenCase(name)
+    model = form(load_case(case, case.state))
+    with torch.inference_mode(), official.intermediates(model) as maps:
+        found = {f"output/{task}": value for task, value in model(case.image()).items()}
     found |= {f"mid/{name}": value for name, value in maps.items()}
-    for name in (key for key in golden.expected if key.startswith(("mid/", "output/"))):
-        assert (found[name] - golden.expected[name]).abs().max() <= 1e-5 * golden.expected[name].abs().max(), name
+    for name in case.maps("mid/", "output/"):
+        assert case.deviation(name, found[name]) <= 1e-5, name
 
 
-def test_golden_gradient_norms(golden):
-    norms = golden.case["grad_norm"]
-    assert set(norms) <= set(golden.gradients)
+def test_golden_gradient_norms(trained):
+    facts = trained.case.facts
+    norms = facts["grad_norm"]
+    assert set(norms) <= set(trained.gradients)
     largest = max(norm for norm in norms.values() if norm is not None)
     for key, norm in norms.items():
-        gradient = golden.gradients[key]
+        gradient = trained.gradients[key]
         if norm is None:
             assert gradient is None, key
         else:
             assert float(gradient.norm()) == pytest.approx(norm, rel=1e-3, abs=1e-8 * largest), key
-            shape = golden.case["state"].get(key) or golden.case["unregistered"][key]
-            assert list(gradient.shape) == shape
+            assert list(gradient.shape) == (facts["state"].get(key) or facts["unregistered"][key])
 
 
-def test_golden_report_accounts_for_every_key(golden):
-    report = golden.model.load_report
-    assert set(report.used) | set(report.ignored) == golden.state.keys() | golden.extras.keys()
+def test_golden_report_accounts_for_every_key(trained):
+    report = trained.model.load_report
+    assert set(report.used) | set(report.ignored) == trained.case.state.keys() | trained.case.extras.keys()
     assert all(".conv2d0." in key for key in report.ignored) and report.missed == {}
-    assert {place.own for place in report.used.values()} == golden.model.state_dict().keys()
+    assert {place.own for place in report.used.values()} == trained.model.state_dict().keys()
 
 
-def test_golden_from_files_and_wrappers(golden, tmp_path):
-    prefixed = {f"module.{key}": value for key, value in golden.state.items()}
+def test_golden_from_files_and_wrappers(tmp_path):
+    case = golden.GoldenCase("pamm_released_nyud")
+    expected = load_case(case, case.state).state_dict()
+    prefixed = {f"module.{key}": value for key, value in case.state.items()}
     whole = {"optimizer": {"step": 3}, "scheduler": {}, "model": prefixed, "epoch": 5, "iter_count": 40_000}
     torch.save(whole, tmp_path / "checkpoint.pth.tar40000")
-    save_file({key: value.contiguous() for key, value in golden.state.items()}, tmp_path / "weights.safetensors")
-    extras = {f"module.{key}": value for key, value in golden.extras.items()}
+    save_file({key: value.contiguous() for key, value in case.state.items()}, tmp_path / "weights.safetensors")
     sources = (
         whole,
-        {"state_dict": golden.state},
+        {"state_dict": case.state},
         tmp_path / "checkpoint.pth.tar40000",
         str(tmp_path / "weights.safetensors"),
     )
     for source in sources:
-        model = golden.load(source, extras=extras)
-        if golden.accelerated:
-            pamm.accelerate(model, training=True)
-        outputs = model(golden.expected["input"])  # as golden.outputs, with gradients: not folded
-        assert list(outputs) == golden.case["tasks"]
-        assert all(torch.equal(outputs[task], golden.outputs[task]) for task in outputs)
+        model = load_case(case, source, extras={f"module.{key}": value for key, value in case.extras.items()})
+        assert list(model.tasks) == case.tasks
+        loaded = model.state_dict()
+        assert loaded.keys() == expected.keys()
+        assert all(torch.equal(value, expected[key]) for key, value in loaded.items())
 
 
 # -- a small network under the published names, which needs no reference files ---------------------------------------------
@@ -313,9 +289,9 @@ def test_another_size_is_resized_and_said(caplog):
     assert "48 positions taken as 8×6" in str(load(state, image_size=(128, 96)).load_report)
 
 
-def test_the_real_checkpoints_manifest(shared):
+def test_the_real_checkpoints_manifest():
     """A model of the recipe has the checkpoint's tensors, all of them but the dead branch and a class token's position."""
-    manifest = json.loads((shared / "golden/pamm_released_pascal_vitl_keys.json").read_text())
+    manifest = golden.manifest("pamm_released_pascal_vitl")
     state = {key: torch.empty(shape, device="meta") for key, shape in manifest["state"].items()}
     loaded = official.load(state)
     with torch.device("meta"):

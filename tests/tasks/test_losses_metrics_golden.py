@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
-import numpy as np
 import pytest
 import torch
 
+import golden
 from pamm.tasks import Task, create_task
 
 NAMES = {
@@ -31,14 +29,12 @@ METRICS = {
 
 
 @pytest.fixture(scope="module")
-def golden(shared):
-    values = json.loads((shared / "golden" / "losses_metrics.json").read_text())["values"]
-    with np.load(shared / "golden" / "losses_metrics.npz") as maps:
-        return values, {key: torch.from_numpy(maps[key]) for key in maps.files}
+def published():
+    return golden.losses()
 
 
-def case(golden, name: str, **options) -> tuple[Task, torch.Tensor, torch.Tensor]:
-    maps = golden[1]
+def case(published, name: str, **options) -> tuple[Task, torch.Tensor, torch.Tensor]:
+    maps = published[1]
     if name == "semseg":
         options["classes"] = [f"class {i}" for i in range(maps["semseg/logits"].shape[1])]
     task = create_task(NAMES[name], **options)
@@ -46,21 +42,21 @@ def case(golden, name: str, **options) -> tuple[Task, torch.Tensor, torch.Tensor
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_losses(golden, name: str) -> None:
-    task, logits, label = case(golden, name)
-    assert task.loss(logits, label).item() == pytest.approx(golden[0][f"loss/{name}"], rel=1e-5)
+def test_losses(published, name: str) -> None:
+    task, logits, label = case(published, name)
+    assert task.loss(logits, label).item() == pytest.approx(published[0][f"loss/{name}"], rel=1e-5)
 
 
-def test_edge_loss_with_another_weight(golden) -> None:
-    task, logits, label = case(golden, "edge", positive_weight=0.88)
-    assert task.loss(logits, label).item() == pytest.approx(golden[0]["loss/edge@0.88"], rel=1e-5)
+def test_edge_loss_with_another_weight(published) -> None:
+    task, logits, label = case(published, "edge", positive_weight=0.88)
+    assert task.loss(logits, label).item() == pytest.approx(published[0]["loss/edge@0.88"], rel=1e-5)
 
 
 @pytest.mark.parametrize("key", METRICS)
-def test_metrics(golden, key: str) -> None:
-    task, logits, label = case(golden, key.split("/")[1])
+def test_metrics(published, key: str) -> None:
+    task, logits, label = case(published, key.split("/")[1])
     metric = task.metric()
     metric.update(logits[:2], label[:2])
     metric.update(logits[2:], label[2:])
-    assert float(metric.compute()[METRICS[key]]) == pytest.approx(golden[0][key], rel=1e-5)
-    assert {k for k in golden[0] if k.startswith("metric/")} == set(METRICS)
+    assert float(metric.compute()[METRICS[key]]) == pytest.approx(published[0][key], rel=1e-5)
+    assert {k for k in published[0] if k.startswith("metric/")} == set(METRICS)
