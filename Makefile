@@ -1,11 +1,17 @@
 # make demo: a network learns six maps from one image, in minutes on a CPU.   make test: the test suite (test-all: with tests of minutes).
+# make lint: style, types, spelling, large files.   make format: the linter's repairs.   make hooks: the same checks before every commit.
+# make sanitize, make test-clang: the C kernels' tests with sanitizers, and with clang.   make test-oldest: the oldest torch, timm and numpy.
 # make fuzz: 12 000 damaged files for all readers of foreign files, some minutes.
 # make bench: speed and memory against plain forms, some thirty minutes on two cores, and their page in benchmarks/speed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PYTHON_FILES := src tests benchmarks
 
-.PHONY: demo test test-all fuzz lint bench clean
+KERNEL_TESTS := tests/ops tests/kernels
+ASAN := $(shell gcc -print-file-name=libasan.so) $(shell gcc -print-file-name=libubsan.so)
+
+.PHONY: demo test test-all fuzz lint format hooks sanitize test-clang test-oldest bench clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -15,9 +21,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 demo: $(VENV)/ready
 	$(BIN)/pamm demo
 
-test: $(VENV)/ready
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check src tests
+test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not exhaustive" --numprocesses 2 --dist loadfile
 
 test-all: $(VENV)/ready
@@ -27,8 +31,25 @@ fuzz: $(VENV)/ready
 	cd tests && ../$(BIN)/python -W error -m fuzz --inputs 12000
 
 lint: $(VENV)/ready
-	$(BIN)/ruff check --fix src tests
-	$(BIN)/ruff format src tests
+	$(BIN)/ruff check $(PYTHON_FILES)
+	$(BIN)/ruff format --check $(PYTHON_FILES)
+	$(BIN)/codespell $$(git ls-files)
+	$(BIN)/check-added-large-files --enforce-all --maxkb=1000 $$(git ls-files)
+
+format: $(VENV)/ready
+	$(BIN)/ruff check --fix $(PYTHON_FILES)
+	$(BIN)/ruff format $(PYTHON_FILES)
+
+hooks: $(VENV)/ready
+	$(BIN)/pre-commit install
+
+# A kernel is compiled by what CC names, flags included; a cache of its own keeps these libraries apart.
+sanitize: $(VENV)/ready
+	CC="gcc -g -fsanitize=address,undefined -fno-sanitize-recover=all" LD_PRELOAD="$(ASAN)" ASAN_OPTIONS=detect_leaks=0 \
+	XDG_CACHE_HOME=$(CURDIR)/$(VENV)/sanitize OMP_NUM_THREADS=2 $(BIN)/python -m pytest $(KERNEL_TESTS)
+
+test-clang: $(VENV)/ready
+	CC=clang XDG_CACHE_HOME=$(CURDIR)/$(VENV)/clang OMP_NUM_THREADS=2 $(BIN)/python -m pytest $(KERNEL_TESTS)
 
 bench: $(VENV)/ready
 	$(BIN)/pamm bench all --out benchmarks/speed/results.jsonl

@@ -33,7 +33,7 @@ def in_fresh_process(module: str, code: str, **environment: str) -> str:
 
 def freshly_compiled(module: str, code: str, flag: str, cache: Path) -> str:
     """As `in_fresh_process`, with one kernel compiled with a flag more into an empty cache."""
-    printed = in_fresh_process(module, code, CC=f"cc {flag}", XDG_CACHE_HOME=str(cache))
+    printed = in_fresh_process(module, code, CC=f"{os.environ.get('CC', 'cc')} {flag}", XDG_CACHE_HOME=str(cache))
     assert sorted(path.suffix for path in (cache / "pamm" / "kernels").iterdir()) == [".sha256", ".so"]
     return printed
 

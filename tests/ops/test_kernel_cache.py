@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from c_kernels import needs_x86
 from pamm.ops import kernel_cache
 from pamm.ops.compiled import Kernel
 
@@ -274,3 +275,67 @@ def test_without_a_cache_the_kernel_still_runs(folder, tmp_path, monkeypatch):
     (tmp_path / "cache").write_text("a file where the folder should be")
     monkeypatch.setenv("HOME", "/dev/null")
     assert answer(folder) == 42
+
+
+def python(*code: str, **options) -> subprocess.Popen:
+    """Another process that runs lines of code."""
+    lines = ["from pathlib import Path", "from pamm.ops import kernel_cache", *code]
+    return subprocess.Popen([sys.executable, "-c", "\n".join(lines)], text=True, stdout=subprocess.PIPE, **options)
+
+
+def test_the_first_compilation_is_told_in_one_line(folder, tmp_path):
+    (tmp_path / "other.c").write_text(SOURCE)
+    load = [f"kernel_cache.load(Path({str(tmp_path / name)!r}))" for name in ("kernel.c", "other.c")]
+    for told in (["compiling the C kernels, some seconds"], []):
+        out, errors = python(*load, stderr=subprocess.PIPE).communicate()
+        assert (out, errors.splitlines()) == ("", told)
+
+
+def test_the_libraries_used_last_are_kept_and_those_in_use(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(kernel_cache, "KEPT", 2)
+    source = tmp_path / "kernel.c"
+    text = source.read_text()
+    versions = [f"{text}// version {number}\n" for number in range(5)]
+    libraries = []
+
+    def note_the_new_one() -> None:
+        (new,) = set(folder.glob("*.so")) - set(libraries)
+        libraries.append(new)
+
+    load = f"kernel_cache.load(Path({str(source)!r}))"
+    with python("while input():", f" {load}", " print(flush=True)", stdin=subprocess.PIPE) as earlier:
+        for version in versions[:3]:
+            source.write_text(version)
+            earlier.stdin.write("go on\n")
+            earlier.stdin.flush()
+            earlier.stdout.readline()
+            note_the_new_one()
+        earlier.communicate("\n")
+    cut_off = folder / "pamm-cut-off"
+    cut_off.mkdir()
+    os.utime(cut_off, (0, 0))
+    source.write_text(versions[0])
+    with python(load, "print(flush=True)", "input()", stdin=subprocess.PIPE) as user:
+        user.stdout.readline()
+        for last_use, library in enumerate(libraries):
+            os.utime(library, (last_use, library.stat().st_mtime))
+        source.write_text(versions[3])
+        assert answer(folder) == 42
+        note_the_new_one()
+        assert sorted(folder.glob("*.so")) == sorted(libraries[i] for i in (0, 2, 3))
+        user.communicate("\n")
+    source.write_text(versions[4])
+    assert answer(folder) == 42
+    note_the_new_one()
+    kept = sorted(f"{library.name}{suffix}" for library in libraries[3:] for suffix in ("", ".sha256"))
+    assert sorted(path.name for path in folder.iterdir()) == kept
+
+
+@needs_x86
+def test_machines_with_other_processors_have_libraries_of_their_own(folder, tmp_path, monkeypatch):
+    """They may share a home folder. Here a compiler of one name stands for that of two machines."""
+    monkeypatch.setenv("CC", str(tmp_path / "compiler"))
+    for number, flags in enumerate(["", "-mno-avx512f -mno-avx"], 1):
+        script(tmp_path, f'exec cc "$@" {flags}')
+        python(f"kernel_cache.load(Path({str(tmp_path / 'kernel.c')!r}))").communicate()
+        assert len(list(folder.glob("*.so"))) == number

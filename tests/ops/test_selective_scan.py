@@ -12,7 +12,8 @@ from c_kernels import (
     needs_x86,
 )
 from pamm.nn.serialize import row_column_orders, scan_orders
-from pamm.ops.selective_scan import ENGINES, choose, explain, selective_scan
+from pamm.ops.selective_scan import ENGINES, choose, explain, native, selective_scan
+from pamm.ops.selective_scan.inputs import Inputs
 
 FLOAT32_TOLERANCE = 2e-5
 """Largest error of a float32 engine, relative to the largest value of the float64 reference's tensor."""
@@ -355,6 +356,19 @@ def test_kernel_of_older_processors(narrower, tmp_path):
     )
     lanes = freshly_compiled("test_selective_scan", code, narrower, tmp_path)
     assert dict(zip(NARROWER, ("8 channels per vector", "4 channels per vector"), strict=True))[narrower] in lanes
+
+
+@pytest.mark.skipif("native" not in RUNNING, reason="no C kernel here")
+@pytest.mark.parametrize("per_order", [False, True])
+def test_the_kernel_computes_on_the_cpu_whatever_the_default_device(per_order):
+    inputs, orders = problem(**CASES["odd"], per_order=per_order)
+    given = Inputs(*(inputs[name].detach() for name in NAMES), orders, True)
+    y, kept = native.forward(given, True)
+    expected = [y, *native.backward(y, given, kept)]
+    with torch.device("meta"):
+        y, kept = native.forward(given, True)
+        found = [y, *native.backward(y, given, kept)]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_native_engine_says_what_it_refuses():

@@ -143,7 +143,7 @@ def kernel_head(
     small: Tensor, weight: Tensor, bias: Tensor, predict: Tensor, predict_bias: Tensor, eps: float, size: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`trained` as one node of a graph."""
-    means, squares = (torch.empty(len(small), len(weight), dtype=torch.float64) for _ in range(2))
+    means, squares = (small.new_empty((len(small), len(weight)), dtype=torch.float64) for _ in range(2))
     _run("statistics", small, size, len(predict), {"mean": means, "squares": squares})
     mean = means.mean(0)
     positions = size[0] * size[1] * size[2] ** 2

@@ -58,7 +58,8 @@ def left_to_torch() -> bool:
         return False
     if _torch_alone.get() or forward_ad._current_level >= 0:
         return True
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    # Private, as there is no public way to ask: tests of forward mode and torch.func run with the oldest and newest torch.
+    return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class Kernel:
@@ -78,9 +79,12 @@ class Kernel:
             return f"vectors of {library.vector_lanes()} numbers, which are too narrow for it to pay"
         return reason
 
-    def library(self) -> ctypes.CDLL | None:
-        """The functions; None where the kernel is unavailable."""
-        return self._loaded[0]
+    def library(self) -> ctypes.CDLL:
+        """The functions. Raises BuildError where the kernel is unavailable."""
+        library, reason = self._loaded
+        if library is None:
+            raise kernel_cache.BuildError(f"{self.source.name}: {reason}")
+        return library
 
     def workspace(self, name: str, size: int) -> int:
         """Address of `size` floats of scratch memory of the calling thread: fresh pages cost more than the arithmetic.

@@ -2,6 +2,8 @@
 
 A library is loaded only from a folder that belongs to this process's user and that no other may write, and only while it is
 the file whose digest stands beside it. Whatever is wrong with the compiler or the cache ends in a reason, not in an error.
+
+The first compilation of a process is told in one line on stderr, by the logger of this module: `logging` silences it.
 """
 
 from __future__ import annotations
@@ -32,6 +34,12 @@ FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-pthread", "-Wno-psabi")
 NATIVE = ("-march=native", "-mcpu=native")
 """Flags for this very processor; the first that the compiler takes is used."""
 
+KEPT = 100
+"""Libraries that the folder may hold: some ten machines' that share a home folder, about ten megabytes."""
+
+DAY = 86400
+"""Seconds after which the folder of a compilation that was cut off is removed."""
+
 PATIENCE_VERSION, PATIENCE = 10.0, 120.0
 """Seconds after which a compiler that was asked for its version, or to compile, is taken to hang."""
 
@@ -52,32 +60,40 @@ def load(source: Path) -> ctypes.CDLL:
     if os.name != "posix":
         raise BuildError(f"the C kernel needs POSIX threads, this is {platform.system()}")
     compiler, version = _compiler(os.environ.get("CC"))
-    parts = [*_texts(source), *map(os.fsencode, (*compiler, *FLAGS)), version, _processor().encode()]
+    native, instructions = _target(tuple(compiler))
+    parts = [*_texts(source), *map(os.fsencode, (*compiler, *FLAGS, *native)), version, instructions]
     name = f"{source.stem}-{hashlib.sha256(bytes(1).join(parts)).hexdigest()[:20]}.so"
     with _place() as (folder, objection):
-        if objection:
-            _tell(objection)
-        elif _sound(folder, name):
+        if folder and _in_use(f"{folder}/{name}") and _sound(folder, name):
             return ctypes.CDLL(f"{folder}/{name}")
+        _tell(
+            f"every process compiles the C kernels anew: {objection}"
+            if objection
+            else "compiling the C kernels, some seconds"
+        )
         with tempfile.TemporaryDirectory(prefix="pamm-", dir=folder) as new:
             made = Path(new) / name
-            _compile(compiler, source, made)
+            _compile([*compiler, *FLAGS, *native], source, made)
             library = ctypes.CDLL(str(made))
             if folder:
                 with suppress(OSError):  # of a full disk: the library is loaded, and the next process compiles it again
                     _keep(made, Path(folder))
+                    _prune(Path(folder))
         return library
 
 
 def objection() -> str | None:
     """Why compiled kernels are not kept for the next process, or None."""
+    if os.name != "posix":  # where there are none
+        return None
     with _place() as (_, reason):
         return reason
 
 
-@lru_cache(maxsize=1)
-def _tell(reason: str) -> None:
-    log.warning("every process compiles the C kernels anew: %s", reason)
+@lru_cache(maxsize=8)
+def _tell(message: str) -> None:
+    """Log a message, once in a process."""
+    log.warning(message)
 
 
 # -- the folder ----------------------------------------------------------------------------------------------------------
@@ -112,13 +128,52 @@ def _refused(folder: Path, handle: int) -> str | None:
     known += [(folder.parent, os.stat(folder.parent)), (folder, os.fstat(handle))]
     for path, status in known:
         if status.st_uid != os.geteuid():
-            return f"{shown(path, 300)} belongs to another user (number {status.st_uid}); set XDG_CACHE_HOME to a folder of your own"
+            other = f"{shown(path, 300)} belongs to another user (number {status.st_uid})"
+            return f"{other}; set XDG_CACHE_HOME to a folder of your own"
         if not stat.S_ISLNK(status.st_mode) and status.st_mode & OTHERS:
             return (
                 f"{shown(path, 300)} may be written by other users; remove the files in it that are not yours, then: "
                 f"chmod go-w {shlex.quote(shown(path, 300))}"
             )
     return None
+
+
+_held: list[int] = []
+"""Open files of the libraries that this process uses, each with a shared lock."""
+
+
+def _in_use(path: str) -> bool:
+    """Note that this process uses a library: until it ends, no other removes it. False where there is none to use."""
+    import fcntl
+
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        os.utime(handle, ns=(time.time_ns(), os.fstat(handle).st_mtime_ns))
+    except BlockingIOError:  # it is being removed
+        os.close(handle)
+        return False
+    except OSError:  # a file system without locks, where nothing is removed
+        pass
+    _held.append(handle)
+    return True
+
+
+def _prune(folder: Path) -> None:
+    """Remove libraries beyond the `KEPT` that were used last, if no process uses them, and what cut-off compilations left."""
+    import fcntl
+
+    for path in sorted(folder.glob("*.so"), key=lambda path: path.lstat().st_atime_ns, reverse=True)[KEPT:]:
+        with suppress(OSError), open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+            path.with_name(_digest_name(path.name)).unlink()
+    for path in folder.glob("pamm-*"):
+        if time.time() - path.lstat().st_mtime > DAY:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _sound(folder: str, name: str) -> bool:
@@ -140,7 +195,9 @@ def _read(path: str) -> bytes | None:
 
 
 def _keep(made: Path, folder: Path) -> None:
-    """Move a compiled library into the cache, with its digest; both are on the disk before they have their names.
+    """Move a compiled library, which this process uses, into the cache, with its digest.
+
+    Both are on the disk before they have their names.
 
     A process killed in between leaves a library whose digest is absent or another's, which the next one compiles again.
     """
@@ -149,6 +206,7 @@ def _keep(made: Path, folder: Path) -> None:
     for file in (made, digest):
         file.chmod(0o700 if file == made else 0o600)
         _sync(file)
+    _in_use(str(made))
     for file in (made, digest):
         file.replace(folder / file.name)
     _sync(folder)
@@ -193,6 +251,19 @@ def _version(compiler: tuple[str, ...]) -> bytes:
     return _run([*compiler, "--version"], PATIENCE_VERSION)[1]
 
 
+@lru_cache(maxsize=8)
+def _target(compiler: tuple[str, ...]) -> tuple[tuple[str, ...], bytes]:
+    """The compiler's flags for this processor, and the instructions that it then uses.
+
+    These are the macros that it defines: they tell processors apart on every system, where a home folder serves several.
+    """
+    for native in NATIVE:
+        status, macros = _run([*compiler, native, "-dM", "-E", "-xc", os.devnull], PATIENCE_VERSION)
+        if status == 0:
+            return (native,), macros
+    return (), b""
+
+
 def _texts(source: Path) -> list[bytes]:
     """A C file's text and those of all it includes from here."""
     text = source.read_bytes()
@@ -200,17 +271,14 @@ def _texts(source: Path) -> list[bytes]:
     return [text, *(part for name in included for part in _texts(source.parent / os.fsdecode(name)))]
 
 
-def _compile(compiler: list[str], source: Path, made: Path) -> None:
+def _compile(command: list[str], source: Path, made: Path) -> None:
     """Compile `source` to the library `made`. Raises BuildError with the compiler's own words."""
-    for native in (*NATIVE, None):
-        arguments = [*FLAGS, *([native] if native else [])]
-        status, printed = _run([*compiler, *arguments, "-o", str(made), str(source)], PATIENCE)
-        if status == 0 and made.is_file():
-            return
+    status, printed = _run([*command, "-o", str(made), str(source)], PATIENCE)
+    if status == 0 and made.is_file():
+        return
     lines = printed.decode(errors="replace").strip().splitlines() or ["no message"]
     told = next((line for line in lines if "error" in line), lines[0]) if status else "it made no library"
-    command = shlex.join([*compiler, *arguments, source.name])
-    raise BuildError(f"'{shown(command, 200)}' failed: {shown(told, 200)}")
+    raise BuildError(f"'{shown(shlex.join([*command, source.name]), 200)}' failed: {shown(told, 200)}")
 
 
 def _run(command: list[str], patience: float) -> tuple[int, bytes]:
@@ -238,6 +306,7 @@ def _run(command: list[str], patience: float) -> tuple[int, bytes]:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        assert process.stdout
         process.stdout.close()
 
 
@@ -259,13 +328,3 @@ def _printed(process: subprocess.Popen, patience: float) -> bytes | None:
             if len(printed) > MOST_PRINTED:
                 return None
     return None
-
-
-def _processor() -> str:
-    """What tells processors with different instructions apart: a home folder may be shared by several machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-    except OSError:
-        lines = []
-    flags = (line for line in lines if line.lower().startswith(("flags", "features", "model name", "cpu part")))
-    return "\n".join([platform.machine(), platform.processor(), *sorted(set(flags))])

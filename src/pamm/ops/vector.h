@@ -29,19 +29,22 @@ INLINE vec splat(float value) { return value - (vec){0}; }
 
 INLINE vec select_vec(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) | (~mask & (ivec)no)); }
 
+/* Bytes that `width` numbers, at most those of a vector, take. */
+static inline size_t bytes_of(int64_t width, size_t each) { return width > 0 ? (size_t)smaller(width, LANES) * each : 0; }
+
 /* `width` neighbouring channels as a vector, the other lanes zero. */
 INLINE vec load_channels(const void *data, int64_t at, int64_t width, int64_t half) {
     hvec narrow = {0};
     vec wide = {0};
     if (half) {
-        memcpy(&narrow, (const uint16_t *)data + at, width < LANES ? width * sizeof(uint16_t) : sizeof narrow);
+        memcpy(&narrow, (const uint16_t *)data + at, width < LANES ? bytes_of(width, 2) : sizeof narrow);
         return (vec)(__builtin_convertvector(narrow, uvec) << 16);
     }
     if (width >= LANES) {
         memcpy(&wide, (const float *)data + at, sizeof wide);
         return wide;
     }
-    if (width > 0) memcpy(&wide, (const float *)data + at, width * sizeof(float));
+    memcpy(&wide, (const float *)data + at, bytes_of(width, 4));
     return wide;
 }
 
@@ -50,11 +53,11 @@ INLINE void store_channels(void *data, int64_t at, int64_t width, int64_t half, 
         uvec bits = (uvec)value, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
         ivec number = value == value;
         hvec narrow = __builtin_convertvector((rounded & (uvec)number) | (0x7fc0 & ~(uvec)number), hvec);
-        memcpy((uint16_t *)data + at, &narrow, width < LANES ? width * sizeof(uint16_t) : sizeof narrow);
+        memcpy((uint16_t *)data + at, &narrow, width < LANES ? bytes_of(width, 2) : sizeof narrow);
     } else if (width >= LANES) {
         memcpy((float *)data + at, &value, sizeof value);
     } else {
-        memcpy((float *)data + at, &value, width * sizeof(float));
+        memcpy((float *)data + at, &value, bytes_of(width, 4));
     }
 }
 

@@ -131,7 +131,7 @@ class _Call:
         setattr(self.problem, name, _View(tensor.data_ptr(), group, image, sets[0] if sets else 0, row))
 
     def output(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-        return self.array(name, torch.empty(shape, dtype=dtype))
+        return self.array(name, torch.empty(shape, dtype=dtype, device="cpu"))
 
     def reserve_parts(self) -> None:
         """Split the channels of one image into slices: as many jobs as are worth their memory."""
