@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PYTHON_FILES := src tests benchmarks
 
 KERNEL_TESTS := tests/ops tests/kernels
-ASAN := $(shell gcc -print-file-name=libasan.so) $(shell gcc -print-file-name=libubsan.so)
+ASAN = $(shell gcc -print-file-name=libasan.so) $(shell gcc -print-file-name=libubsan.so)
 
 .PHONY: demo test test-all fuzz lint format hooks sanitize test-clang test-oldest bench clean
 
