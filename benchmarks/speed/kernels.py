@@ -25,7 +25,13 @@ import torch
 from torch import nn
 
 from pamm.build import create_model
-from pamm.runtime.memory import keep_memory
+
+try:
+    from pamm.config.experiment import TrainConfig
+    from pamm.runtime.memory import keep_memory
+except ImportError:  # an older version, measured with --before
+    from pamm.experiment import TrainConfig
+    from pamm.memory import keep_memory
 
 TASKS = ("semseg", "human_parts", "sal", "normals", "edge")
 """PASCAL-Context's."""
@@ -83,8 +89,6 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
         from pamm.training.optimizer import create_optimizer
     except ImportError:  # an older version
         from pamm.optimizer import create_optimizer
-    from pamm.config.experiment import TrainConfig
-
     return create_optimizer(model, TrainConfig())
 
 
