@@ -58,7 +58,7 @@ def plan_of(base: Path, out: Path, *options: str, table: AblationTable | None = 
 def done(base, tmp_path_factory) -> Path:
     """The output folder of two rows with two seeds."""
     out = tmp_path_factory.mktemp("done") / "out"
-    assert main(["pamm-2", "--base", str(base), "--out", str(out), *ROWS], parse, lambda: True) == 0
+    assert main(["pamm-2", "--base", str(base), "--out", str(out), *ROWS]) == 0
     return out
 
 

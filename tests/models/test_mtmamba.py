@@ -20,10 +20,10 @@ from pamm.config.recipes import MTMAMBA_VARIANTS, get_recipe
 from pamm.config.strict import ConfigError, to_dict
 from pamm.models.mtmamba import CTM, SS2D, DenseHead, MTMambaDecoder
 from pamm.models.registry import build_model, rebuild_model
-from pamm.nn import joined
 from pamm.nn.serialize import row_column_orders
 from pamm.nn.task_layers import TaskDropPath, TaskLayerNorm
 from pamm.nn.window_attention import WindowAttention
+from pamm.runtime import distributed
 from pamm.tasks import create_task
 from pamm.training.run import train
 from tiny import BACKBONE, DECODER, MTMAMBA, SWIN, experiment
@@ -136,7 +136,7 @@ def test_dropped_paths_are_those_of_the_joined_batch(monkeypatch):
     x = torch.ones(3, 8, 2)
     torch.manual_seed(0)
     whole, halves = drop(x), []
-    monkeypatch.setattr(joined, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     for rank in (0, 1):
         monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
         torch.manual_seed(0)
