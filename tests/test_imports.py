@@ -20,7 +20,7 @@ MAY_USE = {
     "ops": {"files"},
     "nn": {"runtime"},
     "data": {"config", "files", "images", "runtime", "tasks"},
-    "models": {"config", "files", "nn", "ops", "runtime", "tasks"},
+    "models": {"config", "drawing", "files", "nn", "ops", "runtime", "tasks"},
     "kernels": {"config", "models", "nn", "ops", "runtime"},
     "build": {"config", "data", "models", "tasks"},
     "official": {"config", "data", "files", "models", "nn", "tasks"},
@@ -141,6 +141,7 @@ def test_the_base_install_suffices(module):
         "embreex",
         "scipy",
         "cv2",
+        "matplotlib",
         "triton",
     ]
     block = f"import sys; sys.modules.update(dict.fromkeys({extras!r})); import {module}"

@@ -127,8 +127,7 @@ def test_what_a_terminal_would_obey_is_escaped_in_messages(tmp_path):
 
 
 def test_a_page_shows_what_cannot_be_shown_as_escapes(tmp_path):
-    from pamm.drawing.page import escape, html_page
+    from pamm.drawing.page import write_report
 
-    text = escape(f"<b>{ODD}\x07")
-    assert text == r"&lt;b&gt;caf\xe9 \x1b[31mred→.png\x07"
-    (tmp_path / "page.html").write_text(html_page(ODD, [text]), encoding="utf-8")
+    page = write_report(tmp_path, title=f"<b>{ODD}\x07", rows=[], tasks={}, protocol="").read_text(encoding="utf-8")
+    assert r"<h1>&lt;b&gt;caf\xe9 \x1b[31mred→.png\x07</h1>" in page

@@ -19,7 +19,7 @@ from pamm.config.recipes import get_recipe
 from pamm.data import open_dataset
 from pamm.data.loader import train_loader
 from pamm.data.transforms import TrainTransform
-from pamm.drawing.page import format_table
+from pamm.drawing.table import score_table
 from pamm.evaluation.evaluate import Evaluation
 from pamm.models.backbone import create_backbone
 from pamm.models.model import MultiTaskModel
@@ -68,7 +68,7 @@ def main() -> None:
     for seed in plain.seeds:
         experiment = replace(base, name="linear probe", train=replace(base.train, seed=seed))
         rows.append((f"linear probe, seed {seed}", probe(experiment, plain.out / f"seed-{seed}").row))
-    print(format_table(rows, create_tasks(base)))
+    print(score_table(rows, create_tasks(base)))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pamm.drawing.table import Table
 from speed import BenchError
 
 FIELDS = (
@@ -93,9 +94,10 @@ def cells(line: Mapping[str, Any]) -> tuple[str, ...]:
         notes = [f"{line['images_per_second']:.1f} images/s"]
     else:
         notes = list(_notes(line))
+    dtype = "" if line["dtype"] in (None, "float32") else f", {line['dtype']}"
     return (
         line["case"],
-        line["what"],
+        line["what"] + dtype,
         line["candidate"],
         duration(seconds["median"]) if seconds else "–",
         f"{duration(seconds['q1'])} … {duration(seconds['q3'])}, {seconds['calls']}×" if seconds else "–",
@@ -136,10 +138,6 @@ def amount(size: float) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
-def table(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Records as text in columns. Ratio: over the first row. Memory: what the work needs, of all that the process held."""
-    rows = [HEADINGS, *(cells(line) for line in lines)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+def table(lines: Sequence[Mapping[str, Any]]) -> Table:
+    """Records as a table. Ratio: over the first row. Memory: what the work needs, of all that the process held."""
+    return Table([HEADINGS, *(cells(line) for line in lines)], align="l")

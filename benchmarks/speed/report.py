@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from pamm.drawing.plots import save_figure
+from pamm.drawing.render import render
 from pamm.files import replace_text
 from speed.plots import Bar, bars, curves
-from speed.record import HEADINGS, amount, cells, duration, read
+from speed.record import amount, duration, read, table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Line = Mapping[str, Any]
 
@@ -21,57 +26,23 @@ TITLES = {
     "data": "Reading training data",
 }
 
-NOTES = {
-    "scan": (
-        "`recurrence` is the published reference recurrence in plain torch; `mambapy` the parallel scan of mamba.py. "
-        "Both scan one permuted copy per order; their backward pass runs order by order, so that the states of one "
-        "order at a time are kept. The floor is three vector operations and one exponential (shared by orders with "
-        "common parameters) per state-step, at the rates measured in the same run."
-    ),
-    "layers": (
-        "One layer of one image. `torch`: its products, attention and convolutions; a head with its large map, which where no "
-        "gradient is needed is made tile by tile, and the taps multiplied by a convolution; for `experts` it sums the "
-        "kernels of one image and convolves with the sum. GFLOP of `pamm`: what the kernel multiplies; of `torch`: of a direct "
-        "convolution."
-    ),
-    "model": (
-        "`plain` is the same function on the same weights, tasks and experts in loops and the head's 3×3 convolution on "
-        "the ×4 map; `engine` scans with this package's engine, `recurrence` with the published recurrence. FLOP: of "
-        "matrix products and convolutions, those that are carried out. Weights are random, and a router that keeps the k largest "
-        "jumps where two are equal to the last digit: one task may then differ by far more than rounding."
-    ),
-    "train": (
-        "Forward, losses, backward, optimizer; random images and labels. Memory holds the gradients and the optimizer's state. "
-        "`plain, recurrence` keeps what autograd keeps of the published recurrence, which grows with every position, and fits no "
-        "larger image here. `pamm, recomputed`: with `train.recompute`. The plain forms' backbone is this package's."
-    ),
-    "scaling": (
-        "Decoder and heads of pascal-pamm-b, one image; what does not vary is 1024 tokens, five tasks, 15 experts, "
-        "state size 64. Dashed: proportional."
-    ),
-    "data": ("The training loader: reading, zoom, crop, colour, batch."),
-}
-
 
 def write(results: Sequence[Path], out: Path) -> list[Path]:
     """README.md and its plots in the folder `out`, from files of results. Raises BenchError. Returns what was written."""
     lines = newest(line for path in results for line in read(path))
     out.mkdir(parents=True, exist_ok=True)
-    text = ["# Benchmarks", "", "Written by `pamm bench report`; measured by `pamm bench all` (`make bench`).", ""]
-    text += [f"- {machine}" for machine in machines(lines)]
-    written = []
-    for kind, title in TITLES.items():
+    written, sections = [out / "README.md"], {}
+    for kind in TITLES:
         own = [line for line in lines if line["bench"] == kind]
-        if not own:
-            continue
-        text += ["", f"## {title}", "", NOTES[kind], ""]
-        for name, picture in pictures(kind, own).items():
-            replace_text(out / name, picture)
-            written.append(out / name)
-            text += [f"![{title}]({name})", ""]
-        text += markdown(own)
-    replace_text(out / "README.md", "\n".join(text) + "\n")
-    return [out / "README.md", *written]
+        if own:
+            drawn = plots(kind, own)
+            for name, figure in drawn.items():
+                save_figure(figure, out / name)
+            written += [out / name for name in drawn]
+            sections[kind] = {"plots": list(drawn), "table": table(own)}
+    template = Path(__file__).with_name("report.md")
+    replace_text(out / "README.md", render(template, machines=machines(lines), titles=TITLES, sections=sections))
+    return written
 
 
 def newest(lines: Iterable[Line]) -> list[Line]:
@@ -107,18 +78,8 @@ def name_of(line: Line) -> str:
     return f"{line['case']}, {line['what']}{dtype}{device}{per_order}{allocator}"
 
 
-def markdown(lines: Sequence[Line]) -> list[str]:
-    """The records as a table; memory is what the work needs of all that the process held."""
-    rows = [f"| {' | '.join(HEADINGS)} |", f"|{'---|' * len(HEADINGS)}"]
-    for line in lines:
-        row = list(cells(line))
-        row[1] += "" if line["dtype"] in (None, "float32") else f", {line['dtype']}"
-        rows.append(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |")
-    return rows
-
-
-def pictures(kind: str, lines: Sequence[Line]) -> dict[str, str]:
-    """File name → SVG."""
+def plots(kind: str, lines: Sequence[Line]) -> dict[str, Figure]:
+    """File name → plot."""
     measured = [line for line in lines if line["seconds"]]
     if not measured:
         return {}
@@ -136,7 +97,7 @@ def pictures(kind: str, lines: Sequence[Line]) -> dict[str, str]:
     return {f"{kind}.svg": bars(f"{TITLES[kind]}: median time", groups, duration)}
 
 
-def growth(axis: str, lines: Sequence[Line]) -> str:
+def growth(axis: str, lines: Sequence[Line]) -> Figure:
     """Time over one quantity, a curve per candidate."""
     series: dict[str, list[tuple[float, float]]] = {}
     for line in sorted(lines, key=lambda line: line["shape"]["value"]):

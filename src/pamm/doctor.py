@@ -13,7 +13,8 @@ from pamm.command_line import parser
 EXTRAS = {
     "train": ["lightning_fabric", "torchmetrics", "scipy", "skimage", "tensorboard"],
     "demo": ["trimesh", "embreex", "scipy", "skimage"],
-    "bench": ["mambapy"],
+    "plots": ["matplotlib"],
+    "bench": ["mambapy", "matplotlib"],
     "heif": ["pillow_heif"],
 }
 """Extra → the modules it brings."""

@@ -10,8 +10,9 @@ from PIL import Image
 
 from page import Page
 from pamm.data.transforms import normalize
-from pamm.drawing.page import Figure, figure_from, format_table, markdown_table, write_report
-from pamm.drawing.sheet import scale_bar, scale_text
+from pamm.drawing.colours import scale_bar, scale_text
+from pamm.drawing.page import Figure, figure_from, write_report
+from pamm.drawing.table import score_table
 from pamm.tasks import TASKS as REGISTERED
 from pamm.tasks import create_task
 
@@ -40,7 +41,7 @@ ROWS = [
 
 
 def test_text_table_is_aligned_with_arrows_and_four_digits():
-    assert format_table(ROWS, TASKS, gains=[None, 12.3456]).splitlines() == [
+    assert str(score_table(ROWS, TASKS, gains=[None, 12.3456])).splitlines() == [
         "             semseg mIoU, % ↑  depth RMSE, m ↓  normals mErr, ° ↓   Δ % ↑",
         "-----------  ----------------  ---------------  -----------------  ------",
         "untrained                3.51           1.2500                  –       –",
@@ -49,9 +50,9 @@ def test_text_table_is_aligned_with_arrows_and_four_digits():
 
 
 def test_markdown_table_marks_the_best_and_keeps_its_columns():
-    assert markdown_table([("a|b", ROWS[0][1]), ROWS[1]], TASKS).splitlines() == [
+    assert score_table([("a|b", ROWS[0][1]), ROWS[1]], TASKS).markdown().splitlines() == [
         "|  | semseg mIoU, % ↑ | depth RMSE, m ↓ | normals mErr, ° ↓ |",
-        "|---|---:|---:|---:|",
+        "| --- | ---: | ---: | ---: |",
         "| a\\|b | 3.51 | 1.2500 | – |",
         "| trained \\<1\\> | **45.68** | **0.4818** | – |",
     ]
@@ -59,16 +60,16 @@ def test_markdown_table_marks_the_best_and_keeps_its_columns():
 
 def test_values_that_are_not_finite_are_shown_as_absent():
     rows = [("diverged", {"depth": {"RMSE": math.inf}}), ("good", {"depth": {"RMSE": 0.5}})]
-    table = format_table(rows, {"depth": TASKS["depth"]}, gains=[-math.inf, 1.0])
-    assert [line.split()[1:] for line in table.splitlines()[2:]] == [["–", "–"], ["0.5000", "+1.00"]]
-    assert "**" not in markdown_table(rows, {"depth": TASKS["depth"]})
-    assert format_table(rows[:1], {"depth": TASKS["depth"]}).endswith("–")
+    table = score_table(rows, {"depth": TASKS["depth"]}, gains=[-math.inf, 1.0])
+    assert [line.split()[1:] for line in str(table).splitlines()[2:]] == [["–", "–"], ["0.5000", "+1.00"]]
+    assert "**" not in table.markdown()
+    assert str(score_table(rows[:1], {"depth": TASKS["depth"]})).endswith("–")
 
 
 def test_a_table_without_rows_and_one_with_too_few_gains():
-    assert "semseg mIoU" in format_table([], TASKS)
+    assert "semseg mIoU" in str(score_table([], TASKS))
     with pytest.raises(ValueError, match="1 gains for 2 rows"):
-        format_table(ROWS, TASKS, gains=[1.0])
+        score_table(ROWS, TASKS, gains=[1.0])
 
 
 def pictures(*names: str, shade: int) -> dict[str, np.ndarray]:
@@ -179,7 +180,7 @@ def test_metrics_are_headed_with_their_unit():
     }
     assert {key: create_task(key[0]).titled(key[1]) for key in titles} == titles
     stereo = {"depth": create_task("depth", unit="disparity")}
-    assert "depth RMSE, px ↓" in format_table([("a", {"depth": {"RMSE": 3.2}})], stereo)
+    assert "depth RMSE, px ↓" in str(score_table([("a", {"depth": {"RMSE": 3.2}})], stereo))
 
 
 @pytest.mark.parametrize("name", REGISTERED)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pamm.drawing.sheet import contact_sheet
+from pamm.drawing.sheet import Subject, contact_sheet
 from pamm.look.predictions import compare
-from pamm.look.subjects import Subject
 from pamm.prediction import Maps
 from pamm.tasks import Task, create_task
 

@@ -208,8 +208,8 @@ def test_markdown_has_tables_of_equal_width_whatever_the_names(run, tmp_path):
     for task, metrics in found["results"].items():
         assert f"### {task}" in lines
         units = {key: create_task(task).titled(key) for key in metrics}
-        assert all(f"| {units[key].replace('_', chr(92) + '_')} |" in text for key in metrics)
-    assert "| sq\\_rel, m |" in text and "| abs\\_rel |" in text and "| IoU/head, % |" in text
+        assert all(f"| {units[key]} |" in text for key in metrics)
+    assert "| sq_rel, m |" in text and "| abs_rel |" in text and "| IoU/head, % |" in text
 
 
 def test_results_are_kept_where_the_baseline_cannot_be_compared(run, tmp_path, capsys):

@@ -33,7 +33,7 @@ def test_names_that_are_no_text_and_absent_values(tmp_path):
     words = " ".join(page.words)
     assert r"caf\xff.jpg" in words and "line\nbreak" in words and "pamm eval 'a <b>'" in words
     markdown = (tmp_path / "new/results.md").read_text(encoding="utf-8")
-    assert "| caf\\udcff.jpg | 0.0000 | end | 2.000 |" in markdown.splitlines()
+    assert "| caf\\xff.jpg | 0.0000 | end | 2.000 |" in markdown.splitlines()
     assert "|  |  | line break | 1.000 |" in markdown.splitlines()
     assert "| RMSE, m | – |" in markdown.splitlines()
     content = json.loads((tmp_path / "new/results.json").read_text())

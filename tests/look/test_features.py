@@ -8,6 +8,7 @@ import torch
 from looked_at import KINDS, TASKS, build, photo
 
 from pamm.data.transforms import normalize
+from pamm.drawing.sheet import Subject
 from pamm.look import LookError
 from pamm.look.features import (
     FeatureMap,
@@ -19,7 +20,6 @@ from pamm.look.features import (
     read_features,
     shares_text,
 )
-from pamm.look.subjects import Subject
 from pamm.prediction import Predictor
 from pamm.prediction.predictor import pad
 

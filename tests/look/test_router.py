@@ -7,11 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from looked_at import EXPERTS, KINDS, TASKS, WITH_ROUTER, build, photo
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from torch import Tensor
 
 from pamm.look import LookError
 from pamm.look.readout import reading
-from pamm.look.router import RouterWeights, draw_weights, router_figure, router_weights
+from pamm.look.router import RouterWeights, router_figure, router_weights
 from pamm.prediction import Predictor
 
 IMAGES = [photo(64, 96, seed) for seed in range(3)]
@@ -128,22 +129,27 @@ def test_a_model_without_a_router_is_told_with_the_remedy(kind, reason):
 
 def test_heat_map_has_a_cell_per_task_and_expert():
     weights = np.array([[0.0, 0.25, 1.0], [0.5, 0.0, 0.25]])
-    picture = np.asarray(draw_weights(weights, ["a", "b"], tile=280))
-    cell = 40, 35  # a seventh and an eighth of the tile
-    left = picture.shape[1] - 3 * cell[0]
-    corners = picture[cell[1] + 3 :: cell[1], left + 3 :: cell[0]][:2, :3].astype(int)
-    assert (corners[0, 0] == corners[1, 1]).all() and np.ptp(corners[0, 0]) == 0  # never kept: grey
-    assert (corners[0, 1] == corners[1, 2]).all()
-    light = corners.sum(-1)
+    figure = router_figure(RouterWeights(("a", "b"), {("B", 0): weights[None]}, {}), tile=280)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels, axes = np.asarray(canvas.buffer_rgba())[::-1, :, :3].astype(int), figure.axes[0]
+    corners = np.stack(np.meshgrid([-0.4, 0.6, 1.6], [-0.4, 0.6]), -1)  # of the cells, where no text stands
+    columns, rows = axes.transData.transform(corners.reshape(-1, 2)).T.astype(int)
+    cells = pixels[rows, columns].reshape(2, 3, 3)
+    assert (cells[0, 0] == cells[1, 1]).all() and np.ptp(cells[0, 0]) == 0  # never kept: grey
+    assert (cells[0, 1] == cells[1, 2]).all()
+    light = cells.sum(-1)
     assert light[0, 2] < light[1, 0] < light[0, 1]  # the more, the darker
+    assert {"25.0", "50.0", "100.0", "·", "125.0", "75.0"} == {text.get_text() for text in axes.texts}
 
 
 def test_figure_holds_a_row_per_stage_and_a_column_per_parameter():
-    def figure(*places, **options):
+    def panels(*places, **options):
         weights = {place: np.full((2, 2, 15), 0.05) for place in places}
-        return router_figure(RouterWeights(("a", "b"), weights, {}), tile=120, **options)
+        figure = router_figure(RouterWeights(("a", "b"), weights, {}), tile=120, **options)
+        names = [[label.get_text() for label in axes.get_yticklabels()] for axes in figure.axes[:-1]]
+        return [(axes.get_title(), axes.get_ylabel()) for axes in figure.axes[:-1]], names
 
-    one, stages, both = figure(("B", 0)), figure(("B", 0), ("B", 1)), figure(("B", 0), ("C", 0))
-    assert stages.height - one.height == 3 * 15 + 4  # two tasks under the line of numbers, and a gap
-    assert stages.width == one.width and both.width > one.width + 15 * 17
-    assert one.height - figure(("B", 0), tasks=["b"]).height == 15
+    assert panels(("B", 0), ("B", 1)) == ([("experts of B", "stage 1"), ("", "stage 2")], [["a", "b"]] * 2)
+    assert panels(("B", 0), ("C", 0)) == ([("experts of B", "stage 1"), ("experts of C", "")], [["a", "b"]] * 2)
+    assert panels(("B", 0), tasks=["b"])[1] == [["b"]]

@@ -6,12 +6,30 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from pamm.look import LookError
-from pamm.look.scans import KNOWN, MARGIN, cell_side, draw_scan, jumps, name_of, orders_of, rank_colours, scan_figure
+from pamm.look.scans import KNOWN, draw_scan, jumps, name_of, orders_of, rank_colours, scan_figure
 from pamm.nn.serialize import CURVES, MOST_ORDERS, row_column_orders, scan_orders
 
 GRIDS = [(8, 8), (5, 3), (7, 12)]
+
+
+class Drawn:
+    """A scan's picture, read at places of the grid."""
+
+    def __init__(self, order: np.ndarray, height: int, width: int):
+        figure = Figure((4, 4), dpi=100)
+        self.axes = figure.add_axes((0.05, 0.05, 0.9, 0.9))
+        draw_scan(self.axes, order, height, width, cell=360 / max(height, width))
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        self.pixels = np.asarray(canvas.buffer_rgba())[::-1, :, :3].astype(int)  # rows from below, as the axes count
+
+    def __call__(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        columns, rows = self.axes.transData.transform(np.stack([x, y], -1)).T.astype(int)
+        return self.pixels[rows, columns]
 
 
 def test_orders_are_those_of_the_networks():
@@ -27,28 +45,29 @@ def test_the_picture_shows_every_token_once_in_its_rank_s_colour(curve, grid):
     """Read back from the pixels: a token's centre has the colour of its rank; the first and last carry marks."""
     height, width = grid
     for order in orders_of(curve, *grid):
-        pixels = np.asarray(draw_scan(order, *grid, side=400), int)
-        cell = cell_side(*grid, 400)
-        rows, columns = (MARGIN + cell * p + cell // 2 for p in (order // width, order % width))
+        found = Drawn(order, height, width)(order % width, order // width)
         expected = rank_colours(height * width)
-        difference = np.abs(pixels[rows, columns] - expected).max(1)
-        assert difference[:-1].max() <= 24  # a neighbour's colour and the antialiasing touch the centre
-        assert (pixels[rows[-1], columns[-1]] == 255).all()
+        assert (
+            np.abs(found - expected).max(1)[:-1].max() <= 24
+        )  # a neighbour's colour and the antialiasing touch the centre
+        assert (found[-1] == 255).all()
 
 
 @pytest.mark.parametrize("curve", sorted(CURVES))
 def test_neighbouring_ranks_are_joined_where_they_are_neighbours(curve):
     order = orders_of(curve, 8, 8, 1)[0]
-    pixels, cell = np.asarray(draw_scan(order, 8, 8, side=400), int), cell_side(8, 8, 400)
-    centres, colours = np.stack([order // 8, order % 8], 1) * cell + MARGIN + cell // 2, rank_colours(64)
-    for rank, (a, b) in enumerate(pairwise(centres)):
-        if np.abs(a - b).sum() == cell:
-            assert np.abs(pixels[tuple((a + b) // 2)] - colours[rank]).max() <= 24
+    drawn, colours = Drawn(order, 8, 8), rank_colours(64)
+    places = np.stack([order % 8, order // 8], 1)
+    for rank, (a, b) in enumerate(pairwise(places)):
+        if np.abs(a - b).sum() == 1:
+            assert np.abs(drawn(*((a + b) / 2)) - colours[rank]).max() <= 24
 
 
-def test_picture_has_the_promised_size():
-    assert draw_scan(orders_of("snake", 6, 12)[0], 6, 12, side=240).size == (240 + 2 * MARGIN, 120 + 2 * MARGIN)
-    assert draw_scan(orders_of("snake", 3, 200)[0], 3, 200, side=240).size == (800 + 2 * MARGIN, 12 + 2 * MARGIN)
+@pytest.mark.parametrize(("grid", "longest"), [((6, 12), 240), ((3, 100), 400)], ids=str)
+def test_picture_has_the_promised_size(grid, longest):
+    figure, _ = scan_figure(["snake"], grid, count=2, tile=240)
+    FigureCanvasAgg(figure).draw()
+    assert figure.axes[0].get_window_extent().width == pytest.approx(longest, rel=0.1)
 
 
 def test_names_tell_the_turns():
@@ -68,15 +87,17 @@ def test_jumps_are_counted():
 
 
 def test_a_figure_holds_a_row_per_curve():
-    one, orders = scan_figure(["hilbert"], (4, 6), tile=100)
-    two, _ = scan_figure(["hilbert", "morton"], (4, 6), tile=100)
-    assert list(orders) == ["hilbert"] and orders["hilbert"].shape == (4, 24)
-    assert two.width == one.width and two.height > one.height + 60
+    figure, orders = scan_figure(["hilbert", "cross"], (4, 6), tile=100)
+    assert list(orders) == ["hilbert", "cross"] and orders["hilbert"].shape == (4, 24)
+    assert [axes.get_ylabel() for axes in figure.axes[::4]] == ["hilbert", "cross"]
+    assert figure.axes[1].get_title() == "order 2" and figure.axes[7].get_xlabel() == "columns, backwards; 5 jumps"
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (1, 9), (256, 2)], ids=str)
 def test_odd_grids_are_drawn(grid):
-    assert scan_figure(KNOWN, grid, tile=80)[0].width > 0
+    figure, _ = scan_figure(["hilbert", "cross"], grid, tile=80)
+    FigureCanvasAgg(figure).draw()
+    assert len(figure.axes) == 8
 
 
 @pytest.mark.parametrize(
@@ -97,4 +118,4 @@ def test_senseless_arguments_are_told(arguments, message):
 
 def test_no_order_no_picture():
     with pytest.raises(LookError, match="visits each of 2 x 2 tokens once"):
-        draw_scan(np.array([0, 1, 1, 3]), 2, 2)
+        draw_scan(Figure().subplots(), np.array([0, 1, 1, 3]), 2, 2)

@@ -53,7 +53,7 @@ def test_a_run_tells_its_data_settings_and_scores(run, tmp_path):
     results = json.loads((run / "results.json").read_text())
     for name, metrics in results["results"].items():
         task = load_model(run).tasks[name]
-        known = [line for line in text.splitlines() if line.startswith(f"| `{name}` | {task.titled(task.score)}")]
+        known = [line for line in text.splitlines() if line.startswith(f"| {name} | {task.titled(task.score)}")]
         value = metrics[task.score]
         assert len(known) == 1 and known[0].endswith(f"| {'–' if value is None else f'{value:.4g}'} |")
     assert results["protocol"] in text and "The weights: mit" in text
@@ -103,7 +103,7 @@ def test_damaged_results_are_none(run, tmp_path, content):
 def test_a_card_is_replaced_with_its_model_and_a_persons_own_is_kept(tmp_path):
     build(depth={}).save_pretrained(tmp_path)
     build(sal={}).save_pretrained(tmp_path)
-    assert "`sal`" in card(tmp_path) and "`depth`" not in card(tmp_path)
+    assert "| sal |" in card(tmp_path) and "| depth |" not in card(tmp_path)
     (tmp_path / "README.md").write_text("# my own")
     build(depth={}).save_pretrained(tmp_path)
     assert card(tmp_path) == "# my own"

@@ -83,9 +83,10 @@ def write(plan: Plan, out: Path, failed: dict[str, str]) -> None:
     measured = [found for run in plan.runs if (found := results_on(run, plan.splits))]
     protocol = next(("; ".join(texts) for _, texts in measured if any(texts)), "")
     page, data = out / f"{plan.table.name}.md", out / f"{plan.table.name}.json"
-    replace_text(page, result.markdown(plan, rows, tasks, protocol))
+    text, markdown = result.written(plan, rows, tasks, protocol)
+    replace_text(page, markdown)
     replace_text(data, json.dumps(result.as_json(plan, rows, protocol, failed), indent=1, ensure_ascii=False) + "\n")
-    print(result.text(plan, rows, tasks, protocol))
+    print(text)
     print(f"written: {shown(page, 300)}, {shown(data, 300)}")
 
 

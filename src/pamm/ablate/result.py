@@ -14,7 +14,8 @@ from pamm.ablate.splits import results_on
 from pamm.ablate.tables import AblationTable
 from pamm.build import label_options
 from pamm.config.strict import load_json
-from pamm.drawing.page import MISSING, aligned, as_markdown, decimals
+from pamm.drawing.render import render
+from pamm.drawing.table import MISSING, Table, decimals
 from pamm.evaluation.gain import Conditions, GainError, PaperTable, evaluations, multi_task_gain, paper_tables
 from pamm.tasks import TASKS, Task, create_task
 
@@ -137,8 +138,8 @@ def measured_tasks(plan: Plan, tasks: Sequence[str]) -> dict[str, Task]:
     return {name: create_task(name, **described.get(name, {})) for name in tasks}
 
 
-def cells(table: AblationTable, results: Sequence[RowResult], tasks: Mapping[str, Task]) -> list[list[str]]:
-    """Header and rows: tasks, Δ, parameters and arithmetic where the table has them, seeds."""
+def result_table(table: AblationTable, results: Sequence[RowResult], tasks: Mapping[str, Task]) -> Table:
+    """A row per result: tasks, Δ, parameters and arithmetic where the table has them, seeds."""
     names = score_names(table, list(tasks))
     header = [""] + [heading(task, names[name]) for name, task in tasks.items()]
     columns = [[result.label for result in results], *(_column([r.of(task) for r in results], task) for task in tasks)]
@@ -151,7 +152,7 @@ def cells(table: AblationTable, results: Sequence[RowResult], tasks: Mapping[str
         columns += [[f"{r.cost.multiply_adds / 1e9:.2f}" if r.cost else MISSING for r in results]]
     header.append("seeds")
     columns.append([str(len(result.scores)) for result in results])
-    return [header, *(list(line) for line in zip(*columns, strict=True))]
+    return Table([header, *zip(*columns, strict=True)])
 
 
 def _column(values: Sequence[Sequence[float]], task: str) -> list[str]:
@@ -174,8 +175,8 @@ def printed_table(table: AblationTable) -> PaperTable | None:
     return next((t for t in found if table.dataset in (None, t.dataset)), None)
 
 
-def printed_cells(table: AblationTable, printed: PaperTable) -> list[list[str]]:
-    """The paper's figures of the table's rows, or of all methods, in the form of `cells`."""
+def paper_figures(table: AblationTable, printed: PaperTable) -> Table:
+    """The paper's figures of the table's rows, or of all methods, in the form of `result_table`."""
     names = score_names(table, printed.tasks)
     header = [""] + [heading(create_task(name), names[name]) for name in printed.tasks]
     extra = ["parameters", "flops"] if table.cost else []
@@ -190,7 +191,7 @@ def printed_cells(table: AblationTable, printed: PaperTable) -> list[list[str]]:
         if table.baseline:
             line.append(MISSING if found.gain is None else f"{found.gain:+.2f}")
         lines.append([label, *line, *(f"{found.details[key]:.2f}" for key in extra)])
-    return lines
+    return Table(lines)
 
 
 def notes(plan: Plan, results: Sequence[RowResult], protocol: str) -> list[str]:
@@ -229,36 +230,17 @@ def printed_notes(plan: Plan) -> list[str]:
     return said
 
 
-def text(plan: Plan, results: Sequence[RowResult], tasks: Sequence[str], protocol: str) -> str:
-    """The table for a terminal, and the paper's beneath it."""
-    parts = [
-        plan.table.title,
-        aligned(cells(plan.table, results, measured_tasks(plan, tasks))),
-        *notes(plan, results, protocol),
-    ]
-    printed = printed_table(plan.table)
+def written(plan: Plan, results: Sequence[RowResult], tasks: Sequence[str], protocol: str) -> tuple[str, str]:
+    """The table with the paper's beneath it: as text for a terminal, and as a Markdown page."""
+    table = result_table(plan.table, results, measured_tasks(plan, tasks))
+    said, printed = notes(plan, results, protocol), printed_table(plan.table)
+    parts, figures = [plan.table.title, table, *said], None
     if printed:
-        heading = f"\nprinted in the {printed.paper} paper, Table {printed.number} ({printed.dataset}):"
-        parts += [heading, aligned(printed_cells(plan.table, printed)), *filter(None, [printed.note])]
-    return "\n".join(parts)
-
-
-def markdown(plan: Plan, results: Sequence[RowResult], tasks: Sequence[str], protocol: str) -> str:
-    """As `text`, a Markdown page."""
-    parts = [
-        f"# {plan.table.title}",
-        _marked(cells(plan.table, results, measured_tasks(plan, tasks))),
-        *notes(plan, results, protocol),
-    ]
-    printed = printed_table(plan.table)
-    if printed:
-        parts += [f"Printed in the {printed.paper} paper, Table {printed.number} ({printed.dataset}):"]
-        parts += [_marked(printed_cells(plan.table, printed)), *filter(None, [printed.note])]
-    return "\n\n".join(parts) + "\n"
-
-
-def _marked(lines: Sequence[Sequence[str]]) -> str:
-    return as_markdown([[(cell, False) for cell in line] for line in lines]).rstrip()
+        figures = paper_figures(plan.table, printed)
+        parts.append(f"\nprinted in the {printed.paper} paper, Table {printed.number} ({printed.dataset}):")
+        parts += [figures, *filter(None, [printed.note])]
+    page = render("ablation.md", title=plan.table.title, table=table, notes=said, printed=printed, figures=figures)
+    return "\n".join(map(str, parts)), page
 
 
 def as_json(plan: Plan, results: Sequence[RowResult], protocol: str, failed: Mapping[str, str]) -> dict[str, Any]:

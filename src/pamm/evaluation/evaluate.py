@@ -24,7 +24,7 @@ from pamm.data import Batch, Dataset, open_dataset
 from pamm.data.listing import preview
 from pamm.data.loader import eval_loader
 from pamm.data.transforms import EvalTransform, denormalize, seen
-from pamm.drawing.sheet import draw_pair, embedded, png_uri, scale_bar
+from pamm.drawing.colours import data_uri, draw_pair, fit, scale_bar
 from pamm.evaluation.ranking import Ranking
 from pamm.evaluation.scores import RESOLUTIONS, Resolution, Row, Shown, TaskScores, significant, summed
 from pamm.files import replace_text
@@ -208,8 +208,10 @@ def draw_shown(task: Task, one: Shown, config: DataConfig) -> dict[str, str]:
     pair = draw_pair(task, logits, label)
     seen_image = denormalize(crop(one.image, seen(one.box, config)))
     pictures = {"image": seen_image, "prediction": pair.prediction, "truth": pair.truth}
-    shown = {name: embedded(picture, TILE) for name, picture in pictures.items() if picture is not None}
-    return shown | ({} if pair.scale is None else {SCALE: png_uri(scale_bar(task, pair.scale, TILE // 2))})
+    shown = {
+        name: data_uri(fit(picture, TILE), "png", "jpeg") for name, picture in pictures.items() if picture is not None
+    }
+    return shown | ({} if pair.scale is None else {SCALE: data_uri(scale_bar(task, pair.scale, TILE // 2))})
 
 
 def evaluate_split(

@@ -13,11 +13,13 @@ import numpy as np
 from tqdm import tqdm
 
 from pamm.command_line import add_kernels, at_least
-from pamm.drawing.figure import TILE
+from pamm.drawing.layout import TILE
+from pamm.drawing.plots import check_plots, save_figure
 from pamm.files import distinct_stems, replace_text, shown
 from pamm.look import LookError
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from PIL import Image
 
     from pamm.look.subjects import Subject, Subjects
@@ -193,6 +195,7 @@ def look_at_router(plain: argparse.Namespace) -> list[Path]:
     """One figure, and every image's weights."""
     from pamm.look.router import router_figure, router_weights
 
+    check_plots()
     models, subjects, tasks = _open(plain)
     images = (subject.image for subject in _progress(subjects, "router"))
     weights = router_weights(next(iter(models.values())), images)
@@ -212,6 +215,7 @@ def look_at_scans(plain: argparse.Namespace) -> list[Path]:
     """One figure, and the orders of each curve as .npy."""
     from pamm.look.scans import jumps, name_of, scan_figure
 
+    check_plots()
     picture, orders = scan_figure(plain.curve, tuple(plain.grid), count=plain.orders, tile=plain.tile)
     written = [_save(picture, plain, "scans")]
     for curve, lines in orders.items():
@@ -249,7 +253,7 @@ def _progress(items: Iterable[Any], name: str) -> Iterable[Any]:
     return tqdm(items, name, unit="image", leave=False, disable=None)
 
 
-def _save(picture: Image.Image, plain: argparse.Namespace, name: str) -> Path:
+def _save(picture: Image.Image | Figure, plain: argparse.Namespace, name: str) -> Path:
     path = plain.out / f"{name}.png"
     if any(
         os.path.exists(path) and os.path.exists(image) and os.path.samefile(path, image) for image in _inputs(plain)
@@ -257,7 +261,10 @@ def _save(picture: Image.Image, plain: argparse.Namespace, name: str) -> Path:
         raise LookError(
             f"{path} is one of the images looked at and would be replaced; choose another folder with --out"
         )
-    picture.save(path, optimize=True)
+    if hasattr(picture, "savefig"):
+        save_figure(picture, path)
+    else:
+        picture.save(path, optimize=True)
     return path
 
 

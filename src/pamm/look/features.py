@@ -9,12 +9,11 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from pamm.drawing.figure import TILE, Block, Tile, compose
-from pamm.drawing.sheet import fit
+from pamm.drawing.colours import fit
+from pamm.drawing.layout import TILE, Block, Tile, compose
+from pamm.drawing.sheet import TRUTH, Subject, truth_row
 from pamm.look import LookError
-from pamm.look.predictions import TRUTH, truth_row
 from pamm.look.readout import FUSED, GENERAL, reading
-from pamm.look.subjects import Subject
 from pamm.prediction import Predictor
 
 Sharing = Literal["per-task", "shared"]
@@ -201,20 +200,20 @@ def feature_figure(
 ) -> Image.Image:
     """The figure of image `number`: a row per model and stage, a column for the backbone and each task; the truth below."""
     subject = subjects[number]
-    side = fit(subject.image, tile)
-    rows: dict[str, dict[str, Tile]] = {}
+    image = fit(subject.image, tile)
+    rows: list[tuple[str, dict[str, Tile]]] = []
     for model, look in looks.items():
         for row, columns in look.maps[number].items():
-            label = f"{model}: {row}" if len(looks) > 1 else row
-            rows[label] = {}
+            tiles = {} if rows else {"image": Tile(image)}
             for name in (GENERAL, *tasks):
                 if name in columns:
                     colours = np.rint(255 * look.colours[number][row, name]).astype(np.uint8)
-                    picture = columns[name].cut_out(colours, (side.height, side.width))
-                    rows[label][name] = Tile(Image.fromarray(picture), shares_text(look.components[row, name]))
+                    picture = columns[name].cut_out(colours, (image.height, image.width))
+                    tiles[name] = Tile(Image.fromarray(picture), shares_text(look.components[row, name]))
+            rows.append((f"{model}: {row}" if len(looks) > 1 else row, tiles))
     if any(task in subject.truths for task in tasks):
-        rows[TRUTH] = truth_row(subject, tasks, tile=tile)
-    return compose([Block(rows, Tile(side, subject.name))], caption=caption(looks, len(subjects), sharing), tile=tile)
+        rows.append((TRUTH, truth_row(subject, tasks, tile=tile)))
+    return compose([Block(rows, subject.name)], caption=caption(looks, len(subjects), sharing), tile=tile)
 
 
 def shares_text(components: Components) -> str:

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 
-from pamm.drawing.figure import INK, PALE, SOFT, TILE, Block, Scale, Tile, color_bar, compose, font, ramp
+from pamm.drawing.layout import TILE
+from pamm.drawing.plots import new_figure, points, set_caption
 from pamm.look import LookError
 from pamm.look.readout import PARAMETERS, plan_of, reading
 from pamm.prediction import Predictor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
 
 OUTLIER = 4
 """A weight this many times the median makes the colours of a figure follow the square root, so that the others differ too."""
@@ -72,84 +79,85 @@ def _without_router(predictor: Predictor) -> str:
 
 
 def draw_weights(
+    axes: Axes,
     weights: np.ndarray,
     tasks: Sequence[str],
+    norm: Normalize,
     *,
-    largest: float | None = None,
-    power: float = 1.0,
-    extra: Mapping[str, Sequence[str]] | None = None,
-    tile: int = TILE,
-) -> Image.Image:
-    """(T, E) mean weights → a heat map, a row per task and a column per expert, each cell with its weight in percent.
+    extra: Mapping[str, Sequence[str]],
+    text: float,
+) -> ScalarMappable:
+    """(T, E) mean weights as a heat map, a row per task and a column per expert, each cell with its weight in percent.
 
-    The colour follows (weight / largest)^power. largest: the weight of the darkest colour, default the largest here. An
-    expert that is never kept has a grey cell with a dot. extra: name → (T,) texts behind each row.
+    Cells lie at whole x and y from 0. An expert that is never kept has a grey cell with a dot. Returns what a colour bar needs.
+
+    Args:
+        norm: weight → place in the colour map.
+        extra: heading → (T,) texts behind each row.
+        text: size of the letters, points.
     """
-    scale = Scale(tile)
-    high = max(float(weights.max()) if largest is None else largest, 1e-12)
-    width, height, columns = round(tile / 7), round(tile / 8), dict(extra or {})
-    left = max(scale.width(task) for task in tasks) + 3 * scale.gap
-    spare = {name: max(map(scale.width, (name, *values))) + scale.gap for name, values in columns.items()}
-    size = left + width * weights.shape[1] + sum(spare.values()), height * (len(tasks) + 1)
-    picture = Image.new("RGB", size, "white")
-    pen = ImageDraw.Draw(picture)
-    colours = ramp((weights / high) ** power)
-    for e in range(weights.shape[1]):
-        pen.text((left + (e + 0.5) * width, height / 2), str(e + 1), SOFT, font=font(scale.small), anchor="mm")
-    for t, task in enumerate(tasks):
-        y = height * (t + 1)
-        pen.text((left - scale.gap, y + height / 2), task, INK, font=font(scale.text), anchor="rm")
-        for e, weight in enumerate(weights[t].tolist()):
-            x = left + e * width
-            fill, text, ink = _cell(weight, tuple(colours[t, e].tolist()))
-            pen.rectangle((x, y, x + width - 2, y + height - 2), fill=fill)
-            pen.text((x + width / 2 - 1, y + height / 2 - 1), text, ink, font=font(scale.small), anchor="mm")
-    x = left + width * weights.shape[1]
-    for name, values in columns.items():
-        x += spare[name]
-        pen.text((x, height / 2), name, SOFT, font=font(scale.small), anchor="rm")
+    from matplotlib import colormaps
+
+    colours = colormaps["Blues"].with_extremes(bad="#eeeeee")
+    edges = [np.arange(side + 1) - 0.5 for side in weights.shape[::-1]]
+    cells = axes.pcolormesh(
+        *edges, np.ma.masked_equal(weights, 0), cmap=colours, norm=norm, edgecolors="white", linewidth=1
+    )
+    axes.set_yticks(range(len(tasks)), tasks, fontsize=text)
+    behind = weights.shape[1] + 0.4 + 1.5 * np.arange(len(extra))
+    headings = [*(str(e + 1) for e in range(weights.shape[1])), *extra]
+    axes.set_xticks([*range(weights.shape[1]), *behind], headings, fontsize=0.8 * text, color="dimgrey")
+    axes.set(xlim=(-0.5, weights.shape[1] - 0.5 + 1.6 * len(extra)), ylim=(len(tasks) - 0.5, -0.5), aspect=0.9)
+    axes.tick_params(length=0, labeltop=True, labelbottom=False)
+    axes.spines[:].set_visible(False)
+    centred = {"ha": "center", "va": "center", "fontsize": 0.8 * text}
+    for (t, e), weight in np.ndenumerate(weights):
+        ink = "dimgrey" if weight == 0 else "white" if norm(weight) > 0.6 else "black"
+        axes.text(e, t, f"{100 * weight:.1f}" if weight else "·", color=ink, **centred)
+    for x, values in zip(behind, extra.values(), strict=True):
         for t, value in enumerate(values):
-            pen.text((x, height * (t + 1.5)), value, INK, font=font(scale.small), anchor="rm")
-    return picture
+            axes.text(x, t, value, **centred)
+    return cells
 
 
-def _cell(weight: float, colour: tuple[int, ...]) -> tuple[tuple[int, ...], str, tuple[int, ...]]:
-    """Fill, text and colour of the text."""
-    if weight == 0:
-        return PALE, "·", SOFT
-    light = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
-    return colour, f"{100 * weight:.1f}", INK if light > 130 else (255, 255, 255)
-
-
-def router_figure(weights: RouterWeights, *, tasks: Sequence[str] | None = None, tile: int = TILE) -> Image.Image:
-    """A row per stage, a column for each of B and C, one colour scale for all."""
+def router_figure(weights: RouterWeights, *, tasks: Sequence[str] | None = None, tile: int = TILE) -> Figure:
+    """A row per stage, a column for each of B and C, one colour scale for all. Raises PlotError without matplotlib."""
     chosen = list(weights.tasks if tasks is None else tasks)
     lines = [weights.tasks.index(task) for task in chosen]
-    means = np.stack([weights.mean(*place)[lines] for place in weights.weights])
-    largest = float(means.max())
-    power = 0.5 if largest > OUTLIER * np.median(means[means > 0]) else 1.0
-    rows: dict[str, dict[str, Tile]] = {}
-    for stage in sorted({stage for _, stage in weights.weights}):
-        for parameter in PARAMETERS:
-            if (parameter, stage) in weights.weights:
-                mean = weights.mean(parameter, stage)[lines]
-                extra = {"sum": [f"{100 * total:.1f}" for total in mean.sum(1)]}
-                if (parameter, stage) in weights.mix:
-                    extra["own"] = [f"{m:+.2f}" for m in weights.mix[parameter, stage].mean(0)[lines]]
-                panel = draw_weights(mean, chosen, largest=largest, power=power, extra=extra, tile=tile)
-                rows.setdefault(f"stage {stage + 1}", {})[f"experts of {parameter}"] = Tile(panel)
-    images = len(next(iter(weights.weights.values())))
-    bar = color_bar(
-        "mean weight, %",
-        [(part, f"{100 * largest * part ** (1 / power):.1f}") for part in (0, 0.25, 0.5, 0.75, 1)],
-        tile=tile,
+    means = {place: weights.mean(*place)[lines] for place in weights.weights}
+    values = np.stack(list(means.values()))
+    uneven = values.max() > OUTLIER * np.median(values[values > 0])
+    stages = sorted({stage for _, stage in means})
+    parameters = [name for name in PARAMETERS if any(name == own for own, _ in means)]
+    columns = values.shape[-1] + 7
+    figure = new_figure(len(parameters) * columns * tile / 7, (len(stages) * (len(chosen) + 1.5) + 4) * tile / 8)
+    from matplotlib.colors import PowerNorm
+
+    norm, text = PowerNorm(0.5 if uneven else 1, 0, max(float(values.max()), 1e-12)), points(max(9, tile / 17))
+    panels = figure.subplots(len(stages), len(parameters), squeeze=False)
+    for row, stage in zip(panels, stages, strict=True):
+        row[0].set_ylabel(f"stage {stage + 1}", fontsize=text)
+        for axes, parameter in zip(row, parameters, strict=True):
+            mean = means[parameter, stage]
+            extra = {"sum": [f"{100 * total:.1f}" for total in mean.sum(1)]}
+            if (parameter, stage) in weights.mix:
+                extra["own"] = [f"{m:+.2f}" for m in weights.mix[parameter, stage].mean(0)[lines]]
+            cells = draw_weights(axes, mean, chosen, norm, extra=extra, text=text)
+    for axes, parameter in zip(panels[0], parameters, strict=True):
+        axes.set_title(f"experts of {parameter}", fontsize=text)
+    bar = figure.colorbar(
+        cells, ax=panels, location="bottom", shrink=0.4, aspect=30, format=lambda w, _: f"{100 * w:.1f}"
     )
+    bar.set_label("mean weight, %", fontsize=text)
+    bar.ax.tick_params(labelsize=0.8 * text)
+    images = len(next(iter(weights.weights.values())))
     caption = (
         f"Expert weights in percent, mean over {images} image{'' if images == 1 else 's'}; a dot: never among the top k. "
         "sum: softmax mass of the experts kept, which is not renormalised. "
     )
-    if power < 1:
+    if uneven:
         caption += "Colours follow the square root. "
     if weights.mix:
         caption += "own: factor of the task's own expert, any number. "
-    return compose([Block(rows)], caption=caption, bars=[bar], tile=tile)
+    set_caption(figure, caption, max(9, tile / 20))
+    return figure

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageDraw
 
-from pamm.drawing.figure import TILE, Block, Tile, compose
+from pamm.drawing.layout import TILE
+from pamm.drawing.plots import new_figure, points, set_caption
 from pamm.look import LookError
 from pamm.nn.serialize import CURVES, MOST_ORDERS, row_column_orders, scan_orders
 from pamm.tasks.pictures import colour_map
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 CROSS = "cross"
 """Name of MTMamba's cross-scan here: row by row, column by column, and both backwards."""
@@ -34,14 +39,11 @@ NAMES = {
 }
 """What each order of a curve is; turns are counter-clockwise."""
 
-FINE = 4
-"""Curves are drawn this many times larger and shrunk, since Pillow's lines have hard edges."""
+SMALLEST_CELL = 4
+"""Pixels of a token at least, however many tokens a grid has."""
 
-JUMP, GRID, END = (226, 106, 90), (225, 225, 225), (60, 60, 60)
-"""Colours of a step to a token that is no neighbour, of the grid's lines, and of the ring around the last token."""
-
-MARGIN = 5
-"""White around a scan's grid, pixels: room for the marks of its first and last token."""
+JUMP, GRID = "#e26a5a", "#e1e1e1"
+"""Colours of a step to a token that is no neighbour, and of the grid's lines."""
 
 
 def orders_of(curve: str, height: int, width: int, count: int = 4) -> np.ndarray:
@@ -73,45 +75,38 @@ def jumps(order: np.ndarray, width: int) -> int:
     return int((steps != 1).sum())
 
 
-def draw_scan(order: np.ndarray, height: int, width: int, *, side: int = TILE) -> Image.Image:
-    """One order (height·width,) as a curve through the tokens' centres; `side`: the longer side in pixels, about.
+def draw_scan(axes: Axes, order: np.ndarray, height: int, width: int, *, cell: float = 15) -> None:
+    """One order (height·width,) as a curve through the tokens, which lie at whole x and y; y grows downwards.
 
     Colour runs with the sequence from dark (first) to bright (last); a disc marks the first token, a ring the last. Steps
-    to a token that is no neighbour are thin grey lines. Raises LookError unless the order visits every token once.
+    to a token that is no neighbour are thin red lines. `cell`: pixels of a token, which the lines' widths follow. Raises
+    LookError unless the order visits every token once.
     """
     order = np.asarray(order)
     if not np.array_equal(np.sort(order), np.arange(height * width)):
         raise LookError(f"expected an order that visits each of {height} x {width} tokens once, found another sequence")
-    cell = cell_side(height, width, side)
-    fine, margin = cell * FINE, MARGIN * FINE
-    picture = Image.new("RGB", (width * fine + 2 * margin, height * fine + 2 * margin), "white")
-    pen = ImageDraw.Draw(picture)
-    if cell >= 8:
-        for x in range(width + 1):
-            pen.line((margin + x * fine, margin, margin + x * fine, margin + height * fine), GRID, FINE // 2)
-        for y in range(height + 1):
-            pen.line((margin, margin + y * fine, margin + width * fine, margin + y * fine), GRID, FINE // 2)
-    points = [(margin + (p % width + 0.5) * fine, margin + (p // width + 0.5) * fine) for p in order.tolist()]
-    colours = [tuple(colour) for colour in rank_colours(len(points)).tolist()]
-    steps = list(zip(points, points[1:], colours, strict=False))
-    is_near = [abs(a[0] - b[0]) + abs(a[1] - b[1]) < 1.5 * fine for a, b, _ in steps]
-    for (a, b, _), near in zip(steps, is_near, strict=True):
-        if not near:
-            pen.line((a, b), JUMP, max(FINE, fine // 14))
-    for (a, b, colour), near in zip(steps, is_near, strict=True):
-        if near:
-            pen.line((a, b), colour, max(FINE, fine // 4))
-    for point, colour in zip(points, colours, strict=True):
-        _disc(pen, point, max(FINE, fine // 4) / 2, fill=colour)
-    radius = max(0.9 * margin, 0.32 * fine)
-    _disc(pen, points[0], radius, fill=colours[0])
-    _disc(pen, points[-1], radius, fill="white", outline=END, width=round(radius / 4))
-    return picture.resize((picture.width // FINE, picture.height // FINE), Image.Resampling.LANCZOS)
+    from matplotlib.collections import LineCollection
 
-
-def cell_side(height: int, width: int, side: int) -> int:
-    """Pixels of a token in the picture of a scan whose longer side is to be about `side`; at least 4."""
-    return max(4, side // max(height, width))
+    x, y = order % width, order // width
+    steps = np.stack([np.stack([x[:-1], y[:-1]], 1), np.stack([x[1:], y[1:]], 1)], 1)
+    near = np.abs(np.diff(x)) + np.abs(np.diff(y)) == 1
+    colours, cell = rank_colours(len(order)) / 255, points(cell)
+    line = max(1.0, cell / 4)
+    axes.add_collection(LineCollection(steps[~near], colors=JUMP, linewidths=max(0.7, cell / 14), zorder=2))
+    axes.add_collection(LineCollection(steps[near], colors=colours[:-1][near], linewidths=line, zorder=3))
+    axes.scatter(x, y, line**2, colours, linewidths=0, zorder=3)
+    mark = max(6.0, 0.64 * cell)
+    axes.plot(x[0], y[0], "o", color=colours[0], markersize=mark, zorder=4, clip_on=False)
+    ring = {"color": "white", "markeredgecolor": "#3c3c3c", "markeredgewidth": mark / 8, "clip_on": False}
+    axes.plot(x[-1], y[-1], "o", markersize=mark, zorder=4, **ring)
+    axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), aspect="equal")
+    if cell >= 5:
+        axes.set_xticks(np.arange(width + 1) - 0.5)
+        axes.set_yticks(np.arange(height + 1) - 0.5)
+        axes.grid(color=GRID, linewidth=0.5)
+    axes.tick_params(length=0, labelbottom=False, labelleft=False)
+    for spine in axes.spines.values():
+        spine.set_color(GRID)
 
 
 def rank_colours(length: int) -> np.ndarray:
@@ -121,18 +116,28 @@ def rank_colours(length: int) -> np.ndarray:
 
 def scan_figure(
     curves: Sequence[str], grid: tuple[int, int], *, count: int = 4, tile: int = TILE
-) -> tuple[Image.Image, dict[str, np.ndarray]]:
-    """One row per curve, one column per order, and the orders drawn, curve → (count, L). Raises LookError."""
+) -> tuple[Figure, dict[str, np.ndarray]]:
+    """One row per curve, one column per order, and the orders drawn, curve → (count, L).
+
+    Raises:
+        LookError: an unknown curve, or a senseless grid or count.
+        PlotError: matplotlib is not installed.
+    """
     height, width = grid
     orders = {curve: orders_of(curve, height, width, count) for curve in curves}
-    rows = {}
-    for curve, lines in orders.items():
-        tiles = {}
-        for k, order in enumerate(lines):
+    text, cell = max(10, tile / 17), max(SMALLEST_CELL, tile / max(grid))
+    panel = max(cell * width, 5 * text) + text, max(cell * height, 2 * text) + 3 * text
+    figure = new_figure(count * panel[0] + 2 * text, len(orders) * panel[1] + 8 * text)
+    rows = figure.subplots(len(orders), count, squeeze=False)
+    for row, (curve, lines) in zip(rows, orders.items(), strict=True):
+        row[0].set_ylabel(curve, fontsize=points(text))
+        for k, (axes, order) in enumerate(zip(row, lines, strict=True)):
+            draw_scan(axes, order, height, width, cell=cell)
             far = jumps(order, width)
             note = f"{name_of(curve, k)}; {far} jump{'' if far == 1 else 's'}"
-            tiles[f"order {k + 1}"] = Tile(draw_scan(order, height, width, side=tile), note)
-        rows[curve] = tiles
+            axes.set_xlabel(note, fontsize=points(0.8 * text), color="dimgrey")
+    for k, axes in enumerate(rows[0], start=1):
+        axes.set_title(f"order {k}", fontsize=points(text))
     caption = (
         f"Scan orders over {height} x {width} tokens. Colour runs from the first token (dark, disc) to the last (bright, "
         "ring); thin red lines are jumps to a token that is no neighbour. "
@@ -141,8 +146,5 @@ def scan_figure(
         caption += "Hilbert and Morton curves are turned counter-clockwise and cropped from the covering power of two. "
     if {"snake-released", "morton-released"} & set(curves):
         caption += "Released curves are turned and cropped likewise from the square of the grid's longer side."
-    return compose([Block(rows)], caption=caption, tile=tile), orders
-
-
-def _disc(pen: ImageDraw.ImageDraw, centre: tuple[float, float], radius: float, **style: object) -> None:
-    pen.ellipse((centre[0] - radius, centre[1] - radius, centre[0] + radius, centre[1] + radius), **style)
+    set_caption(figure, caption, max(9, tile / 20))
+    return figure, orders

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from pamm.config.experiment import Experiment
 from pamm.config.strict import ConfigError
 from pamm.data import open_dataset
 from pamm.data.sample import Sample
+from pamm.drawing.sheet import Subject
 from pamm.evaluation.evaluate import measurable_tasks, saved_experiment
 from pamm.files import shown
 from pamm.kernels import Choice
@@ -23,20 +23,6 @@ from pamm.models.backbone import NoBackbone
 from pamm.models.model import MultiTaskModel
 from pamm.prediction import Predictor, file_names, list_inputs, to_array
 from pamm.tasks import Task, create_task
-
-
-@dataclass(frozen=True)
-class Subject:
-    """One image, (H, W, 3) uint8, and its truths: task → (H, W) or (H, W, 3) in the task's unit, `valid` (H, W) bool.
-
-    `tasks` draw the truths; a task without a label for this image is in none of the three.
-    """
-
-    name: str
-    image: np.ndarray
-    truths: Mapping[str, np.ndarray] = field(default_factory=dict)
-    valid: Mapping[str, np.ndarray] = field(default_factory=dict)
-    tasks: Mapping[str, Task] = field(default_factory=dict)
 
 
 class Subjects(Sequence[Subject]):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from pamm.config.experiment import Experiment, load
 from pamm.config.strict import ConfigError
+from pamm.drawing.render import render
+from pamm.drawing.table import MISSING, Table
 from pamm.files import shown
 
 if TYPE_CHECKING:
     from pamm.models.model import MultiTaskModel
+    from pamm.tasks import Task
 
 CARD = "README.md"
 
@@ -63,73 +65,54 @@ def read_origin(folder: Path, *, unchanged: bool) -> Origin:
 def write_card(model: MultiTaskModel, origin: Origin, licence: str | None) -> str:
     """The card's text in Markdown, without the metadata above it. licence: of the weights, None where none was stated."""
     settings = model.settings["model"]
-    decoder, backbone = settings["decoder"]["system"], settings["backbone"]["name"]
-    count = sum(p.numel() for p in model.parameters())
-    height, width = model.image_size
-    parts = [
-        MARK,
-        f"# {NAMES.get(decoder, decoder)}: {_plain(', '.join(model.tasks))} from one image",
-        f"A network of the Python library `pamm`: one RGB image in, a map of every task out, at the image's size. Backbone: "
-        f"{_plain(backbone)} (timm). Decoder: `{decoder}`. {count / 1e6:.1f} million parameters. Built for images of "
-        f"{height}×{width} pixels; larger ones are shrunk to that longer side, any shape is taken.",
-        "## Tasks",
-        _tasks(model),
-        "## Training",
-        _training(origin.experiment),
-        "## Scores",
-        _scores(model, origin.results),
-        "## Use",
-        "```python\nfrom pamm import Predictor\n\n"
-        'predict = Predictor("FOLDER")  # this folder, or "hf:OWNER/NAME" for a repository of the Hugging Face Hub\n'
-        'maps = predict("photograph.jpg")\n'
-        f'print(maps["{next(iter(model.tasks))}"].shape)\n```',
-        "Or `pamm predict FOLDER photograph.jpg --out predictions`. The weights are safetensors, which hold no code.",
-        "## Licence",
-        f"The weights: {_plain(licence)}." if licence else "No licence was stated for these weights.",
-    ]
-    return "\n\n".join(parts) + "\n"
+    decoder = settings["decoder"]["system"]
+    results = origin.results or {}
+    page = render(
+        "card.md",
+        name=NAMES.get(decoder, decoder),
+        decoder=decoder,
+        backbone=settings["backbone"]["name"],
+        parameters=f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}",
+        size="{}×{}".format(*model.image_size),
+        tasks=list(model.tasks),
+        task_table=Table([["task", "map", "classes"], *map(_task_line, model.tasks.values())], align="l"),
+        facts=_facts(origin.experiment) if origin.experiment else {},
+        scores=_scores(model.tasks, results["results"]) if results else None,
+        protocol=_outside(results.get("protocol")) if isinstance(results.get("protocol"), str) else "",
+        licence=_outside(licence or ""),
+    )
+    return f"{MARK}\n\n{page}"
 
 
-def _tasks(model: MultiTaskModel) -> str:
-    lines = ["| task | map | classes |", "|---|---|---|"]
-    for name, task in model.tasks.items():
-        classes = [_plain(c) for c in getattr(task, "classes", ())]
-        listed = f"{len(classes)}: {', '.join(classes)}" if classes else "–"
-        lines.append(f"| `{name}` | {task.meaning} | {listed} |")
-    return "\n".join(lines)
+def _task_line(task: Task) -> list[str]:
+    classes = [_outside(name) for name in getattr(task, "classes", ())]
+    return [task.name, task.meaning, f"{len(classes)}: {', '.join(classes)}" if classes else MISSING]
 
 
-def _training(experiment: Experiment | None) -> str:
-    if experiment is None:
-        return "Which data and settings these weights come from is not recorded beside them."
-    train = experiment.train
+def _facts(experiment: Experiment) -> dict[str, str]:
+    data, train = experiment.data, experiment.train
     facts = {
         "experiment": experiment.name,
-        "data": f"{experiment.data.name}, frames of {experiment.data.frame[0]}×{experiment.data.frame[1]} pixels",
+        "data": f"{data.name}, frames of {data.frame[0]}×{data.frame[1]} pixels",
         "settings of the run": f"{train.steps} steps of {train.batch} images, {train.optimizer}, learning rate {train.lr:g}, "
         f"weight decay {train.weight_decay:g}, seed {train.seed}",
-        "backbone": "started from timm's pretrained weights" if experiment.model.backbone.pretrained else "",
     }
-    lines = [f"- {key}: {_plain(value)}" for key, value in facts.items() if value]
-    return "\n".join([*lines, "", "The weights are those of one step of this run, not necessarily its last."])
+    if experiment.model.backbone.pretrained:
+        facts["backbone"] = "started from timm's pretrained weights"
+    return {name: _outside(value) for name, value in facts.items()}
 
 
-def _scores(model: MultiTaskModel, results: Mapping[str, Any] | None) -> str:
-    if results is None:
-        return "No scores of these weights are recorded beside them."
-    lines = ["| task | metric | score |", "|---|---|---:|"]
-    for name, task in model.tasks.items():
-        metrics = results["results"].get(name)
+def _scores(tasks: Mapping[str, Task], results: Mapping[str, Any]) -> Table:
+    lines = [["task", "metric", "score"]]
+    for name, task in tasks.items():
+        metrics = results.get(name)
         value = metrics.get(task.score) if isinstance(metrics, dict) else None
         known = isinstance(value, (int, float)) and math.isfinite(value)
         better = "higher is better" if task.higher_is_better else "lower is better"
-        lines.append(f"| `{name}` | {task.titled(task.score)} ({better}) | {f'{value:.4g}' if known else '–'} |")
-    protocol = results.get("protocol")
-    return "\n".join(
-        [*lines, "", f"Measured by `pamm`: {_plain(protocol)}." if isinstance(protocol, str) else ""]
-    ).rstrip()
+        lines.append([name, f"{task.titled(task.score)} ({better})", f"{value:.4g}" if known else MISSING])
+    return Table(lines, align="llr")
 
 
-def _plain(text: object) -> str:
-    """Text from outside on one line, in which no character has a meaning for Markdown or HTML."""
-    return re.sub(r"([\\`*_\[\]<>|#~&])", r"\\\1", shown(text, 300))
+def _outside(text: object) -> str:
+    """Text from outside, of a length that fits a card."""
+    return shown(text, 300)

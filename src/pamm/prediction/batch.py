@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from pamm.drawing.sheet import SheetRow, compose_sheet, save_sheet, sheet_row
+from pamm.drawing.sheet import SheetRow, Subject, compose_sheet, save_sheet, sheet_row
 from pamm.files import shown
 from pamm.images import ImageError, open_picture
 from pamm.prediction.inputs import PredictError, file_names
@@ -89,7 +89,7 @@ def predict_files(
                 maps.save(out, stem=name, formats=formats)
                 summary.done.append(path)
                 if sheet and len(rows) < SHEET_ROWS:
-                    rows.append(sheet_row(shown(name), maps))
+                    rows.append(sheet_row(Subject(shown(name), maps.image), {"": maps}))
             except FolderError as error:
                 summary.stopped = str(error)
                 break

@@ -32,9 +32,9 @@ def train(arguments: list[str]) -> int:
 
     if is_first_process():
         from pamm.build import create_tasks
-        from pamm.drawing.page import format_table
+        from pamm.drawing.table import score_table
 
-        print(format_table([(experiment.name, result.row)], create_tasks(experiment)))
+        print(score_table([(experiment.name, result.row)], create_tasks(experiment)))
         print(f"{result.protocol}\nrun folder: {out}, weights: best (step {result.model['step']})")
     return 0
 

@@ -13,7 +13,8 @@ from pamm.config.experiment import Experiment
 from pamm.config.strict import ConfigError
 from pamm.data import open_dataset
 from pamm.data.transforms import EvalTransform
-from pamm.drawing.page import Figure, figure_from, format_table, write_report
+from pamm.drawing.page import Figure, figure_from, write_report
+from pamm.drawing.table import score_table
 from pamm.evaluation.evaluate import evaluate_split
 from pamm.kernels import Choice
 from pamm.kernels.prepare import prepare
@@ -54,7 +55,7 @@ def run_demo(experiment: Experiment, out: Path, *, progress: bool = True, kernel
         figures=draw_figures(experiment, out, kernels),
         extra={"seconds of data": f"{made - started:.0f}", "seconds of training": f"{time.perf_counter() - made:.0f}"},
     )
-    print(format_table(rows, tasks))
+    print(score_table(rows, tasks))
     print(f"{trained.protocol}\nreport: {report} ({time.perf_counter() - started:.0f} s in all)")
     return report
 
