@@ -244,12 +244,13 @@ def print_any_character() -> None:
     """From now on a character that the output cannot encode, among them bytes of a file's name, is replaced and no error."""
 
     def replace(error: UnicodeError) -> tuple[str, int]:
+        assert isinstance(error, UnicodeEncodeError)
         signs = error.object[error.start : error.end]
         return "".join(PLAIN.get(sign) or escape(sign) for sign in signs), error.end
 
     codecs.register_error("pamm", replace)
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="pamm")
 
 

@@ -71,8 +71,8 @@ def collect(plan: Plan) -> list[RowResult]:
 
 def _scores(plan: Plan, runs: Sequence[Run]) -> dict[str, float]:
     """Task → score of the runs of one row and seed; empty where one of them is not finished or not measured."""
-    found = [results_on(run, plan.splits) for run in runs]
-    if not found or None in found:
+    found = [results for run in runs if (results := results_on(run, plan.splits)) is not None]
+    if not found or len(found) < len(runs):
         return {}
     rows = {task: metrics for results, _ in found for task, metrics in results.items()}
     values = {task: rows[task].get(name) for task, name in score_names(plan.table, list(rows)).items()}

@@ -77,7 +77,7 @@ def measure_all(plan: Plan, *, progress: bool, say: Callable[[str], None]) -> di
     """Measure every finished run on its splits, where that was not done; label → what kept a row from it."""
     failed: dict[str, str] = {}
     for run in {run.folder: run for run in plan.runs if run.state() == FINISHED}.values():
-        own = run.content()
+        own = run.content() or {}  # finished: it has one
         for split, tasks in chosen(run, plan.splits).items():
             if _measured(run, split, tasks, own) is not None:
                 continue

@@ -98,7 +98,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return _plain(value, where)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return from_dict(hint, value, f"{where}.")
     if origin is Literal:
         if value not in arguments:
@@ -107,7 +107,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:
             return None
-        members = tuple(a for a in arguments if a is not type(None))
+        members = [a for a in arguments if a is not type(None)]
         return _convert(_member(members, value, where) if len(members) > 1 else members[0], value, where)
     if origin is dict and isinstance(value, dict):
         return {str(key): _convert(arguments[1], item, f"{where}.{shown(key)}") for key, item in value.items()}
@@ -140,7 +140,7 @@ def _plain(value: Any, where: str) -> Any:
     )
 
 
-def _member(members: tuple[type, ...], value: Any, where: str) -> type:
+def _member(members: list[type], value: Any, where: str) -> type:
     """The dataclass of a union that a mapping is meant for, or ConfigError.
 
     The members share a field of literals, such as `system`, whose values tell them apart; a mapping without that field means

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.composer import ComposerError
 
 from pamm.files import shown
 
@@ -34,7 +35,7 @@ class StrictLoader(yaml.SafeLoader):
 
     depth = 0
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """One value of the document."""
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
@@ -44,6 +45,7 @@ class StrictLoader(yaml.SafeLoader):
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
+        assert node is not None  # not even of an empty document
         if node.tag in (f"{TAG}timestamp", f"{TAG}value") and not event.tag:
             node.tag = f"{TAG}str"
         if node.tag == f"{TAG}merge":
@@ -52,7 +54,7 @@ class StrictLoader(yaml.SafeLoader):
             raise _error(f"the tag {node.tag.replace(TAG, '!!')} is not read: remove it", node.start_mark)
         return node
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """One mapping of the document, each key once."""
         node = super().compose_mapping_node(anchor)
         first: dict[tuple[str, str], yaml.ScalarNode] = {}
@@ -65,7 +67,7 @@ class StrictLoader(yaml.SafeLoader):
                 raise _error(f"the key '{shown(key.value)}' stands in {lines}; keep one of the two", key.start_mark)
         return node
 
-    def construct_scalar(self, node: yaml.Node) -> Any:
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
         """One scalar: a number of a size that others can read, or a text that can be written."""
         value = super().construct_scalar(node)
         if node.tag == f"{TAG}int" and len(value) > 100:
@@ -86,7 +88,7 @@ StrictLoader.add_constructor(f"{TAG}int", StrictLoader.construct_int)
 
 
 def _error(problem: str, mark: yaml.Mark) -> yaml.MarkedYAMLError:
-    return yaml.composer.ComposerError(None, None, problem, mark)
+    return ComposerError(None, None, problem, mark)
 
 
 def load_yaml(text: str) -> Any:

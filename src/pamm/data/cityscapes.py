@@ -25,6 +25,7 @@ from pamm.data.listing import files_ending, names_in, preview
 from pamm.data.sample import DataError, register_dataset
 from pamm.images import read_values
 from pamm.tasks import Task
+from pamm.tasks.depth import Depth
 
 if TYPE_CHECKING:
     from pamm.config.experiment import DataConfig
@@ -112,7 +113,9 @@ class Cityscapes(PackagedDataset):
             return torch.from_numpy(_INDEX[label_ids])[None]
         disparity = nearest(read_disparity(self.path_of(id, *_FILES["depth"])), size)
         label = torch.from_numpy(np.where(label_ids == SKY, np.float32(0), disparity))[None]
-        return self.tasks[name].without_far(label)
+        depth = self.tasks[name]
+        assert isinstance(depth, Depth)
+        return depth.without_far(label)
 
 
 def read_label_ids(path: Path) -> np.ndarray:

@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> int:
     from pamm.build import check_options
     from pamm.config.experiment import Experiment, check
     from pamm.config.recipes import named_data
-    from pamm.data import DATASETS
+    from pamm.data import DATASETS, Dataset
     from pamm.data.inspect import format_inspection, inspect_dataset, reading_workers
 
     experiment = named_data(plain.source, plain.root)
@@ -36,9 +36,10 @@ def main(arguments: list[str]) -> int:
         config = replace(config, val_fraction=plain.val_fraction)
         check(Experiment(data=config))
     print(f"data set: {config.name}, {shown(config.root, 300) if config.root else 'made here, kept in the cache'}")
-    if hasattr(DATASETS[config.name], "prepare"):
+    kind = DATASETS[config.name]
+    if kind.prepare is not Dataset.prepare:  # its images are made here
         for split in ("train", "val"):
-            DATASETS[config.name].open(config, split, {}).prepare(workers=os.cpu_count() or 1)
+            kind.open(config, split, {}).prepare(workers=os.cpu_count() or 1)
     how = {"deep": plain.deep, "workers": reading_workers(), "progress": sys.stderr.isatty()}
     rows = inspect_dataset(config, options=own_options, **how)
     print(format_inspection(rows))

@@ -85,7 +85,7 @@ def inspect_dataset(
 def _readers(config: DataConfig, options: Mapping[str, Mapping[str, Any]]) -> dict[str, Task]:
     """Every task of the data set, as its labels are read."""
     described = DATASETS[config.name].options(config)
-    return {name: create_task(name, **(values | options.get(name, {}))) for name, values in described.items()}
+    return {name: create_task(name, **{**values, **options.get(name, {})}) for name, values in described.items()}
 
 
 def _further_problems(

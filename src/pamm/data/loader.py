@@ -161,7 +161,7 @@ class _Eval(torch.utils.data.Dataset):
 def _collate(samples: Sequence[Sample | str], tasks: Mapping[str, Task]) -> dict[str, Any] | str:
     """The batch as a plain dict, which PyTorch can pin, or the first error's message."""
     failure = next((sample for sample in samples if isinstance(sample, str)), None)
-    return vars(collate(samples, tasks)) if failure is None else failure
+    return failure or vars(collate([sample for sample in samples if isinstance(sample, Sample)], tasks))
 
 
 def _batches(loader: DataLoader) -> Iterator[dict[str, Any] | str]:

@@ -23,7 +23,7 @@ from pamm.data.files import PackagedDataset, check_tasks, decode_normals, neares
 from pamm.data.sample import DataError, register_dataset
 from pamm.images import read_values
 from pamm.tasks import Task
-from pamm.tasks.depth import read_array
+from pamm.tasks.depth import Depth, read_array
 from pamm.tasks.pictures import read_mask
 
 if TYPE_CHECKING:
@@ -83,7 +83,8 @@ class NYUD(PackagedDataset):
 
     def read_label(self, name: str, id: str, size: tuple[int, int]) -> Tensor:
         label = _READERS[name](self.path_of(id, *_FILES[name]), size)
-        return self.tasks[name].without_far(label) if name == "depth" else label
+        task = self.tasks[name]
+        return task.without_far(label) if isinstance(task, Depth) else label
 
 
 def _read_semseg(path: Path, size: tuple[int, int]) -> Tensor:

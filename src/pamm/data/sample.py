@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 DATASETS: dict[str, type[Dataset]] = {}
 """Every registered data set, by name."""
+
+SomeDataset = TypeVar("SomeDataset", bound="Dataset")
 
 
 Box = tuple[int, int, int, int]
@@ -60,7 +62,8 @@ class Batch:
     @property
     def label_size(self) -> tuple[int, int]:
         """Height and width of the labels, which the network's output is brought to; mostly the image's."""
-        return tuple(next(iter(self.labels.values()), self.image).shape[-2:])
+        height, width = next(iter(self.labels.values()), self.image).shape[-2:]
+        return height, width
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with image and labels on `device`."""
@@ -75,9 +78,9 @@ class Batch:
 
 def collate(samples: Sequence[Sample], tasks: Mapping[str, Task]) -> Batch:
     """Stack transformed samples of one size; missing labels become all-ignored ones."""
-    size = next((tuple(label.shape[-2:]) for s in samples for label in s.labels.values()), samples[0].image.shape[-2:])
+    height, width = next((label for s in samples for label in s.labels.values()), samples[0].image).shape[-2:]
     labels = {
-        name: torch.stack([s.labels[name] if name in s.labels else task.missing(size) for s in samples])
+        name: torch.stack([s.labels[name] if name in s.labels else task.missing((height, width)) for s in samples])
         for name, task in tasks.items()
     }
     return Batch(
@@ -94,7 +97,7 @@ class DataError(PammError, ValueError):
     """Data that is absent, incomplete or corrupt; the message names the file, what was expected and the remedy."""
 
 
-def register_dataset(dataset: type[Dataset]) -> type[Dataset]:
+def register_dataset(dataset: type[SomeDataset]) -> type[SomeDataset]:
     """Class decorator: makes a data set available under its `name`."""
     DATASETS[dataset.name] = dataset
     return dataset
@@ -129,6 +132,9 @@ class Dataset(ABC, torch.utils.data.Dataset):
     def absent(self) -> list[int]:
         """Indices of the samples that are not made yet, which asking for them does."""
         return []
+
+    def prepare(self, progress: bool = True, workers: int = 0) -> None:
+        """Make the samples that are absent. Files that are there need nothing."""
 
     def image_path(self, index: int) -> Path | None:
         """File of image number `index`, where it is one."""

@@ -111,7 +111,7 @@ class SyntheticDataset(Dataset):
                 f"synthetic data: data.seed is {config.seed} and data.size {config.size}; expected a seed of 0 or more "
                 "and a height and width of at least one pixel"
             )
-        dataset = cls(_Key(_root(config), config.seed, split, tuple(config.size)), count, tasks)
+        dataset = cls(_Key(_root(config), config.seed, split, config.size), count, tasks)
         if dataset.absent():
             _require_renderer()
         return dataset

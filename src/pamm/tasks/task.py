@@ -18,7 +18,7 @@ from difflib import get_close_matches
 from inspect import signature
 from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -32,8 +32,10 @@ if TYPE_CHECKING:
 TASKS: dict[str, type[Task]] = {}
 """Every registered task, by name."""
 
+SomeTask = TypeVar("SomeTask", bound="Task")
 
-def register(task: type[Task]) -> type[Task]:
+
+def register(task: type[SomeTask]) -> type[SomeTask]:
     """Class decorator: makes a task available under its `name`."""
     if task.name in TASKS:
         raise ValueError(f"two tasks are called '{task.name}': {TASKS[task.name].__qualname__} and {task.__qualname__}")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 
-from pamm.config.experiment import Experiment, MTMambaConfig
+from pamm.config.experiment import Experiment, MTMambaConfig, PAMMConfig
 from pamm.config.strict import ConfigError
 
 
@@ -15,7 +15,11 @@ def _decoder(**changes: object) -> Callable[[Experiment], Experiment]:
 
 
 def _experts(**changes: object) -> Callable[[Experiment], Experiment]:
-    return lambda e: _decoder(experts=replace(e.model.decoder.experts, **changes))(e)
+    def changed(e: Experiment) -> Experiment:
+        assert isinstance(e.model.decoder, PAMMConfig)
+        return _decoder(experts=replace(e.model.decoder.experts, **changes))(e)
+
+    return changed
 
 
 def _stages(count: int) -> Callable[[Experiment], Experiment]:

@@ -50,7 +50,7 @@ def look(place: np.ndarray, target: np.ndarray, roll: float, tangent: float) -> 
 
 def choose(rng: Generator, room: Room, geometry: Geometry, size: tuple[int, int], tries: int = 14) -> Camera:
     """The best of some random views: near enough to the salient object and people, far enough from everything."""
-    shape = tuple(int(np.clip(round(18 * side / min(size)), 4, 64)) for side in size)
+    height, width = (int(np.clip(round(18 * side / min(size)), 4, 64)) for side in size)
     best, best_score = None, -np.inf
     for _ in range(tries):
         place = np.array([*(rng.uniform(-0.46, 0.46, 2) * room.size[:2]), rng.uniform(0.9, 1.9)])
@@ -62,7 +62,7 @@ def choose(rng: Generator, room: Room, geometry: Geometry, size: tuple[int, int]
         if np.linalg.norm(goal[:2] - place[:2]) < 1.0:
             continue
         camera = look(place, goal, rng.normal() * 0.03, np.tan(np.radians(rng.uniform(50, 85) / 2)))
-        score = _score(camera, geometry, shape)
+        score = _score(camera, geometry, (height, width))
         if score > best_score:
             best, best_score = camera, score
     return best or look(np.array([*(-0.45 * room.size[:2]), 1.5]), np.array([0, 0, 0.8]), 0.0, 0.7)

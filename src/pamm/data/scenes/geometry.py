@@ -29,8 +29,8 @@ class Geometry:
     """
 
     def __init__(self, room: Room):
-        from embreex import rtcore_scene
         from embreex.mesh_construction import TriangleMesh
+        from embreex.rtcore_scene import EmbreeScene
 
         parts = [(thing, part) for thing in room.things for part in thing.parts]
         counts = [len(part.vertices) for _, part in parts]
@@ -50,7 +50,7 @@ class Geometry:
         self.smooth = _turned(smooth, np.repeat(yaw, triangles)[:, None])
         self.curved = np.abs(np.einsum("fcx,fx->fc", self.smooth, self.flat)).min(axis=1) < 1 - 1e-9
         self._tables(parts)
-        self.embree: Any = rtcore_scene.EmbreeScene(robust=True)
+        self.embree: Any = EmbreeScene(robust=True)
         TriangleMesh(self.embree, vertices.astype(np.float32), faces.astype(np.int32))
 
     def _tables(self, parts: list[Any]) -> None:

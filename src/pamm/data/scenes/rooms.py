@@ -228,7 +228,7 @@ def _decorate(rng: Generator, room: Room) -> None:
     for _ in range(rng.choice(4, p=[0.25, 0.4, 0.25, 0.1])):
         if free and rng.random() < 0.4:
             thing, seat = seats[free.pop()]
-            people.append(person(rng, seat).placed(*thing.position, thing.yaw))
+            people.append(person(rng, seat).placed(*thing.position, yaw=thing.yaw))
         elif room.scatter(rng, person(rng)):
             people.append(room.things.pop())
     room.things += people

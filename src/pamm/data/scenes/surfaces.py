@@ -52,14 +52,14 @@ def surface(
 
     `contrast` in [0, 1]: how far the second colour may lie from the first.
     """
-    pattern = patterns[rng.integers(len(patterns))]
+    pattern = patterns[int(rng.integers(len(patterns)))]
     first = color(rng) if first is None else first
     contrast = rng.uniform(0.2, 0.9) if contrast is None else contrast
     second = first + contrast * (color(rng) - first)
     size = rng.uniform(*period) * ASPECT.get(pattern, np.ones(3))
     basis = np.eye(3)[["xyz".index(axis) for axis in axes]] / size[:, None]
-    gloss = rng.choice([0, 0, 0.15, 0.4]) if gloss is None else gloss
-    return Surface(pattern, first, second, basis, rng.uniform(-20, 20, 3), float(gloss), emit)
+    gloss = float(rng.choice([0, 0, 0.15, 0.4])) if gloss is None else gloss
+    return Surface(pattern, first, second, basis, rng.uniform(-20, 20, 3), gloss, emit)
 
 
 def plain(rng: Generator, first: np.ndarray | None = None, *, gloss: float | None = None, emit: float = 0.0) -> Surface:
