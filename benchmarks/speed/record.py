@@ -140,4 +140,4 @@ def amount(size: float) -> str:
 
 def table(lines: Sequence[Mapping[str, Any]]) -> Table:
     """Records as a table. Ratio: over the first row. Memory: what the work needs, of all that the process held."""
-    return Table([HEADINGS, *(cells(line) for line in lines)], align="l")
+    return Table([HEADINGS, *(cells(line) for line in lines)], align="<")

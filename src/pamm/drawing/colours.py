@@ -23,14 +23,15 @@ def legend(task: Task, present: Iterable[int] | None = None) -> dict[str, Colour
     if not shown:
         return {}
     colours = task.draw(np.array([shown], np.uint8))[0]
-    return {classes[i]: tuple(int(v) for v in colour) for i, colour in zip(shown, colours, strict=True)}
+    return {classes[i]: (int(r), int(g), int(b)) for i, (r, g, b) in zip(shown, colours, strict=True)}
 
 
 def colour_meanings(
     tasks: Mapping[str, Task], present: Mapping[str, Iterable[int]] | None = None
 ) -> dict[str, Meaning]:
     """Task → its legend, of the classes `present` if they are given, or its words; without tasks that have neither."""
-    found = {name: legend(task, present and present.get(name)) or task.colours for name, task in tasks.items()}
+    shown = present or {}
+    found = {name: legend(task, shown.get(name)) or task.colours for name, task in tasks.items()}
     return {name: meaning for name, meaning in found.items() if meaning}
 
 
@@ -48,8 +49,7 @@ def draw_pair(task: Task, logits: Tensor, label: Tensor | None) -> Pair:
     Ignored pixels of the truth are grey; a label that is None or ignored everywhere has no picture.
     """
     prediction, truth, picture = task.decode(logits[None])[0].cpu().numpy(), None, None
-    valid = None if label is None else task.valid(label)[0].cpu().numpy()
-    if valid is not None and valid.any():
+    if label is not None and (valid := task.valid(label)[0].cpu().numpy()).any():
         values = task.truth(label).cpu().numpy()
         truth = np.where(valid.reshape(valid.shape + (1,) * (values.ndim - 2)), values, np.zeros_like(values))
         picture = task.draw(truth, valid=valid, reference=truth)

@@ -159,7 +159,8 @@ def _items(meaning: Meaning) -> Iterable[tuple[str, Colour | None]]:
 def _flow(items: Iterable[tuple[str, Colour | None]], width: int, scale: Scale, *, title: str = "") -> Image.Image:
     """Words, and names behind squares of their colours, wrapped at `width` and indented behind the title."""
     indent = text_width(title, scale.small) + scale.gap if title else 0
-    places, x, line = [(0, 0, title, None)], indent, 0
+    places: list[tuple[int, int, str, Colour | None]] = [(0, 0, title, None)]
+    x, line = indent, 0
     for text, colour in items:
         square = 0 if colour is None else scale.small + scale.gap // 2 + 2
         needed = square + text_width(text, scale.small)

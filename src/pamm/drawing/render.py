@@ -39,9 +39,10 @@ def _environment(suffix: str) -> Environment:
         return value if hasattr(value, "__html__") else escaped(str(value), keep="\n")
 
     def markdown(value: object) -> object:
-        if hasattr(value, "markdown"):
-            return Markup(value.markdown())
-        return value if isinstance(value, Markup) else Markup(markdown_text(value))
+        if isinstance(value, Markup):
+            return value
+        form = getattr(value, "markdown", None)
+        return Markup(markdown_text(value) if form is None else form())
 
     return Environment(
         loader=FileSystemLoader(Path(__file__).with_name("templates")),

@@ -28,26 +28,23 @@ class Table:
     Args:
         lines: texts, which may come from outside: every written form escapes them.
         best: (line, column) of the cells in bold, where the form has a bold face.
-        align: "l" or "r" per column; the last letter holds for all further columns.
+        align: "<" or ">" per column, to the left or right; the last holds for all further columns.
     """
 
     lines: Sequence[Sequence[str]]
     best: frozenset[tuple[int, int]] = frozenset()
-    align: str = "lr"
+    align: str = "<>"
 
     def sides(self) -> str:
-        """ "l" or "r" of every column."""
+        """The letter of every column."""
         return self.align.ljust(len(self.lines[0]), self.align[-1])
 
     def __str__(self) -> str:
         """Plain text in columns, with a rule below the header."""
         widths = [max(map(len, column)) for column in zip(*self.lines, strict=True)]
         lines = [*self.lines[:1], ["-" * width for width in widths], *self.lines[1:]]
-        pad = {"l": str.ljust, "r": str.rjust}
-        return "\n".join(
-            "  ".join(pad[side](*cell) for side, *cell in zip(self.sides(), line, widths, strict=True)).rstrip()
-            for line in lines
-        )
+        forms = [f"{side}{width}" for side, width in zip(self.sides(), widths, strict=True)]
+        return "\n".join("  ".join(map(format, line, forms)).rstrip() for line in lines)
 
     def markdown(self) -> str:
         """A Markdown table, without a newline at its end."""
@@ -55,7 +52,7 @@ class Table:
             [f"**{text}**" if (i, j) in self.best else text for j, text in enumerate(map(markdown_text, line))]
             for i, line in enumerate(self.lines)
         ]
-        lines.insert(1, [{"l": "---", "r": "---:"}[side] for side in self.sides()])
+        lines.insert(1, [{"<": "---", ">": "---:"}[side] for side in self.sides()])
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
     def __html__(self) -> str:
@@ -84,7 +81,7 @@ def score_table(
         if len(gains) != len(rows):
             raise ValueError(f"{len(gains)} gains for {len(rows)} rows; give one per row, None where there is none")
         header.append("Δ % ↑")
-        found.append(([MISSING if _absent(gain) else f"{gain:+.2f}" for gain in gains], frozenset()))
+        found.append(([number(gain, 2, sign="+") for gain in gains], frozenset()))
     return _from_columns(header, found)
 
 
@@ -112,23 +109,21 @@ def _from_columns(header: Sequence[str], columns: Sequence[Cells]) -> Table:
 
 def _column(values: Sequence[float | None], higher_is_better: bool | None) -> Cells:
     """Numbers of one column with one number of decimals, that of the best; `higher_is_better` None: no best, the largest's."""
-    known = [value for value in values if not _absent(value)]
+    known = [value for value in values if value is not None and math.isfinite(value)]
     best = (min if higher_is_better is False else max)(known, default=0.0)
     digits = decimals(best)
     marked = higher_is_better is not None and len(set(known)) > 1
-    texts = [MISSING if _absent(value) else f"{value:.{digits}f}" for value in values]
+    texts = [number(value, digits) for value in values]
     return texts, frozenset(i for i, value in enumerate(values) if marked and value == best)
 
 
-def number(value: float | None) -> str:
-    """A number with four significant digits, a dash where there is none."""
-    return MISSING if _absent(value) else f"{value:.{decimals(value)}f}"
+def number(value: float | None, digits: int | None = None, *, sign: str = "") -> str:
+    """A number with so many decimals, by default those of four significant digits; a dash where there is none."""
+    if value is None or not math.isfinite(value):
+        return MISSING
+    return f"{value:{sign}.{decimals(value) if digits is None else digits}f}"
 
 
 def decimals(value: float) -> int:
     """Decimals that show four significant digits, from 2 to 4."""
     return 4 if abs(value) < 1 else max(2, 3 - math.floor(math.log10(abs(value))))
-
-
-def _absent(value: float | None) -> bool:
-    return value is None or not math.isfinite(value)

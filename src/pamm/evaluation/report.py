@@ -43,7 +43,7 @@ class Section:
     protocol: str
     scores: Table
     gain: list[str]
-    rows: list[Row]
+    rows: Sequence[Row]
 
     @property
     def heading(self) -> str:
@@ -95,14 +95,14 @@ def _sections(named: Named, tasks: Mapping[str, Task], comparisons: Comparisons)
     for resolution in last.rows:
         if resolution == "original" and _is_same(last):
             continue
-        rows = measured = [(name, result.rows[resolution]) for name, result in named]
+        rows = measured = list[Row](((name, result.rows[resolution]) for name, result in named))
         gains, columns, gain = None, {}, []
         if resolution in comparisons:
             found = comparisons[resolution]
             scores = {task: {found.metrics[task]: value} for task, value in found.scores.items()}
             rows = [(found.baseline, scores), *measured]
             gains, columns, gain = [None] * len(measured) + [found.mean], _columns(found, tasks), _gain(found)
-        protocol = last.protocol if resolution == "frame" else last.original.protocol
+        protocol = last.original.protocol if resolution == "original" and last.original else last.protocol
         table = score_table(rows, tasks, gains=gains, columns=columns)
         sections.append(Section(resolution, protocol, table, gain, measured))
     return sections
@@ -110,7 +110,7 @@ def _sections(named: Named, tasks: Mapping[str, Task], comparisons: Comparisons)
 
 def _is_same(result: Evaluation) -> bool:
     """Whether both resolutions were measured and are the same one."""
-    return len(result.rows) == 2 and result.original.resized == 0
+    return bool(result.row and result.original and result.original.resized == 0)
 
 
 def _columns(found: Comparison, tasks: Mapping[str, Task]) -> dict[str, list[str]]:
@@ -144,5 +144,5 @@ def _shown(ranking: Ranking, task: Task) -> dict[str, Any]:
         for end, images in (("worst", ranking.worst), ("best", ranking.best))
     }
     pairs = zip_longest(*([found[:2] for found in images] for images in ends.values()), fillvalue=("", ""))
-    table = Table([["worst", "", "best", ""], *([*worst, *best] for worst, best in pairs)], align="lrlr")
+    table = Table([["worst", "", "best", ""], *([*worst, *best] for worst, best in pairs)], align="<><>")
     return {"by": f"{ranking.score}, {unit}" if unit else ranking.score, "ends": ends, "table": table}

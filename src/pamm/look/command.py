@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from pamm.command_line import add_kernels, at_least
@@ -20,7 +21,6 @@ from pamm.look import LookError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from PIL import Image
 
     from pamm.look.subjects import Subject, Subjects
     from pamm.prediction import Maps, Predictor
@@ -261,10 +261,10 @@ def _save(picture: Image.Image | Figure, plain: argparse.Namespace, name: str) -
         raise LookError(
             f"{path} is one of the images looked at and would be replaced; choose another folder with --out"
         )
-    if hasattr(picture, "savefig"):
-        save_figure(picture, path)
-    else:
+    if isinstance(picture, Image.Image):
         picture.save(path, optimize=True)
+    else:
+        save_figure(picture, path)
     return path
 
 

@@ -92,8 +92,8 @@ def draw_scan(axes: Axes, order: np.ndarray, height: int, width: int, *, cell: f
     near = np.abs(np.diff(x)) + np.abs(np.diff(y)) == 1
     colours, cell = rank_colours(len(order)) / 255, points(cell)
     line = max(1.0, cell / 4)
-    axes.add_collection(LineCollection(steps[~near], colors=JUMP, linewidths=max(0.7, cell / 14), zorder=2))
-    axes.add_collection(LineCollection(steps[near], colors=colours[:-1][near], linewidths=line, zorder=3))
+    axes.add_collection(LineCollection(list(steps[~near]), colors=JUMP, linewidths=max(0.7, cell / 14), zorder=2))
+    axes.add_collection(LineCollection(list(steps[near]), colors=colours[:-1][near], linewidths=line, zorder=3))
     axes.scatter(x, y, line**2, colours, linewidths=0, zorder=3)
     mark = max(6.0, 0.64 * cell)
     axes.plot(x[0], y[0], "o", color=colours[0], markersize=mark, zorder=4, clip_on=False)

@@ -75,7 +75,7 @@ def write_card(model: MultiTaskModel, origin: Origin, licence: str | None) -> st
         parameters=f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}",
         size="{}×{}".format(*model.image_size),
         tasks=list(model.tasks),
-        task_table=Table([["task", "map", "classes"], *map(_task_line, model.tasks.values())], align="l"),
+        task_table=Table([["task", "map", "classes"], *map(_task_line, model.tasks.values())], align="<"),
         facts=_facts(origin.experiment) if origin.experiment else {},
         scores=_scores(model.tasks, results["results"]) if results else None,
         protocol=_outside(results.get("protocol")) if isinstance(results.get("protocol"), str) else "",
@@ -110,7 +110,7 @@ def _scores(tasks: Mapping[str, Task], results: Mapping[str, Any]) -> Table:
         known = isinstance(value, (int, float)) and math.isfinite(value)
         better = "higher is better" if task.higher_is_better else "lower is better"
         lines.append([name, f"{task.titled(task.score)} ({better})", f"{value:.4g}" if known else MISSING])
-    return Table(lines, align="llr")
+    return Table(lines, align="<<>")
 
 
 def _outside(text: object) -> str:
