@@ -38,7 +38,7 @@ from speed.train import random_label
 from tiny import BACKBONE, DECODER, MODEL
 
 SIZE = (48, 64)
-RELEASED = ReleasedConfig(width=32, state_size=4, experts=ExpertsConfig(count=11, top_k=9, rank=2), kernel=3)
+RELEASED = ReleasedConfig(width=32, state_size=4, experts=ExpertsConfig(count=11, top_k=9, rank=2), kernel_size=3)
 NAMES = ("semseg", "depth", "normals")
 
 
@@ -195,7 +195,7 @@ def test_a_network_is_measured_beside_its_plain_form(tmp_path):
         str(out),
     ]
     assert main(["model", "demo", "--part", "decoder", *arguments]) == 0
-    assert main(["train", "demo", "--recompute", *arguments]) == 0
+    assert main(["train", "demo", "--grad-checkpointing", *arguments]) == 0
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     trained = ["pamm", "pamm, recomputed", "plain, engine"]
     assert [line["candidate"] for line in lines] == ["pamm", "plain, engine", *trained]

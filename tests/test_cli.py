@@ -88,7 +88,7 @@ def test_doctor_explains_the_engines(capsys):
 def test_a_folder_of_photographs_trains_and_evaluates(photographs, tmp_path, capsys):
     assert "mIoU" in told(capsys, *train_arguments(photographs, tmp_path / "run", "--data.fit", True), code=0)
     out = tmp_path / "result.json"
-    text = told(capsys, "eval", tmp_path / "run", "--accelerator", "cpu", "--untrained", "--out", out, code=0)
+    text = told(capsys, "eval", tmp_path / "run", "--device", "cpu", "--untrained", "--out", out, code=0)
     assert "untrained" in text and "val split, 1 images, frame 48×64" in text
     assert set(json.loads(out.read_text())["results"]) == {"semseg", "depth"}
 
@@ -114,7 +114,7 @@ def test_boundaries_are_measured_on_the_benchmarks_own_list(shared, tmp_path, ca
     given = tmp_path / "tiny.yaml"
     dump(experiment(steps=1, batch=1), given)
     told(capsys, "train", given, "--out", tmp_path / "run", *pascal, code=0)
-    text = told(capsys, "eval", tmp_path / "run", "--accelerator", "cpu", "--split", "test_new", code=0)
+    text = told(capsys, "eval", tmp_path / "run", "--device", "cpu", "--split", "test_new", code=0)
     assert "odsF" in text and "pascal test_new split, 1 images" in text
 
 

@@ -68,7 +68,7 @@ def test_results_are_kept_and_printed_in_any_encoding(trained, tmp_path, encodin
     assert len(list(out.rglob("caf*.png"))) == 6
 
     scores = tmp_path / "scores.json"
-    said = run_pamm("eval", trained, "--accelerator", "cpu", "--out", scores, **ENCODINGS[encoding])
+    said = run_pamm("eval", trained, "--device", "cpu", "--out", scores, **ENCODINGS[encoding])
     assert json.loads(scores.read_text())["results"] and b"mIoU" in said[0]
 
 

@@ -133,13 +133,17 @@ CHANGES = [
     ("name", "a\x1b[31m"),
     ("name", "x" * 300),
     ("name", "a\\..\\b"),
-    *(("model.backbone." + leaf, value) for leaf in ("width", "depth", "heads", "patch") for value in (0, -1, 10**9)),
+    *(
+        ("model.backbone." + leaf, value)
+        for leaf in ("embed_dim", "depth", "num_heads", "patch_size")
+        for value in (0, -1, 10**9)
+    ),
     *(("model.decoder." + leaf, value) for leaf in ("width", "state_size", "orders") for value in (0, -1, 10**9)),
     *(("model.decoder.experts." + leaf, value) for leaf in ("count", "rank", "top_k") for value in (0, -1, 10**9)),
-    ("model.backbone.taps", list(range(1, 1000))),
-    ("model.backbone.taps", [0, 1]),
+    ("model.backbone.out_indices", list(range(1, 1000))),
+    ("model.backbone.out_indices", [-1, 1]),
     ("model.backbone.mlp_ratio", 1e9),
-    ("model.backbone.drop_path", 1.0),
+    ("model.backbone.drop_path_rate", 1.0),
     ("data.size", [10**9, 1]),
     ("data.size", [0, 32]),
     ("data.scale", [0.0, 2.0]),
@@ -196,11 +200,11 @@ def model_folder(tmp_path) -> Path:
         ("model.decoder.width", 10**30, "too large"),
         ("model.decoder.state_size", 4096, "belongs to another architecture"),
         ("model.decoder.experts.count", 4096, "belongs to another architecture"),
-        ("model.backbone.width", 65536, "belongs to another architecture|take .* GB"),
+        ("model.backbone.embed_dim", 65536, "belongs to another architecture|take .* GB"),
         ("model.backbone.depth", 128, "belongs to another architecture"),
         ("model.backbone.depth", 10**6, "backbone.depth: found 1000000, expected a number from 1 to 128"),
         ("model.backbone.mlp_ratio", 64.0, "belongs to another architecture"),
-        ("model.backbone.patch", 1, "belongs to another architecture"),
+        ("model.backbone.patch_size", 1, "belongs to another architecture"),
         ("image_size", [16384, 16384], "belongs to another architecture"),
         ("image_size", [10**9, 16], "image_size: found 1000000000"),
         ("image_size", [16.0, 16], "expected whole numbers of pixels"),
@@ -224,18 +228,18 @@ def test_a_config_of_large_windows_is_refused():
     """Tables of positions inside windows are in no file of weights: they have a bound of their own."""
     backbone = {
         "name": "swin_tiny_patch4_window7_224",
-        "window": 256,
-        "taps": [1, 2],
-        "stage_depths": [2, 2],
-        "width": 8,
+        "window_size": 256,
+        "out_indices": [0, 1],
+        "depths": [2, 2],
+        "embed_dim": 8,
     }
-    backbone |= {"pretrained": False, "stage_heads": [1, 1]}
+    backbone |= {"pretrained": False, "num_heads": [1, 1]}
     settings_ = {
         "model": {"backbone": backbone, "decoder": {"system": "mtmamba"}},
         "tasks": {"depth": {}},
         "image_size": [2048, 2048],
     }
-    with pytest.raises(ConfigError, match=r"backbone\.window: the tables of positions inside windows take"):
+    with pytest.raises(ConfigError, match=r"backbone\.window_size: the tables of positions inside windows take"):
         rebuild_model(settings_)
 
 

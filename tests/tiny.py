@@ -14,21 +14,21 @@ from pamm.config.experiment import (
     TrainConfig,
 )
 
-BACKBONE = BackboneConfig("vit_tiny_patch16_224", False, (1, 2), 0.2, patch=8, width=32, depth=2, heads=2)
+BACKBONE = BackboneConfig("vit_tiny_patch16_224", False, (0, 1), 0.2, patch_size=8, embed_dim=32, depth=2, num_heads=2)
 DECODER = PAMMConfig(width=64, state_size=4, experts=ExpertsConfig(count=5, top_k=3, rank=2))
 MODEL = ModelConfig(BACKBONE, DECODER)
 
 SWIN = BackboneConfig(
     "swin_tiny_patch4_window7_224",
     False,
-    (1, 2, 3, 4),
+    (0, 1, 2, 3),
     0.2,
-    width=16,
-    stage_depths=(1, 1, 2, 1),
-    stage_heads=(1, 1, 2, 2),
-    window=4,
+    embed_dim=16,
+    depths=(1, 1, 2, 1),
+    num_heads=(1, 1, 2, 2),
+    window_size=4,
 )
-MTMAMBA = MTMambaConfig(state_size=4, head_width=8, window=3)
+MTMAMBA = MTMambaConfig(state_size=4, head_width=8, window_size=3)
 
 TASKS = {
     "semseg": TaskConfig(1.0),
@@ -42,7 +42,7 @@ TASKS = {
 
 def experiment(root: str | None = None, **train: object) -> Experiment:
     """Six tasks on 48×64 synthetic rooms."""
-    settings = {"steps": 4, "batch": 4, "lr": 1e-3, "save_every": 2, "log_every": 1, "workers": 0, "accelerator": "cpu"}
+    settings = {"steps": 4, "batch": 4, "lr": 1e-3, "save_every": 2, "log_every": 1, "workers": 0, "device": "cpu"}
     return Experiment(
         name="tiny",
         tasks=TASKS,

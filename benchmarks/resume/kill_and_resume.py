@@ -44,7 +44,9 @@ from pamm.training.run import train
 
 def tiny(root: Path, steps: int, workers: int) -> Experiment:
     """Three tasks on 48×64 rooms, stochastic depth and router noise included."""
-    backbone = BackboneConfig("vit_tiny_patch16_224", False, (1, 2), 0.2, patch=8, width=32, depth=2, heads=2)
+    backbone = BackboneConfig(
+        "vit_tiny_patch16_224", False, (0, 1), 0.2, patch_size=8, embed_dim=32, depth=2, num_heads=2
+    )
     decoder = PAMMConfig(width=32, state_size=4, experts=ExpertsConfig(count=5, top_k=3, rank=2))
     return Experiment(
         name="tiny",
@@ -60,7 +62,7 @@ def tiny(root: Path, steps: int, workers: int) -> Experiment:
             eval_every=5,
             log_every=1,
             workers=workers,
-            accelerator="cpu",
+            device="cpu",
         ),
     )
 

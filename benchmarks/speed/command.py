@@ -81,7 +81,7 @@ def arguments_parser() -> argparse.ArgumentParser:
     _model_options(_kind(kinds, "model", "a prediction: this package's network and its plain form"))
     train = _kind(kinds, "train", "a training step: forward, losses, backward, optimizer")
     _network_options(train)
-    train.add_argument("--recompute", action="store_true", help="also with activations made again (train.recompute)")
+    train.add_argument("--grad-checkpointing", action="store_true", help="also with train.grad_checkpointing")
     data = _kind(kinds, "data", "the training loader's throughput", timed=False)
     data.add_argument("recipe", help="a recipe's name: its data set is read")
     data.add_argument("--root", help="folder of the data set, in place of the configured one")
@@ -243,7 +243,7 @@ def _train(plain: argparse.Namespace) -> Cases:
     from speed.run import measure
 
     settings = _network(plain)
-    settings["candidates"][1:1] = ["pamm, recomputed"] if plain.recompute else []
+    settings["candidates"][1:1] = ["pamm, recomputed"] if plain.grad_checkpointing else []
     what = "training step" + (f" at {plain.size[0]}×{plain.size[1]}" if plain.size else "")
     yield measure("train", plain.recipe, what, _job(plain, "train", settings), memory=not plain.no_memory)
 

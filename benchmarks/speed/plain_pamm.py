@@ -132,7 +132,7 @@ class PlainPAMM(nn.Module):
     def __init__(self, model: MultiTaskModel, config: PAMMConfig, scan: Scan):
         super().__init__()
         whole = config.task_conv and config.pame and config.experts.B and config.experts.C
-        count = len(model.backbone.taps)
+        count = len(model.backbone.out_indices)
         if not (whole and config.prior_B and config.prior_C and count > 1):
             raise BenchError(
                 "the plain form of PAMM has every switch on; measure a recipe without variants, or --plain none"

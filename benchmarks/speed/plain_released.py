@@ -101,7 +101,7 @@ class PlainReleased:
     def __init__(self, model: MultiTaskModel, scan: Scan, *, dead_branch: bool = False):
         self.weights = Weights(published_weights(model))
         self.tasks, self.scan, self.curve = list(model.tasks), scan, (model.decoder.scan, model.decoder.orders)
-        self.stages = len(model.backbone.taps)
+        self.stages = len(model.backbone.out_indices)
         grid = model.backbone.grid
         self.dead = [self.dead_weights(s, grid) for s in range(self.stages)] if dead_branch else None
 

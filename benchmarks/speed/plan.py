@@ -19,7 +19,7 @@ PLAN: tuple[tuple[str, ...], ...] = (
     ("model", "pascal-pamm-b", "--plain", "engine", "--rounds", "3"),
     ("model", "pascal-pamm-l", "--dtype", "bf16", "--plain", "none"),
     ("model", "pascal-pamm-l", "--plain", "none", "--rounds", "3"),
-    ("train", "pascal-pamm-b", "--plain", "engine", "--recompute", "--rounds", "4", "--budget", "150"),
+    ("train", "pascal-pamm-b", "--plain", "engine", "--grad-checkpointing", "--rounds", "4", "--budget", "150"),
     ("train", "pascal-pamm-b", "--size", "128", "128", "--plain", "recurrence", "--rounds", "2", "--budget", "5"),
     ("train", "pascal-pamm-b", "--dtype", "bf16", "--plain", "none", "--rounds", "4", "--budget", "60"),
     ("scaling", "pascal-pamm-b", "--rounds", "2", "--budget", "5", "--backbone"),

@@ -42,7 +42,9 @@ def workload(settings: Mapping[str, Any], only: str | None = None) -> Workload:
     size = experiment.data.size
     image = torch.randn(1, 3, *size, device=settings["device"])
     grid = [side // PATCH for side in size]
-    stages = [torch.randn(1, model.backbone.channels, *grid, device=settings["device"]) for _ in model.backbone.taps]
+    stages = [
+        torch.randn(1, model.backbone.channels, *grid, device=settings["device"]) for _ in model.backbone.out_indices
+    ]
     known = {
         "decoder and heads": predicting(model.decode, stages, size, settings),
         "backbone": predicting(lambda given, _: Unlike(model.backbone(given)), image, size, settings),

@@ -46,7 +46,7 @@ def workload(settings: Mapping[str, Any], only: str | None = None) -> Workload:
         accelerate(model, training=True)
     for name in names:
         trained: nn.Module = model
-        call: Callable = keeping(model, recompute=name == "pamm, recomputed")
+        call: Callable = keeping(model, grad_checkpointing=name == "pamm, recomputed")
         if name in PLAIN:
             decoder = plain_decoder(model, experiment, PLAIN[name])
             backbone = plain if only else copy.deepcopy(plain)
@@ -60,11 +60,11 @@ def workload(settings: Mapping[str, Any], only: str | None = None) -> Workload:
     return Workload(found, shape, images=settings["batch"], memory_calls=2)
 
 
-def keeping(model: MultiTaskModel, *, recompute: bool) -> Callable:
+def keeping(model: MultiTaskModel, *, grad_checkpointing: bool) -> Callable:
     """The network with its activations kept, or made again in the backward pass."""
 
     def call(image: Tensor, frame: tuple[int, int]) -> dict[str, Tensor]:
-        model.set_recompute(recompute)
+        model.set_grad_checkpointing(grad_checkpointing)
         return model(image, frame)
 
     return call

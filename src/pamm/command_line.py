@@ -11,7 +11,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,7 +157,7 @@ def with_overrides(experiment: Experiment, arguments: list[str], program: str) -
     from pamm.config.experiment import Experiment, check
     from pamm.config.strict import ConfigError
 
-    given, rest = take_task_options(arguments)
+    given, rest = take_task_options(map(with_new_name, arguments))
     for task in given:
         if task not in experiment.tasks:
             raise ConfigError(
@@ -176,10 +176,25 @@ def with_overrides(experiment: Experiment, arguments: list[str], program: str) -
     return experiment
 
 
+def with_new_name(argument: str) -> str:
+    """`--train.recompute`, or another earlier name of a leaf, → its option now. Raises ConfigError where its values changed."""
+    from pamm.config.renamed import RENAMED
+    from pamm.config.strict import ConfigError
+
+    option, equals, value = argument.partition("=")
+    path = option.removeprefix("--").replace("-", "_")
+    if not option.startswith("--") or path not in RENAMED:
+        return argument
+    new = f"{path.rpartition('.')[0]}.{RENAMED[path]}"
+    if path.endswith(".taps"):
+        raise ConfigError(f"--{path} is called --{new} now, and its blocks or stages are counted from 0")
+    return f"--{new}{equals}{value}"
+
+
 TASK_OPTION = re.compile(r"--tasks\.([^.=]+)\.options(?:\.([^.=]+))?(?:=(.*))?", re.S)
 
 
-def take_task_options(arguments: Sequence[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+def take_task_options(given: Iterable[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Take `--tasks.TASK.options.OPTION VALUE ...` out of the arguments: task → option → value, and the arguments left.
 
     One value is what YAML makes of it (`true`, `0.8`, `seism`, `[sky, tree]`), several are a list of texts. Dashes in names are
@@ -188,7 +203,7 @@ def take_task_options(arguments: Sequence[str]) -> tuple[dict[str, dict[str, Any
     from pamm.config.strict import ConfigError
 
     taken: dict[str, dict[str, Any]] = {}
-    left, index = [], 0
+    arguments, left, index = list(given), [], 0
     while index < len(arguments):
         found = TASK_OPTION.fullmatch(arguments[index])
         index += 1

@@ -97,7 +97,7 @@ def test_a_row_of_pamm_is_set_as_the_paper_says(table, row):
         "prior_C": decoder.prior_C,
         "top_k": decoder.experts.top_k,
         "scan": decoder.scan,
-        "stages": len(backbone.taps),
+        "stages": len(backbone.out_indices),
         "orders": decoder.orders,
     }
     details = {key: value for key, value in printed(table).rows[row.printed].details.items() if key != "note"}
@@ -120,7 +120,11 @@ def test_a_row_of_pamm_is_set_as_the_paper_says(table, row):
     [
         ("pamm-4", "prior on B", {".decoder.prior_C": False}),
         ("pamm-4", "prior on C", {".decoder.prior_B": False}),
-        ("mtmamba-2", "Multi-task: 2·Swin", {".decoder.block": "swin", ".decoder.ctm": False, ".decoder.window": 12}),
+        (
+            "mtmamba-2",
+            "Multi-task: 2·Swin",
+            {".decoder.block": "swin", ".decoder.ctm": False, ".decoder.window_size": 12},
+        ),
         ("mtmamba-2", "1·STM", {".decoder.stm": 1, ".decoder.ctm": False}),
         ("mtmamba-2", "2·STM", {".decoder.ctm": False}),
         ("mtmamba-2", "3·STM", {".decoder.stm": 3, ".decoder.ctm": False}),

@@ -29,8 +29,8 @@ def test_every_variant_changes_the_experiment():
     ("recipe", "facts"),
     [
         ("pascal-pamm-l", {"data.size": [512, 512], "model.decoder.state_size": 64, "train.lr": 2e-5}),
-        ("pascal-pamm-b", {"model.backbone.taps": [3, 6, 9, 12], "tasks.edge.options.positive_weight": 0.95}),
-        ("nyud-pamm-l", {"data.size": [448, 576], "model.backbone.taps": [6, 12, 18, 24], "train.lr": 1e-5}),
+        ("pascal-pamm-b", {"model.backbone.out_indices": [2, 5, 8, 11], "tasks.edge.options.positive_weight": 0.95}),
+        ("nyud-pamm-l", {"data.size": [448, 576], "model.backbone.out_indices": [5, 11, 17, 23], "train.lr": 1e-5}),
         (
             "nyud-pamm-b",
             {"model.decoder.state_size": 16, "tasks.edge.options.positive_weight": 0.88, "train.clip": 10.0},
@@ -85,7 +85,7 @@ def test_a_wrong_configuration_is_named(values, message):
         ("model", "decoder", {"orders": 9}),
         ("model", "decoder", {"state_size": 0}),
         ("model", "decoder", {"experts": {"rank": 0}}),
-        ("model", "backbone", {"drop_path": 2}),
+        ("model", "backbone", {"drop_path_rate": 2}),
         ("tasks", "edge", {"weight": -1}),
     ],
 )

@@ -219,7 +219,7 @@ def test_a_run_compares_maps_at_the_labels_size(root, tmp_path):
         tasks={"semseg": TaskConfig(), "depth": TaskConfig()},
         data=config,
         model=ModelConfig(SWIN, MTMAMBA),
-        train=TrainConfig(steps=2, batch=2, workers=0, accelerator="cpu", scheme="log_sum", eval_every=0),
+        train=TrainConfig(steps=2, batch=2, workers=0, device="cpu", scheme="log_sum", eval_every=0),
     )
     result = train(run, tmp_path / "run", progress=False)
     assert "cityscapes val split, 4 images, frame 64×128 (seen at 32×64, centred" in result.protocol

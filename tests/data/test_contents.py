@@ -205,7 +205,7 @@ SETTINGS = (
         2,
         "--train.workers",
         0,
-        "--train.accelerator",
+        "--train.device",
         "cpu",
         "--data.size",
         16,

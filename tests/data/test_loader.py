@@ -13,7 +13,7 @@ from pamm.data.transforms import EvalTransform, TrainTransform
 from pamm.tasks import create_task
 
 DATA = DataConfig(size=(16, 16))
-TRAIN = TrainConfig(steps=6, batch=4, workers=0, seed=3, accelerator="cpu")
+TRAIN = TrainConfig(steps=6, batch=4, workers=0, seed=3, device="cpu")
 
 
 class Numbers(Dataset):

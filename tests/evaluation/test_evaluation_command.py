@@ -63,7 +63,7 @@ def run(tmp_path_factory) -> Path:
 
 def evaluated(run: Path, out: Path, *more: object) -> dict:
     """The JSON of a `pamm eval`."""
-    arguments = ["eval", run, "--accelerator", "cpu", "--workers", 0, "--out", out, *more]
+    arguments = ["eval", run, "--device", "cpu", "--workers", 0, "--out", out, *more]
     assert main([str(argument) for argument in arguments]) == 0
     return json.loads(out.read_text())
 
@@ -75,7 +75,7 @@ def test_the_same_json_and_pages_for_any_batch_size_and_number_of_processes(run,
         place = tmp_path / f"{batch}_{devices}"
         arguments = [run, "--batch", batch, "--devices", devices, "--pictures", 2, "--report", place]
         done = subprocess.run(
-            [sys.executable, "-m", "pamm", "eval", *map(str, arguments), "--accelerator", "cpu", "--workers", "0"],
+            [sys.executable, "-m", "pamm", "eval", *map(str, arguments), "--device", "cpu", "--workers", "0"],
             capture_output=True,
             text=True,
             check=False,
@@ -215,7 +215,7 @@ def test_markdown_has_tables_of_equal_width_whatever_the_names(run, tmp_path):
 def test_results_are_kept_where_the_baseline_cannot_be_compared(run, tmp_path, capsys):
     (tmp_path / "base.json").write_text('{"results": {"depth": {"RMSE": 1.0}}}')
     options = ("--resolution", "original", "--baseline", tmp_path / "base.json", "--out", tmp_path / "r.json")
-    assert main([str(a) for a in ("eval", run, "--accelerator", "cpu", "--pictures", 0, *options)]) == 1
+    assert main([str(a) for a in ("eval", run, "--device", "cpu", "--pictures", 0, *options)]) == 1
     told = capsys.readouterr()
     assert "base.json" in told.err and "Traceback" not in told.err
     assert json.loads((tmp_path / "r.json").read_text())["original"]
@@ -223,7 +223,7 @@ def test_results_are_kept_where_the_baseline_cannot_be_compared(run, tmp_path, c
 
 def test_what_cannot_be_done_is_told_before_anything_is_measured(run, tmp_path, capsys):
     def told(*arguments: object) -> str:
-        assert main([str(a) for a in ("eval", run, "--accelerator", "cpu", *arguments)]) == 1
+        assert main([str(a) for a in ("eval", run, "--device", "cpu", *arguments)]) == 1
         return capsys.readouterr().err
 
     assert "known baselines: " in told("--baseline", "nothing")

@@ -125,7 +125,7 @@ def write_model(folder: Path) -> None:
 @cache
 def published() -> dict[str, torch.Tensor]:
     """A tiny released PAMM under its published names."""
-    decoder = ReleasedConfig(width=32, state_size=4, kernel=3, experts=ExpertsConfig(count=3, top_k=2, rank=2))
+    decoder = ReleasedConfig(width=32, state_size=4, kernel_size=3, experts=ExpertsConfig(count=3, top_k=2, rank=2))
     model = build_model(
         ModelConfig(replace(BACKBONE, class_token=False), decoder), {"depth": create_task("depth")}, (16, 16)
     )

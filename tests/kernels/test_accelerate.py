@@ -22,9 +22,9 @@ NAMES = ("semseg", "depth")
 EXPERTS = ExpertsConfig(count=5, top_k=3, rank=2)
 SYSTEMS = {
     "pamm": (BACKBONE, DECODER),
-    "released": (BACKBONE, ReleasedConfig(width=32, state_size=4, experts=EXPERTS, kernel=9)),
+    "released": (BACKBONE, ReleasedConfig(width=32, state_size=4, experts=EXPERTS, kernel_size=9)),
     "mtmamba": (SWIN, MTMAMBA),
-    "mtmamba++": (SWIN, MTMambaConfig("mtmamba++", state_size=4, head_width=8, window=3)),
+    "mtmamba++": (SWIN, MTMambaConfig("mtmamba++", state_size=4, head_width=8, window_size=3)),
 }
 
 

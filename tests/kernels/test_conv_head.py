@@ -11,8 +11,8 @@ from pamm.kernels import conv_head
 from pamm.kernels import head as kernel
 from pamm.kernels.conv_head import SmallMapHead, upsampled_conv3x3
 from pamm.models.pamm import ConvHead
+from pamm.nn.checkpointing import checkpointed
 from pamm.nn.joined import JoinedBatchNorm2d
-from pamm.nn.recompute import recomputed
 
 needs_compiler = pytest.mark.skipif(kernel.KERNEL.unavailable() is not None, reason="no C compiler here")
 
@@ -142,7 +142,7 @@ def test_recomputing_the_head_tracks_the_statistics_once():
     torch.manual_seed(0)
     head, x = faster(ConvHead(32, 5).train()), torch.randn(2, 32, 6, 5)
     expected = trained_step(copy.deepcopy(head), x)
-    recomputed(head, x.requires_grad_()).square().mean().backward()
+    checkpointed(head, x.requires_grad_()).square().mean().backward()
     for name, found in {**dict(head.norm.named_buffers(prefix="norm")), "x": x.grad}.items():
         torch.testing.assert_close(found, expected[name])
 

@@ -34,7 +34,7 @@ def calls(monkeypatch) -> list[str]:
 
 def backbone() -> ViT:
     torch.manual_seed(0)
-    return create_backbone(replace(BACKBONE, drop_path=0.0), (48, 64)).train()
+    return create_backbone(replace(BACKBONE, drop_path_rate=0.0), (48, 64)).train()
 
 
 def accelerated(vit: ViT) -> ViT:
@@ -67,7 +67,7 @@ def test_a_training_step_is_that_of_torchs_attention(form, calls):
     expected = step(plain, plain)
     assert not calls
     vit = accelerated(backbone())
-    vit.set_recompute(form == "recomputed")
+    vit.set_grad_checkpointing(form == "recomputed")
     torch._dynamo.reset()
     model = torch.compile(vit, fullgraph=True, backend="aot_eager") if form == "compiled" else vit
     assert_close(step(model, vit), expected, 1e-4)

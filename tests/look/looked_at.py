@@ -15,13 +15,13 @@ from pamm.tasks import create_task
 from tiny import BACKBONE, DECODER, MTMAMBA, SWIN
 
 EXPERTS = ExpertsConfig(count=5, top_k=3, rank=2)
-RELEASED = ReleasedConfig(width=32, state_size=4, experts=EXPERTS, kernel=3)
+RELEASED = ReleasedConfig(width=32, state_size=4, experts=EXPERTS, kernel_size=3)
 TASKS = ("semseg", "depth", "normals")
 KINDS = {
     "pamm": ModelConfig(BACKBONE, DECODER),
     "pamm, experts on C alone": ModelConfig(BACKBONE, replace(DECODER, experts=replace(EXPERTS, B=False))),
     "baseline": ModelConfig(BACKBONE, replace(DECODER, task_conv=False, pame=False)),
-    "one stage": ModelConfig(replace(BACKBONE, taps=(2,)), DECODER),
+    "one stage": ModelConfig(replace(BACKBONE, out_indices=(1,)), DECODER),
     "pamm-released": ModelConfig(replace(BACKBONE, class_token=False), RELEASED),
     "mtmamba": ModelConfig(SWIN, MTMAMBA),
     "mtmamba++": ModelConfig(SWIN, replace(MTMAMBA, system="mtmamba++")),

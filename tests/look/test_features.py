@@ -80,7 +80,7 @@ def test_features_are_what_leaves_the_modules(kind):
     found = read_features(Predictor(model), image)
     rows, stages, one_image = STAGES[kind]
     assert list(found) == rows and all(list(columns) == ["backbone", *TASKS] for columns in found.values())
-    frame, top, left = pad(normalize(image.transpose(2, 0, 1))[None], model.backbone.patch)
+    frame, top, left = pad(normalize(image.transpose(2, 0, 1))[None], model.backbone.output_stride)
     with torch.no_grad():
         general = model.backbone(frame)
         features, outputs = None, {}

@@ -272,7 +272,7 @@ def test_a_task_that_one_model_lacks_has_an_empty_tile(place):
 
 
 def test_a_network_without_a_backbone_is_told(tmp_path, place, capsys):
-    config = replace(KINDS["mtmamba"], backbone=replace(SWIN, name="none", width=16))
+    config = replace(KINDS["mtmamba"], backbone=replace(SWIN, name="none", embed_dim=16))
     save_checkpoint(tmp_path / "headless", build_model(config, {"depth": create_task("depth")}, (64, 96)))
     text = look(capsys, "features", tmp_path / "headless", "--images", place / "photographs", "--out", tmp_path, code=1)
     assert "has no backbone and takes no image; import a checkpoint" in text

@@ -1,4 +1,4 @@
-"""Files of format 1, whose task layers held their weights as (T, in, out): saved models and runs that go on."""
+"""Files of earlier formats: saved models, and runs that go on."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def as_format_1(folder: Path, model) -> None:
     assert turned
     save_file({k: w.mT.contiguous() if k in turned else w for k, w in weights.items()}, folder / "model.safetensors")
     settings = json.loads((folder / "config.json").read_text())
-    assert settings.pop("format") == 2
+    assert settings.pop("format") == 3
     (folder / "config.json").write_text(json.dumps(settings))
 
 
@@ -54,17 +54,17 @@ def test_a_model_of_format_1_predicts_the_same_bits(system, tmp_path):
         for name, expected in model(image).items():
             assert torch.equal(old(image)[name], expected)
     old.save_pretrained(tmp_path / "again")
-    assert json.loads((tmp_path / "again" / "config.json").read_text())["format"] == 2
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["format"] == 3
     with torch.no_grad():
         assert torch.equal(pamm.load_model(tmp_path / "again")(image)["depth"], old(image)["depth"])
 
 
-@pytest.mark.parametrize("found", [3, "2", 0, None])
+@pytest.mark.parametrize("found", [4, "2", 0, None])
 def test_a_format_that_is_not_known_is_told(found, tmp_path):
     build().save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": found}))
-    with pytest.raises(CheckpointError, match=r"format: found .*, this version reads 1 to 2; .*upgrade pamm"):
+    with pytest.raises(CheckpointError, match=r"format: found .*, this version reads 1 to 3; .*upgrade pamm"):
         pamm.load_model(tmp_path)
 
 
@@ -100,3 +100,34 @@ def test_a_run_of_format_1_goes_on_to_the_same_bits(kernels, tmp_path):
     expected, found = run(tmp_path / "new", 4, kernels), run(tmp_path / "old", 4, kernels)
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def as_format_2(folder: Path) -> None:
+    """Make a saved model's config.json what the version before format 3 wrote."""
+    settings = json.loads((folder / "config.json").read_text())
+    assert settings.pop("format") == 3
+    backbone, decoder = settings["model"]["backbone"], settings["model"]["decoder"]
+    backbone["taps"] = [index + 1 for index in backbone.pop("out_indices")]
+    for new, old in (("drop_path_rate", "drop_path"), ("patch_size", "patch"), ("embed_dim", "width")):
+        backbone[old] = backbone.pop(new)
+    number = backbone.pop("num_heads")
+    backbone |= {"heads": None, "stage_heads": number} if isinstance(number, list) else {"heads": number}
+    backbone |= {"stage_depths": backbone.pop("depths"), "window": backbone.pop("window_size")}
+    for new, old in (("drop_path_rate", "drop_path"), ("window_size", "window"), ("kernel_size", "kernel")):
+        if new in decoder:
+            decoder[old] = decoder.pop(new)
+    (folder / "config.json").write_text(json.dumps({"format": 2} | settings))
+
+
+@pytest.mark.parametrize("system", ["pamm", "mtmamba"])
+def test_a_model_of_format_2_predicts_the_same_bits(system, tmp_path):
+    """Its settings have earlier names, see `pamm.config.renamed`."""
+    model = build(system)
+    model.save_pretrained(tmp_path)
+    as_format_2(tmp_path)
+    old = pamm.load_model(tmp_path)
+    assert old.settings == model.settings
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        for name, expected in model(image).items():
+            assert torch.equal(old(image)[name], expected)

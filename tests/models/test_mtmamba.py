@@ -40,7 +40,7 @@ def build(decoder: MTMambaConfig = MTMAMBA, backbone: BackboneConfig = SWIN, nam
 def switched(system: str, variant: str) -> MTMambaConfig:
     """The tiny decoder with what a variant changes."""
     derived = get_recipe(f"nyud-mtmamba+{variant}" if variant else "nyud-mtmamba").model.decoder
-    return replace(derived, system=system, state_size=4, head_width=8, window=3)
+    return replace(derived, system=system, state_size=4, head_width=8, window_size=3)
 
 
 # -- layers --------------------------------------------------------------------------------------------------------------
@@ -76,7 +76,7 @@ def test_ss2d_equals_the_recurrence_order_by_order():
 
 def test_windowed_attention_is_swins_per_task_on_maps_padded_to_whole_windows():
     torch.manual_seed(0)
-    ours = WindowAttention(tasks=2, channels=12, heads=3, window=4)
+    ours = WindowAttention(tasks=2, channels=12, num_heads=3, window_size=4)
     x = torch.randn(2, 2, 6, 9, 12)
     for task in range(2):
         swin = TimmAttention(12, 3, window_size=4)
@@ -99,7 +99,7 @@ def test_windowed_attention_is_swins_per_task_on_maps_padded_to_whole_windows():
 def test_windowed_attention_takes_queries_and_keys_from_the_source():
     """From a constant map all keys are equal, so that every position takes the mean of its window's values."""
     torch.manual_seed(0)
-    attend = WindowAttention(tasks=1, channels=4, heads=2, window=2)
+    attend = WindowAttention(tasks=1, channels=4, num_heads=2, window_size=2)
     with torch.no_grad():
         attend.bias.zero_()
     x = torch.randn(1, 1, 2, 4, 4)
@@ -168,8 +168,8 @@ SWITCHED = [
 
 @pytest.mark.parametrize(("system", "variant"), SWITCHED)
 def test_every_parameter_of_every_variant_gets_a_gradient(system, variant):
-    decoder = replace(switched(system, variant), drop_path=0.0)  # a dropped path has no gradient
-    model = build(decoder, replace(SWIN, drop_path=0.0)).train()
+    decoder = replace(switched(system, variant), drop_path_rate=0.0)  # a dropped path has no gradient
+    model = build(decoder, replace(SWIN, drop_path_rate=0.0)).train()
     logits = model(torch.randn(2, 3, 64, 96))
     sum((x * torch.randn_like(x)).sum() for x in logits.values()).backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
@@ -274,8 +274,8 @@ def test_recipes_hold_the_published_settings(recipe):
         "train.optimizer": "adamw",
         "train.clip": None,
         "train.power": 0.9,
-        "model.backbone.drop_path": 0.1,
-        "model.decoder.drop_path": 0.2,
+        "model.backbone.drop_path_rate": 0.1,
+        "model.decoder.drop_path_rate": 0.2,
         "model.decoder.system": "mtmamba++" if recipe.endswith("plus") else "mtmamba",
     }
     if not recipe.startswith("cityscapes"):
@@ -374,7 +374,7 @@ def test_a_bf16_forward_is_close_to_float32(system):
     ("changes", "message"),
     [
         ({"stm": 0}, r"decoder\.stm: found 0, expected a number from 1 to"),
-        ({"drop_path": 1.0}, r"decoder\.drop_path: found 1\.0, expected a number from 0 to 0\.99"),
+        ({"drop_path_rate": 1.0}, r"decoder\.drop_path_rate: found 1\.0, expected a number from 0 to 0\.99"),
         ({"ctm_gate": 2.0}, r"decoder\.ctm_gate: found 2\.0"),
         ({"system": "mtmamba++", "ctm_gate": 0.0}, "mtmamba\\+\\+ has no such gate"),
     ],
@@ -390,7 +390,7 @@ def test_decoders_and_backbones_that_do_not_fit_are_told():
     with pytest.raises(ConfigError, match="PAMM's decoder needs stages of one size"):
         build(DECODER, SWIN)
     with pytest.raises(ConfigError, match=r"found channels \[16, 64\]; choose .* neighbouring"):
-        build(MTMAMBA, replace(SWIN, taps=(1, 3)))
+        build(MTMAMBA, replace(SWIN, out_indices=(0, 2)))
 
 
 def test_stage_maps_of_other_shapes_are_told():
@@ -405,7 +405,7 @@ def test_a_short_training_lowers_every_loss(system, tmp_path):
     base = experiment(
         str(tmp_path / "data"), steps=30, batch=4, lr=2e-3, optimizer="adamw", scheme=scheme, save_every=0x7FFF
     )
-    model = ModelConfig(SWIN, replace(MTMAMBA, system=system, drop_path=0.05))
+    model = ModelConfig(SWIN, replace(MTMAMBA, system=system, drop_path_rate=0.05))
     data = replace(base.data, size=(64, 64), images=(8, 2), scale=(1.0, 1.0), flip=0.0, color=False)
     train(replace(base, model=model, data=data), tmp_path / "run", progress=False)
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]

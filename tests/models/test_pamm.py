@@ -133,12 +133,14 @@ def test_task_decoder_is_a_convex_combination_of_the_stages():
 @pytest.mark.parametrize("variant", ["", *VARIANTS])
 def test_every_parameter_of_every_variant_gets_a_gradient(variant):
     decoder = DECODER
-    taps = (1, 2)
+    out_indices = (0, 1)
     if variant:
         derived = get_recipe(f"pascal-pamm-b+{variant}").model
         decoder = replace(derived.decoder, width=64, state_size=4)
-        taps = tuple(range(3 - min(2, len(derived.backbone.taps)), 3))
-    model = build(decoder, replace(BACKBONE, taps=taps, drop_path=0.0)).train()  # a dropped path has no gradient
+        out_indices = tuple(range(2 - min(2, len(derived.backbone.out_indices)), 2))
+    model = build(
+        decoder, replace(BACKBONE, out_indices=out_indices, drop_path_rate=0.0)
+    ).train()  # a dropped path has no gradient
     logits = model(torch.randn(2, 3, 48, 64))
     sum((x * torch.randn_like(x)).sum() for x in logits.values()).backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
@@ -157,7 +159,7 @@ def test_switches_remove_what_they_name():
     no_B = keys(experts=replace(DECODER.experts, B=False))
     assert "B.router" not in no_B and "C.router" in no_B and "B.linear" in no_B
     assert keys(pame=False) == set()
-    plain = build(replace(DECODER, pame=False, task_conv=False), replace(BACKBONE, width=64)).decoder
+    plain = build(replace(DECODER, pame=False, task_conv=False), replace(BACKBONE, embed_dim=64)).decoder
     assert all(key.startswith("fuse") for key in plain.state_dict())
 
 
@@ -172,7 +174,7 @@ def test_any_size_that_is_a_multiple_of_the_patch(size):
 
 
 def test_another_size_is_refused_with_the_remedy():
-    with pytest.raises(ValueError, match=r"50×60.*multiples of the patch, 8.*56×64.*Predictor"):
+    with pytest.raises(ValueError, match=r"50×60.*multiples of 8.*56×64.*Predictor"):
         build()(torch.randn(1, 3, 50, 60))
 
 
@@ -187,7 +189,7 @@ def test_an_image_does_not_depend_on_its_neighbours_in_eval():
 
 def test_stages_are_the_blocks_outputs_of_the_timm_model(form):
     torch.manual_seed(0)
-    ours = form(create_backbone(replace(BACKBONE, taps=(1, 3), depth=3), (32, 48)).eval())
+    ours = form(create_backbone(replace(BACKBONE, out_indices=(0, 2), depth=3), (32, 48)).eval())
     vit = timm.create_model(
         "vit_tiny_patch16_224", img_size=(32, 48), patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=0
     ).eval()
@@ -205,7 +207,7 @@ def test_stages_are_the_blocks_outputs_of_the_timm_model(form):
 
 
 def test_blocks_after_the_last_tap_are_not_built():
-    vit = create_backbone(replace(BACKBONE, taps=(1, 2), depth=4), (32, 32)).vit
+    vit = create_backbone(replace(BACKBONE, out_indices=(0, 1), depth=4), (32, 32)).vit
     assert len(vit.blocks) == 2
 
 
@@ -214,8 +216,8 @@ def test_blocks_after_the_last_tap_are_not_built():
     [
         ({"name": "resnet18"}, "plain"),
         ({"name": "vit_tinny"}, "knows no model 'vit_tinny'"),
-        ({"taps": (2, 1)}, "increasing block numbers from 1 to 2"),
-        ({"taps": (1, 9)}, "increasing block numbers from 1 to 2"),
+        ({"out_indices": (1, 0)}, "increasing block numbers from 0 to 1"),
+        ({"out_indices": (0, 8)}, "increasing block numbers from 0 to 1"),
     ],
 )
 def test_a_backbone_that_cannot_be_is_told(change, message):

@@ -22,7 +22,7 @@ from pamm.tasks import create_task
 from pamm.training.run import train
 from tiny import BACKBONE, experiment
 
-DECODER = ReleasedConfig(width=32, state_size=4, experts=ExpertsConfig(count=5, top_k=3, rank=2), kernel=3)
+DECODER = ReleasedConfig(width=32, state_size=4, experts=ExpertsConfig(count=5, top_k=3, rank=2), kernel_size=3)
 NAMES = ("semseg", "depth", "normals")
 SWITCHES = {
     "as published": {},
@@ -37,7 +37,7 @@ WITHOUT_EFFECT = ("positions_bias", "shared.bias", *(f"heads.{name}.conv.bias" f
 
 def build(size=(48, 64), **changes):
     torch.manual_seed(0)
-    backbone = replace(BACKBONE, class_token=False, drop_path=0.0)
+    backbone = replace(BACKBONE, class_token=False, drop_path_rate=0.0)
     config = ModelConfig(backbone, replace(DECODER, **changes))
     return build_model(config, {name: create_task(name) for name in NAMES}, size)
 
@@ -206,7 +206,7 @@ def test_variants_of_the_recipes_scan_as_the_published_code_does(scan):
     run(model, (48, 80))
     for handle in handles:
         handle.remove()
-    height, width = (side // BACKBONE.patch for side in (48, 80))
+    height, width = (side // BACKBONE.patch_size for side in (48, 80))
     found = torch.stack([maps[f"order/{k}"] for k in range(4)])
     assert torch.equal(found, scan_orders(released, height, width))
     assert curve == "hilbert" or not torch.equal(found, scan_orders(curve, height, width))
@@ -255,9 +255,9 @@ def test_a_variant_applies_or_says_why_not(variant):
 
 
 def test_the_command_line_sets_the_released_decoder():
-    arguments = ["pascal-pamm-released-l", "--model.decoder.kernel", "5", "--model.decoder.experts.count", "12"]
+    arguments = ["pascal-pamm-released-l", "--model.decoder.kernel_size", "5", "--model.decoder.experts.count", "12"]
     decoder = parse_experiment("train", arguments)[0].model.decoder
-    assert isinstance(decoder, ReleasedConfig) and (decoder.kernel, decoder.experts.count) == (5, 12)
+    assert isinstance(decoder, ReleasedConfig) and (decoder.kernel_size, decoder.experts.count) == (5, 12)
 
 
 def test_a_bf16_forward_is_close_to_float32():

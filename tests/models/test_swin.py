@@ -26,7 +26,7 @@ def build(size=(64, 96), **changes) -> Swin:
 
 
 def test_stages_are_the_outputs_of_the_timm_model_each_through_its_norm():
-    ours = build((64, 64), window=2, stage_depths=(2, 2, 2, 2))  # all maps are whole windows: nothing is padded
+    ours = build((64, 64), window_size=2, depths=(2, 2, 2, 2))  # all maps are whole windows: nothing is padded
     plain = timm.create_model(
         "swin_tiny_patch4_window7_224",
         img_size=(64, 64),
@@ -85,7 +85,7 @@ def plain_attention(block, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("size", [(9, 14), (8, 12), (3, 5)])
 @pytest.mark.parametrize("block", [0, 1], ids=["plain", "shifted"])
 def test_maps_are_padded_before_they_are_shifted_and_padding_is_not_masked(size, block):
-    swin = build(stage_depths=(2, 1, 1, 1), stage_heads=(2, 1, 2, 2))
+    swin = build(depths=(2, 1, 1, 1), num_heads=(2, 1, 2, 2))
     attention = swin.swin.layers[0].blocks[block]
     assert attention.shift_size == ((0, 0), (2, 2))[block]
     x = torch.randn(2, *size, 16)
@@ -104,21 +104,21 @@ def test_any_size_that_is_a_multiple_of_the_last_stride(size):
 
 
 def test_other_sizes_are_refused_with_the_remedy():
-    with pytest.raises(ValueError, match=r"70×96.*multiples of the patch, 32.*96×96.*Predictor"):
+    with pytest.raises(ValueError, match=r"70×96.*multiples of 32.*96×96.*Predictor"):
         build()(torch.randn(1, 3, 70, 96))
-    with pytest.raises(ConfigError, match=r"found 70×96.*multiples of the patch, 32.*96×96"):
+    with pytest.raises(ConfigError, match=r"found 70×96.*multiples of 32.*96×96"):
         build((70, 96))
 
 
 def test_stages_after_the_last_tap_are_not_built():
-    swin = build(taps=(1, 3))
-    assert len(swin.swin.layers) == 3 and swin.patch == 16 and swin.channels == (16, 64)
+    swin = build(out_indices=(0, 2))
+    assert len(swin.swin.layers) == 3 and swin.output_stride == 16 and swin.channels == (16, 64)
     with torch.no_grad():
         assert [tuple(s.shape[1:]) for s in swin(torch.randn(1, 3, 64, 96))] == [(16, 16, 24), (64, 4, 6)]
 
 
 def test_every_parameter_gets_a_gradient():
-    swin = build(drop_path=0.0).train()
+    swin = build(drop_path_rate=0.0).train()
     sum((stage * torch.randn_like(stage)).sum() for stage in swin(torch.randn(2, 3, 64, 96))).backward()
     assert [name for name, p in swin.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
 
@@ -129,15 +129,15 @@ def test_every_parameter_gets_a_gradient():
         (
             {
                 "name": "swinv2_tiny_window8_256",
-                "width": None,
-                "stage_depths": None,
-                "stage_heads": None,
-                "window": None,
+                "embed_dim": None,
+                "depths": None,
+                "num_heads": None,
+                "window_size": None,
             },
             "is a SwinTransformerV2, expected a plain timm VisionTransformer or SwinTransformer",
         ),
-        ({"taps": (3, 6, 9, 12)}, "increasing stage numbers from 1 to 4"),
-        ({"depth": 3}, r"backbone\.depth: .* SwinTransformer, which has patch, width, stage_depths"),
+        ({"out_indices": (2, 5, 8, 11)}, "increasing stage numbers from 0 to 3"),
+        ({"depth": 3}, r"backbone\.depth: .* SwinTransformer, which has patch_size, embed_dim, depths"),
     ],
 )
 def test_a_backbone_that_cannot_be_is_told(change, message):

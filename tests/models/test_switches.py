@@ -18,9 +18,9 @@ NAMES = ("semseg", "depth", "normals")
 EXPERTS = ExpertsConfig(count=5, top_k=3, rank=2)
 SYSTEMS: dict[str, PAMMConfig | ReleasedConfig | MTMambaConfig] = {
     "pamm": DECODER,
-    "pamm-released": ReleasedConfig(width=32, state_size=4, experts=EXPERTS, kernel=3),
+    "pamm-released": ReleasedConfig(width=32, state_size=4, experts=EXPERTS, kernel_size=3),
     "mtmamba": MTMAMBA,
-    "mtmamba++": MTMambaConfig("mtmamba++", state_size=4, head_width=8, window=3),
+    "mtmamba++": MTMambaConfig("mtmamba++", state_size=4, head_width=8, window_size=3),
 }
 
 
@@ -75,7 +75,7 @@ def test_the_forward_pass_is_one_graph(model, training):
 
 def test_recomputing_activations_changes_nothing_but_memory(model):
     again = copy.deepcopy(model)
-    again.set_recompute()
+    again.set_grad_checkpointing()
     for _ in range(2):  # the second step sees the running statistics that the first left
         logits, gradients = step(model)
         repeated, same = step(again)
@@ -106,7 +106,7 @@ def kept_values(model: MultiTaskModel) -> int:
 
 def test_recomputing_keeps_less(model):
     before = kept_values(model)
-    model.set_recompute()
+    model.set_grad_checkpointing()
     assert kept_values(model) < 0.5 * before
 
 

@@ -110,10 +110,10 @@ def test_recipes_have_the_published_keys_shapes_and_sizes(recipe, manifest, para
     same = to_sizes(loaded.settings["model"]["backbone"])
     assert same == {
         "width": 192,
-        "stage_depths": [2, 2, 18, 2],
-        "stage_heads": [6, 12, 24, 48],
-        "window": 12,
-        "patch": 4,
+        "depths": [2, 2, 18, 2],
+        "num_heads": [6, 12, 24, 48],
+        "window_size": 12,
+        "patch_size": 4,
     }
     assert loaded.settings["model"]["decoder"] == model.settings["model"]["decoder"]
     backbone = {key: tuple(value.shape) for key, value in state.items() if key.startswith("backbone.")}
@@ -130,7 +130,7 @@ def test_recipes_have_the_published_keys_shapes_and_sizes(recipe, manifest, para
 
 
 def to_sizes(backbone: dict) -> dict:
-    return {key: backbone[key] for key in ("width", "stage_depths", "stage_heads", "window", "patch")}
+    return {key: backbone[key] for key in ("embed_dim", "depths", "num_heads", "window_size", "patch_size")}
 
 
 # -- any network of this kind ------------------------------------------------------------------------------------------------
@@ -146,12 +146,12 @@ NETWORKS = {
     "other sizes, plus": {"expand": 1, "state_size": 7, "head_width": 20, "system": "mtmamba++"},
     "other Swin": {
         "backbone": replace(
-            SWIN, width=24, stage_depths=(2, 1, 1, 3), stage_heads=(3, 2, 4, 6), window=3, patch=8, mlp_ratio=3.0
+            SWIN, embed_dim=24, depths=(2, 1, 1, 3), num_heads=(3, 2, 4, 6), window_size=3, patch_size=8, mlp_ratio=3.0
         )
     },
-    "three stages of a Swin": {"backbone": replace(SWIN, taps=(1, 2, 3))},
-    "no backbone": {"backbone": BackboneConfig("none", False, (1, 2, 3, 4), width=8), "system": "mtmamba++"},
-    "no backbone, two stages": {"backbone": BackboneConfig("none", False, (1, 2, 3), width=24)},
+    "three stages of a Swin": {"backbone": replace(SWIN, out_indices=(0, 1, 2))},
+    "no backbone": {"backbone": BackboneConfig("none", False, (0, 1, 2, 3), embed_dim=8), "system": "mtmamba++"},
+    "no backbone, two stages": {"backbone": BackboneConfig("none", False, (0, 1, 2), embed_dim=24)},
 }
 
 
@@ -177,14 +177,20 @@ def test_a_network_returns_from_its_published_names(name, tmp_path):
     assert sum(v.numel() for k, v in state.items() if not k.endswith("index")) == sum(v.numel() for v in own.values())
     loaded = load({"model": {f"module.{key}": value for key, value in state.items()}}, image_size=(64, 128))
     assert {
-        k: v for k, v in loaded.settings["model"]["decoder"].items() if k not in ("drop_path", "window", "head_width")
-    } == {k: v for k, v in model.settings["model"]["decoder"].items() if k not in ("drop_path", "window", "head_width")}
+        k: v
+        for k, v in loaded.settings["model"]["decoder"].items()
+        if k not in ("drop_path_rate", "window_size", "head_width")
+    } == {
+        k: v
+        for k, v in model.settings["model"]["decoder"].items()
+        if k not in ("drop_path_rate", "window_size", "head_width")
+    }
     assert list(loaded.tasks) == list(model.tasks)
     assert loaded.state_dict().keys() == own.keys()
     assert all(torch.equal(value, own[key]) for key, value in loaded.state_dict().items())
     loaded.save_pretrained(tmp_path)
     again = load_model(tmp_path)
-    height, width = 64 // again.backbone.patch, 128 // again.backbone.patch
+    height, width = 64 // again.backbone.output_stride, 128 // again.backbone.output_stride
     channels = again.backbone.channels
     maps = [
         torch.randn(1, c, height << s, width << s)
@@ -274,7 +280,7 @@ def test_names_of_the_swin_and_of_its_blocks():
 def test_sorted_keys_do_not_tell_the_tasks_order():
     """safetensors sorts its keys; then the benchmarks' order is taken, and the report says so."""
     names = ("semseg", "depth", "edge")
-    model = build(names=names, backbone=BackboneConfig("none", False, (1, 2, 3, 4), width=8))
+    model = build(names=names, backbone=BackboneConfig("none", False, (0, 1, 2, 3), embed_dim=8))
     state = published(model, "mtmamba")
     loaded = load({key: state[key] for key in sorted(state)}, image_size=(64, 128))
     assert list(loaded.tasks) == list(names)
@@ -283,7 +289,7 @@ def test_sorted_keys_do_not_tell_the_tasks_order():
 
 
 def test_a_model_without_backbone_says_so():
-    model = build(backbone=BackboneConfig("none", False, (1, 2, 3, 4), width=8))
+    model = build(backbone=BackboneConfig("none", False, (0, 1, 2, 3), embed_dim=8))
     with pytest.raises(ValueError, match=r"no backbone: give its stage maps to model\.decode\(stages, size\)"):
         model(torch.zeros(1, 3, 64, 96))
 
@@ -292,7 +298,7 @@ def test_a_cityscapes_checkpoint_has_its_classes_and_its_disparity():
     described = dataset_options(DataConfig(name="cityscapes"))
     torch.manual_seed(0)
     tasks = {name: create_task(name, **described[name]) for name in ("semseg", "depth")}
-    backbone = BackboneConfig("none", False, (1, 2, 3, 4), width=8)
+    backbone = BackboneConfig("none", False, (0, 1, 2, 3), embed_dim=8)
     model = build_model(ModelConfig(backbone, MTMAMBA), tasks, (64, 128))
     loaded = load(published(model, "mtmamba"), image_size=(64, 128))
     assert {n: t.options() for n, t in loaded.tasks.items()} == {n: t.options() for n, t in tasks.items()}
@@ -362,7 +368,7 @@ def test_other_tasks_and_arguments_are_told():
         load(state, image_size=(64, 128), extras={"A_log0": torch.zeros(1)})
     told = load(state, image_size=(64, 128), scan="s", num_heads=3).load_report.notices
     assert any("num_heads, scan: given and not used" in notice for notice in told)
-    with pytest.raises(OfficialError, match=r"at 60×128 pixels: .*multiples of the patch, 32"):
+    with pytest.raises(OfficialError, match=r"at 60×128 pixels: .*multiples of 32"):
         load(state, image_size=(60, 128))
 
 

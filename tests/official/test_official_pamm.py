@@ -361,7 +361,7 @@ def test_import_then_predict_and_evaluate(tmp_path, capsys):
     assert main(["predict", str(tmp_path / "model"), str(tmp_path / "mine/val/images"), "--out", str(out)]) == 0
     assert list(out.rglob("a.png"))
     (tmp_path / "mine.yaml").write_text(f"data: {{name: folder, root: {tmp_path}/mine, size: [48, 64], fit: true}}\n")
-    arguments = ["eval", str(tmp_path / "model"), "--data", str(tmp_path / "mine.yaml"), "--accelerator", "cpu"]
+    arguments = ["eval", str(tmp_path / "model"), "--data", str(tmp_path / "mine.yaml"), "--device", "cpu"]
     assert main([*arguments, "--workers", "0"]) == 0, capsys.readouterr().err
     assert "mIoU" in capsys.readouterr().out
 

@@ -16,7 +16,7 @@ SYSTEMS = {
     "pamm": ModelConfig(BACKBONE, PAMMConfig(width=32, state_size=4)),
     "pamm-released": ModelConfig(BACKBONE, ReleasedConfig(width=32, state_size=4)),
     "mtmamba": ModelConfig(SWIN, MTMAMBA),
-    "mtmamba++": ModelConfig(SWIN, MTMambaConfig(system="mtmamba++", state_size=4, head_width=8, window=3)),
+    "mtmamba++": ModelConfig(SWIN, MTMambaConfig(system="mtmamba++", state_size=4, head_width=8, window_size=3)),
 }
 
 

@@ -18,7 +18,7 @@ from pamm.prediction import predictor as strips_of_logits
 from pamm.tasks import create_task
 from tiny import MODEL, TASKS
 
-PATCH = MODEL.backbone.patch
+PATCH = MODEL.backbone.patch_size
 DTYPES = {"semseg": "uint8", "human_parts": "uint8"}
 
 

@@ -59,13 +59,16 @@ def test_a_saved_model_is_predicted_in_the_chosen_precision(model, tmp_path):
 
 def test_compiling_and_recomputing_exclude_each_other(tmp_path):
     with pytest.raises(ConfigError, match=r"train\.compile and train\.recompute are both on"):
-        check(experiment(str(tmp_path), compile=True, recompute=True))
+        check(experiment(str(tmp_path), compile=True, grad_checkpointing=True))
 
 
 def test_training_with_recomputation_gives_the_same_losses(tmp_path):
     base = experiment(str(tmp_path / "rooms"), steps=1)
     losses = []
-    for name, settings in (("plain", base), ("again", replace(base, train=replace(base.train, recompute=True)))):
+    for name, settings in (
+        ("plain", base),
+        ("again", replace(base, train=replace(base.train, grad_checkpointing=True))),
+    ):
         loop, loader = create_loop(settings, tmp_path / name)
         loop.model.train()
         losses += [loop.update(parts)[0] for parts in loader]

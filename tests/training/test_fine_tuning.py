@@ -21,7 +21,7 @@ from pamm.training.initial import take_weights
 from pamm.training.run import create_loop, train
 from tiny import DECODER, MODEL, MTMAMBA, SWIN, experiment
 
-RELEASED = ReleasedConfig(width=32, state_size=4, kernel=3, experts=ExpertsConfig(count=3, top_k=2, rank=2))
+RELEASED = ReleasedConfig(width=32, state_size=4, kernel_size=3, experts=ExpertsConfig(count=3, top_k=2, rank=2))
 MODELS = {
     "pamm": MODEL,
     "pamm, all off": dataclasses.replace(MODEL, decoder=dataclasses.replace(DECODER, task_conv=False, prior_B=False)),
@@ -137,18 +137,18 @@ def test_positions_are_resized_for_another_image_size():
 
 
 def test_another_patch_and_other_settings_are_told():
-    backbone = dataclasses.replace(MODEL.backbone, patch=16, heads=4)
+    backbone = dataclasses.replace(MODEL.backbone, patch_size=16, num_heads=4)
     other = dataclasses.replace(MODEL, backbone=backbone, decoder=dataclasses.replace(DECODER, scan="morton"))
     told = str(take_weights(build(["depth"], seed=2), build(["depth"], model=other, seed=1), "the source"))
     assert "backbone.vit.patch_embed.proj.weight: another shape, [32, 3, 16, 16] there, [32, 3, 8, 8] here" in told
-    assert "backbone.patch 16 there, 8 here" in told and "decoder.scan morton there, hilbert here" in told
-    assert "backbone.heads 4 there, 2 here" in told
+    assert "backbone.patch_size 16 there, 8 here" in told and "decoder.scan morton there, hilbert here" in told
+    assert "backbone.num_heads 4 there, 2 here" in told
 
 
 def test_a_source_of_which_nothing_fits_is_refused():
     other = dataclasses.replace(
         MODEL,
-        backbone=dataclasses.replace(MODEL.backbone, width=48),
+        backbone=dataclasses.replace(MODEL.backbone, embed_dim=48),
         decoder=dataclasses.replace(DECODER, width=32, state_size=8),
     )
     network = build(["depth"], seed=2)

@@ -66,7 +66,7 @@ def test_two_processes_step_as_one_on_the_joined_batch(rooms, tmp_path, scheme, 
 def test_a_saved_run_is_measured_as_training_measured_it(rooms, tmp_path):
     settings = experiment(rooms, steps=2)
     train(settings, tmp_path / "run", progress=False)
-    arguments = ("eval", tmp_path / "run", "--out", tmp_path / "r.json", "--accelerator", "cpu", "--workers", 0)
+    arguments = ("eval", tmp_path / "run", "--out", tmp_path / "r.json", "--device", "cpu", "--workers", 0)
     assert main([str(argument) for argument in arguments]) == 0
     measured = json.loads((tmp_path / "r.json").read_text())
     assert measured["images"] == 5
@@ -194,16 +194,16 @@ def test_bf16_trains(rooms, tmp_path):
     assert {value.dtype for value in weights.values() if value.is_floating_point()} == {torch.float32}
 
 
-def test_an_absent_accelerator_is_told(rooms, tmp_path):
+def test_an_absent_device_is_told(rooms, tmp_path):
     absent = "mps" if not torch.backends.mps.is_available() else "cuda"
-    with pytest.raises(ConfigError, match=rf"train.accelerator = {absent}.*--train.accelerator cpu"):
-        train(experiment(rooms, accelerator=absent), tmp_path, progress=False)
+    with pytest.raises(ConfigError, match=rf"train.device = {absent}.*--device cpu"):
+        train(experiment(rooms, device=absent), tmp_path, progress=False)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_trains(rooms, tmp_path):
-    result = train(experiment(rooms, steps=2, accelerator="cuda", precision="bf16-mixed"), tmp_path, progress=False)
+    result = train(experiment(rooms, steps=2, device="cuda", precision="bf16-mixed"), tmp_path, progress=False)
     assert set(result.row) == set(experiment(rooms).tasks)
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import yaml
 
 from pamm.config.limits import check, check_batch, check_values
+from pamm.config.renamed import with_new_names
 from pamm.config.strict import ConfigError, from_dict, to_dict
 from pamm.config.strict_yaml import read_yaml
 from pamm.files import replace_text, shown
@@ -38,7 +39,7 @@ class DataConfig:
     root: str | None = None
     """Folder of the data set; `~` is expanded. Synthetic data: its cache (default: the user's cache folder)."""
     size: tuple[int, int] = (512, 512)
-    """Height and width of a training crop and of the padded validation frame, pixels; multiples of the patch."""
+    """Height and width of a training crop and of the padded validation frame, pixels; multiples of the backbone's stride."""
     label_size: tuple[int, int] | None = None
     """Where set: crops and frames have this size, the network sees them shrunk to `size`, and its output is brought back to this
     size for the losses and metrics (Cityscapes: 1024×2048, seen at 512×1024)."""
@@ -73,24 +74,22 @@ class BackboneConfig:
     """timm model name, with the tag of its pretrained weights after a dot; "none": stage maps come from elsewhere."""
     pretrained: bool = True
     """Start from the tag's weights (downloaded once by timm)."""
-    taps: tuple[int, ...] = (3, 6, 9, 12)
-    """ViT: blocks, counted from 1, whose outputs are the stages; the last block's output passes the final norm.
-    Swin: its stages, counted from 1, whose outputs are taken, each through a norm of its own."""
-    drop_path: float = 0.15
+    out_indices: tuple[int, ...] = (2, 5, 8, 11)
+    """ViT: blocks, counted from 0, whose outputs are the stages; the last block's output passes the final norm.
+    Swin: its stages, counted from 0, whose outputs are taken, each through a norm of its own."""
+    drop_path_rate: float = 0.15
     """Stochastic depth of the last block, rising linearly from 0 at the first."""
-    patch: int | None = None
+    patch_size: int | None = None
     """Patch side, pixels."""
-    width: int | None = None
+    embed_dim: int | None = None
     """Token channels; Swin: of the first stage, doubling with every stage."""
     depth: int | None = None
     """ViT: number of blocks."""
-    heads: int | None = None
-    """ViT: attention heads."""
-    stage_depths: tuple[int, ...] | None = None
+    depths: tuple[int, ...] | None = None
     """Swin: number of blocks of every stage."""
-    stage_heads: tuple[int, ...] | None = None
-    """Swin: attention heads of every stage."""
-    window: int | None = None
+    num_heads: int | tuple[int, ...] | None = None
+    """Attention heads; Swin: of every stage."""
+    window_size: int | None = None
     """Swin: side of the attention windows, tokens."""
     mlp_ratio: float | None = None
     """Hidden channels of a block's MLP per token channel."""
@@ -158,13 +157,13 @@ class MTMambaConfig:
     """What extracts features in all blocks: the Mamba-based MFE, or attention in windows (Table 3)."""
     gate: Literal["linear", "attention"] = "linear"
     """What makes the gates of all blocks (Table 4)."""
-    window: int = 8
+    window_size: int = 8
     """Side of the windows of Tables 3 and 4, positions."""
     expand: int = 2
     """Expansion factor α of the extractors."""
     state_size: int = 16
     """State size N of the selective scan."""
-    drop_path: float = 0.2
+    drop_path_rate: float = 0.2
     """Stochastic depth of the first block, falling linearly to 0 at the last."""
     head_width: int = 96
     """MTMamba++: channels inside a head."""
@@ -190,7 +189,7 @@ class ReleasedConfig:
     """A convolution per task after the shared one."""
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     """Experts on B and on C."""
-    kernel: int = 9
+    kernel_size: int = 9
     """Side of the experts' kernels, tokens; odd. The published code passes its top-k setting here."""
     projection_bias: bool = False
     """Bias of the linear projection in place of B's or C's experts where those are off."""
@@ -249,7 +248,7 @@ class TrainConfig:
     """Seed of weights, sample order, augmentation and noise."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     """Arithmetic of the forward and backward pass; weights and scan states stay float32."""
-    recompute: bool = False
+    grad_checkpointing: bool = False
     """Activation checkpointing: blocks, decoder stages and heads are computed again in the backward pass instead of kept.
     The same gradients with less memory, in more time."""
     compile: bool = False
@@ -260,7 +259,7 @@ class TrainConfig:
     """Fine-tuning: what is not trained, "backbone", or "backbone:N" for what comes before its block N + 1."""
     backbone_lr_scale: float = 1.0
     """Learning rate of the backbone per learning rate of the rest."""
-    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Kind of device."""
     devices: int = 1
     """Processes on this node, one device each."""
@@ -298,7 +297,7 @@ def load(path: Path) -> Experiment:
     except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: a path that holds NUL
         raise ConfigError(f"{shown(path, 200)} is not a readable YAML file: {shown(error, 300)}") from None
     try:
-        experiment = from_dict(Experiment, values)
+        experiment = from_dict(Experiment, with_new_names(values))
         check_values(experiment)
         return experiment
     except ConfigError as error:

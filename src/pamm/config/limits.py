@@ -15,15 +15,14 @@ if TYPE_CHECKING:
 MANY = 10**9
 
 MODEL_LIMITS: dict[str, tuple[float, float]] = {
-    "backbone.taps": (1, 128),
-    "backbone.drop_path": (0, 0.99),
-    "backbone.patch": (1, 1024),
-    "backbone.width": (1, 2**16),
+    "backbone.out_indices": (0, 127),
+    "backbone.drop_path_rate": (0, 0.99),
+    "backbone.patch_size": (1, 1024),
+    "backbone.embed_dim": (1, 2**16),
     "backbone.depth": (1, 128),
-    "backbone.heads": (1, 4096),
-    "backbone.stage_depths": (1, 128),
-    "backbone.stage_heads": (1, 4096),
-    "backbone.window": (1, 256),
+    "backbone.depths": (1, 128),
+    "backbone.num_heads": (1, 4096),
+    "backbone.window_size": (1, 256),
     "backbone.mlp_ratio": (1e-3, 64),
     "decoder.width": (1, 2**16),
     "decoder.state_size": (1, 4096),
@@ -31,20 +30,20 @@ MODEL_LIMITS: dict[str, tuple[float, float]] = {
     "decoder.experts.count": (1, 4096),
     "decoder.experts.rank": (1, 4096),
     "decoder.experts.top_k": (1, 4096),
-    "decoder.kernel": (1, 255),
+    "decoder.kernel_size": (1, 255),
     "decoder.delta_rank": (1, 2**16),
     "decoder.stm": (1, 16),
     "decoder.ctm_gate": (0, 1),
-    "decoder.window": (1, 256),
+    "decoder.window_size": (1, 256),
     "decoder.expand": (1, 64),
     "decoder.head_width": (1, 2**16),
-    "decoder.drop_path": (0, 0.99),
+    "decoder.drop_path_rate": (0, 0.99),
 }
 """Leaf of a network's settings → smallest and largest value it may have, and each entry of a list; None is allowed where the
 leaf's type allows it. They are wide: what one network of these sizes takes is a question of memory (see `build_model`)."""
 
 LONGEST = 32
-"""Most entries of `taps`; other lists have at most 8."""
+"""Most entries of `out_indices`; other lists have at most 8."""
 
 NAME = 200
 """Most bytes of an experiment's name; a folder's has at most 255."""
@@ -89,10 +88,10 @@ def check(experiment: Experiment) -> None:
             f"data.val_fraction is {experiment.data.val_fraction:g}, but data sets of the kind '{experiment.data.name}' have a "
             "validation split of their own: set it to 0"
         )
-    if experiment.train.compile and experiment.train.recompute:
+    if experiment.train.compile and experiment.train.grad_checkpointing:
         raise ConfigError(
-            "train.compile and train.recompute are both on: a compiled network chooses itself what it computes again; turn "
-            "one of them off"
+            "train.compile and train.grad_checkpointing are both on: a compiled network chooses itself what it computes "
+            "again; turn one of them off"
         )
     if not STARTED_OUTSIDE & os.environ.keys():  # torchrun and SLURM have numbers of processes of their own
         check_batch(experiment.train, experiment.train.devices * experiment.train.nodes)
@@ -111,7 +110,7 @@ def check_ranges(tree: dict[str, Any], limits: dict[str, tuple[float, float]]) -
         for key in leaf.split("."):
             value = value.get(key) if isinstance(value, dict) else None
         values = value if isinstance(value, list) else [] if value is None else [value]
-        most = LONGEST if leaf.endswith("taps") else 8
+        most = LONGEST if leaf.endswith("out_indices") else 8
         if len(values) > most:
             raise ConfigError(f"{leaf}: found {len(values)} entries, expected at most {most}")
         for found in values:

@@ -108,7 +108,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if value is None and type(None) in arguments:
             return None
         members = [a for a in arguments if a is not type(None)]
-        return _convert(_member(members, value, where) if len(members) > 1 else members[0], value, where)
+        return _convert(_member(members, value, where), value, where)
     if origin is dict and isinstance(value, dict):
         return {str(key): _convert(arguments[1], item, f"{where}.{shown(key)}") for key, item in value.items()}
     if origin is tuple and isinstance(value, (list, tuple)):
@@ -140,12 +140,15 @@ def _plain(value: Any, where: str) -> Any:
     )
 
 
-def _member(members: list[type], value: Any, where: str) -> type:
-    """The dataclass of a union that a mapping is meant for, or ConfigError.
+def _member(members: list[Any], value: Any, where: str) -> Any:
+    """The member of a union that a value is meant for, or ConfigError.
 
-    The members share a field of literals, such as `system`, whose values tell them apart; a mapping without that field means
-    the first member.
+    A list is meant for a tuple. Dataclasses share a field of literals, such as `system`, whose values tell them apart; a
+    mapping without that field means the first member.
     """
+    if not dataclasses.is_dataclass(members[0]) or len(members) == 1:
+        lists = [member for member in members if typing.get_origin(member) is tuple]
+        return lists[0] if lists and isinstance(value, (list, tuple)) else members[0]
     hints = [typing.get_type_hints(member) for member in members]
     for tag in hints[0]:
         choices = [typing.get_args(h[tag]) if typing.get_origin(h.get(tag)) is Literal else () for h in hints]

@@ -106,7 +106,7 @@ def train_loader(
     raises DataError for data that cannot be read, also from inside a worker.
     """
     sampler = StepSampler(len(dataset), config, rank=rank, world=world, start_step=start_step)
-    cuda = config.accelerator in ("auto", "cuda") and torch.cuda.is_available()
+    cuda = config.device in ("auto", "cuda") and torch.cuda.is_available()
     loader = _loader(
         _Train(dataset, transform), transform.tasks, config.workers, batch_sampler=sampler, pin_memory=cuda
     )

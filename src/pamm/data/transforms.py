@@ -42,7 +42,7 @@ def frame(size: tuple[int, int], config: DataConfig) -> Box:
         name = "data.label_size" if config.label_size else "data.size"
         raise DataError(
             f"an image of {height} x {width} does not fit into the frame of {config.frame[0]} x {config.frame[1]}. "
-            f"Set {name} to at least {height} x {width} (multiples of the patch), or data.fit to shrink larger images."
+            f"Set {name} to at least {height} x {width} (multiples of the backbone's stride), or data.fit to shrink larger images."
         )
     return (config.frame[0] - height) // 2, (config.frame[1] - width) // 2, height, width
 

@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
         check_outputs(plain.out, plain.report)
     named, tasks = evaluate_saved(
         plain.source,
-        launch(TrainConfig(accelerator=plain.accelerator, devices=plain.devices)),
+        launch(TrainConfig(device=plain.device, devices=plain.devices)),
         data=plain.data,
         root=plain.root,
         split=plain.split,
@@ -98,8 +98,9 @@ def arguments_parser() -> argparse.ArgumentParser:
         "where the frame shrinks no image",
     )
     own.add_argument("--batch", type=at_least(1), default=8, help="images per batch; does not change the result")
+    own.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    own.add_argument("--accelerator", dest="device", help=argparse.SUPPRESS)  # the earlier name of --device
     own.add_argument("--devices", type=at_least(1), default=1, help="processes; does not change the result")
-    own.add_argument("--accelerator", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     own.add_argument("--workers", type=at_least(0), default=2, help="data loading processes")
     own.add_argument("--precision", default="float32", choices=["auto", "float32", "bfloat16"], help=PRECISION_HELP)
     own.add_argument("--compile", action="store_true", help="run the network through torch.compile")

@@ -21,57 +21,42 @@ from pamm.nn.replace import replace_modules, taking_over
 SWIN_STRIDE = 2
 """Tokens of a Swin stage per token of the next, along one side."""
 
-ARGUMENTS = {
-    VisionTransformer: {
-        "patch": "patch_size",
-        "width": "embed_dim",
-        "depth": "depth",
-        "heads": "num_heads",
-        "mlp_ratio": "mlp_ratio",
-    },
-    SwinTransformer: {
-        "patch": "patch_size",
-        "width": "embed_dim",
-        "stage_depths": "depths",
-        "stage_heads": "num_heads",
-        "window": "window_size",
-        "mlp_ratio": "mlp_ratio",
-    },
+SIZES = {
+    VisionTransformer: ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio"),
+    SwinTransformer: ("patch_size", "embed_dim", "depths", "num_heads", "window_size", "mlp_ratio"),
 }
-"""timm class → field of BackboneConfig → timm's name of that argument."""
-
-SIZES = sorted({field for names in ARGUMENTS.values() for field in names})
+"""timm class → its arguments that are fields of BackboneConfig."""
 
 
 class ViT(nn.Module):
-    """A timm VisionTransformer; stages are the outputs of the blocks named by `taps`.
+    """A timm VisionTransformer; stages are the outputs of the blocks `out_indices`, counted from 0.
 
-    The last block's output passes the final norm, earlier ones are raw (paper §V-C, blocks 3, 6, 9, 12 of ViT-B).
-    `channels` is the width of every stage, `patch` the side of a token in pixels, `grid` the rows and columns of tokens of
-    the image size it was built for.
+    The last block's output passes the final norm, earlier ones are raw (paper §V-C: ViT-B's blocks 3, 6, 9, 12 counted from 1).
+    `channels` is the width of every stage, `output_stride` the side of a token in pixels, `grid` the rows and columns of
+    tokens of the image size it was built for.
     """
 
-    def __init__(self, vit: VisionTransformer, taps: tuple[int, ...]):
+    def __init__(self, vit: VisionTransformer, out_indices: tuple[int, ...]):
         super().__init__()
         depth = len(vit.blocks)
-        _check_taps(taps, depth, "block")
-        self.taps = taps
+        _check_indices(out_indices, depth, "block")
+        self.out_indices = out_indices
         self.channels: int = vit.embed_dim
-        self.patch: int = vit.patch_embed.patch_size[0]
+        self.output_stride: int = vit.patch_embed.patch_size[0]
         self.grid: tuple[int, int] = tuple(vit.patch_embed.grid_size)
-        if taps[-1] < depth:  # blocks and a norm that no stage reads would be parameters without a gradient
-            vit.blocks = vit.blocks[: taps[-1]]
+        if out_indices[-1] < depth - 1:  # blocks and a norm that no stage reads would be parameters without a gradient
+            vit.blocks = vit.blocks[: out_indices[-1] + 1]
             vit.norm = nn.Identity()
         self.vit = vit
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) normalised image → one (B, C, H/patch, W/patch) map per tap. Raises ValueError for other sizes."""
+        """(B, 3, H, W) normalised image → one (B, C, H/stride, W/stride) map per stage. Raises ValueError for other sizes."""
         height, width = image.shape[-2:]
-        _check_image(height, width, self.patch)
-        indices = [tap - 1 for tap in self.taps]
+        _check_image(height, width, self.output_stride)
+        indices = list(self.out_indices)
         stages = self.vit.forward_intermediates(image, indices=indices, output_fmt="NLC", intermediates_only=True)
         stages[-1] = self.vit.norm(stages[-1])
-        grid = height // self.patch, width // self.patch
+        grid = height // self.output_stride, width // self.output_stride
         return [stage.transpose(1, 2).unflatten(2, grid) for stage in stages]
 
     def blocks(self) -> list[nn.Module]:
@@ -84,25 +69,25 @@ class ViT(nn.Module):
         loose = [vit.pos_embed, vit.cls_token, getattr(vit, "reg_token", None)]
         return [vit.patch_embed, vit.norm_pre, *self.blocks()[:count]], [p for p in loose if p is not None]
 
-    def set_recompute(self, on: bool) -> None:
-        """Whether a block's activations are made again in the backward pass instead of kept."""
-        self.vit.set_grad_checkpointing(on)
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether a block's activations are computed again in the backward pass instead of kept."""
+        self.vit.set_grad_checkpointing(enable)
 
 
 class Swin(nn.Module):
-    """A timm SwinTransformer; the stages named by `taps` are handed out, each through a LayerNorm of its own (`norms`).
+    """A timm SwinTransformer; the stages `out_indices`, counted from 0, are handed out, each through a LayerNorm of its own.
 
     Windows keep their size for any image: maps are padded to whole windows with zeros at the right and bottom, and padded
-    tokens are not masked. `channels` are the stages' widths, `patch` the side of the last stage's token in pixels.
+    tokens are not masked. `channels` are the stages' widths, `output_stride` the side of the last stage's token in pixels.
     """
 
-    def __init__(self, swin: SwinTransformer, taps: tuple[int, ...]):
+    def __init__(self, swin: SwinTransformer, out_indices: tuple[int, ...]):
         super().__init__()
-        _check_taps(taps, len(swin.layers), "stage")
-        self.taps = taps
-        self.channels: tuple[int, ...] = tuple(swin.feature_info[tap - 1]["num_chs"] for tap in taps)
-        self.patch: int = swin.patch_embed.patch_size[0] * SWIN_STRIDE ** (taps[-1] - 1)
-        swin.layers = swin.layers[: taps[-1]]
+        _check_indices(out_indices, len(swin.layers), "stage")
+        self.out_indices = out_indices
+        self.channels: tuple[int, ...] = tuple(swin.feature_info[index]["num_chs"] for index in out_indices)
+        self.output_stride: int = swin.patch_embed.patch_size[0] * SWIN_STRIDE ** out_indices[-1]
+        swin.layers = swin.layers[: out_indices[-1] + 1]
         swin.norm = nn.Identity()
         replace_modules(swin, lambda block: taking_over(PaddedSwinBlock, block, SwinTransformerBlock))
         self.swin = swin
@@ -110,11 +95,11 @@ class Swin(nn.Module):
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """(B, 3, H, W) normalised image → maps (B, C, H/4, W/4), (B, 2C, H/8, W/8), … Raises ValueError for other sizes."""
-        _check_image(*image.shape[-2:], self.patch)
+        _check_image(*image.shape[-2:], self.output_stride)
         x, stages = self.swin.patch_embed(image), []
-        for number, layer in enumerate(self.swin.layers, start=1):
+        for index, layer in enumerate(self.swin.layers):
             x = layer(x)  # (B, h, w, C)
-            if number in self.taps:
+            if index in self.out_indices:
                 stages.append(self.norms[len(stages)](x).permute(0, 3, 1, 2))
         return stages
 
@@ -128,9 +113,9 @@ class Swin(nn.Module):
         merging = [layer.downsample for layer in self.swin.layers if layer.blocks[0] in chosen]
         return [self.swin.patch_embed, *merging, *chosen], []
 
-    def set_recompute(self, on: bool) -> None:
-        """Whether a block's activations are made again in the backward pass instead of kept."""
-        self.swin.set_grad_checkpointing(on)
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether a block's activations are computed again in the backward pass instead of kept."""
+        self.swin.set_grad_checkpointing(enable)
 
 
 class PaddedSwinBlock(SwinTransformerBlock):
@@ -148,11 +133,11 @@ class PaddedSwinBlock(SwinTransformerBlock):
 class NoBackbone(nn.Module):
     """What stands for a backbone that is not there: a network read without one decodes stage maps made elsewhere."""
 
-    def __init__(self, width: int, taps: tuple[int, ...]):
+    def __init__(self, embed_dim: int, out_indices: tuple[int, ...]):
         super().__init__()
-        self.taps = taps
-        self.channels: tuple[int, ...] = tuple(width * 2 ** (tap - 1) for tap in taps)
-        self.patch = 4 * SWIN_STRIDE ** (taps[-1] - 1)
+        self.out_indices = out_indices
+        self.channels: tuple[int, ...] = tuple(embed_dim * 2**index for index in out_indices)
+        self.output_stride = 4 * SWIN_STRIDE ** out_indices[-1]
 
     def forward(self, image: Tensor) -> list[Tensor]:
         raise ValueError(
@@ -164,7 +149,7 @@ class NoBackbone(nn.Module):
         """None."""
         return []
 
-    def set_recompute(self, on: bool) -> None:
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Nothing is kept here."""
 
 
@@ -174,17 +159,17 @@ def create_backbone(config: BackboneConfig, image_size: tuple[int, int]) -> ViT 
     Raises ConfigError for an unknown name, a model of another family, and weights that cannot be fetched.
     """
     if config.name == "none":
-        if config.width is None or not config.taps:
+        if config.embed_dim is None or not config.out_indices:
             raise ConfigError(
-                'backbone.width and backbone.taps: expected those of the stage maps where the name is "none"'
+                'backbone.embed_dim and backbone.out_indices: expected those of the stage maps where the name is "none"'
             )
-        return NoBackbone(config.width, config.taps)
+        return NoBackbone(config.embed_dim, config.out_indices)
     if not timm.is_model(config.name):
         near = ", ".join(timm.list_models(f"*{config.name.split('_')[0]}*")[:5]) or "vit_base_patch16_384"
         raise ConfigError(f"backbone.name: timm knows no model '{config.name}'; for example: {near}")
     swin = is_model_in_modules(config.name.split(".")[0], {"swin_transformer"})
     kind = SwinTransformer if swin else VisionTransformer
-    arguments: dict[str, Any] = {"img_size": image_size, "num_classes": 0, "drop_path_rate": config.drop_path}
+    arguments: dict[str, Any] = {"img_size": image_size, "num_classes": 0, "drop_path_rate": config.drop_path_rate}
     arguments |= _sizes(config, kind)
     if swin:
         arguments |= {"strict_img_size": False, "always_partition": True}
@@ -194,24 +179,28 @@ def create_backbone(config: BackboneConfig, image_size: tuple[int, int]) -> ViT 
     if not (swin or config.class_token):
         _remove_class_token(model)
     join_drop_paths(model)
-    backbone = Swin(model, config.taps) if swin else ViT(model, config.taps)
-    if any(side % backbone.patch for side in image_size):
+    backbone = Swin(model, config.out_indices) if swin else ViT(model, config.out_indices)
+    if any(side % backbone.output_stride for side in image_size):
         raise ConfigError(
-            f"data.size: found {image_size[0]}×{image_size[1]}, expected multiples of the patch, {backbone.patch}; "
-            f"for example {_padded(*image_size, backbone.patch)}"
+            f"data.size: found {image_size[0]}×{image_size[1]}, expected multiples of {backbone.output_stride}; "
+            f"for example {_padded(*image_size, backbone.output_stride)}"
         )
     return backbone
 
 
 def _sizes(config: BackboneConfig, kind: type) -> dict[str, Any]:
-    """The configured sizes under timm's names. Raises ConfigError for one that this family does not have."""
-    given = {field: getattr(config, field) for field in SIZES if getattr(config, field) is not None}
+    """The configured sizes, as timm's arguments. Raises ConfigError for one that this family does not have."""
+    fields = sorted({field for names in SIZES.values() for field in names})
+    given = {field: getattr(config, field) for field in fields if getattr(config, field) is not None}
     for field in given:
-        if field not in ARGUMENTS[kind]:
+        if field not in SIZES[kind]:
             raise ConfigError(
-                f"backbone.{field}: '{config.name}' is built as a {kind.__name__}, which has {', '.join(ARGUMENTS[kind])}"
+                f"backbone.{field}: '{config.name}' is built as a {kind.__name__}, which has {', '.join(SIZES[kind])}"
             )
-    return {ARGUMENTS[kind][field]: value for field, value in given.items()}
+    if "num_heads" in given and isinstance(given["num_heads"], tuple) != (kind is SwinTransformer):
+        expected = "a number for every stage" if kind is SwinTransformer else "one number"
+        raise ConfigError(f"backbone.num_heads: found {given['num_heads']}, expected {expected} for a {kind.__name__}")
+    return given
 
 
 def _create(config: BackboneConfig, arguments: dict[str, Any], kind: type) -> Any:
@@ -246,16 +235,23 @@ def _create(config: BackboneConfig, arguments: dict[str, Any], kind: type) -> An
     return model
 
 
-def _check_taps(taps: tuple[int, ...], count: int, what: str) -> None:
-    if not taps or list(taps) != sorted(set(taps)) or taps[0] < 1 or taps[-1] > count:
-        raise ConfigError(f"backbone.taps: found {list(taps)}, expected increasing {what} numbers from 1 to {count}")
+def _check_indices(out_indices: tuple[int, ...], count: int, what: str) -> None:
+    if (
+        not out_indices
+        or list(out_indices) != sorted(set(out_indices))
+        or out_indices[0] < 0
+        or out_indices[-1] >= count
+    ):
+        raise ConfigError(
+            f"backbone.out_indices: found {list(out_indices)}, expected increasing {what} numbers from 0 to {count - 1}"
+        )
 
 
-def _check_image(height: int, width: int, patch: int) -> None:
-    if height % patch or width % patch:
+def _check_image(height: int, width: int, stride: int) -> None:
+    if height % stride or width % stride:
         raise ValueError(
-            f"image of {height}×{width} pixels: both sides must be multiples of the patch, {patch}; "
-            f"pad it to {_padded(height, width, patch)}, or use pamm.Predictor, which takes any size"
+            f"image of {height}×{width} pixels: both sides must be multiples of {stride}; "
+            f"pad it to {_padded(height, width, stride)}, or use pamm.Predictor, which takes any size"
         )
 
 
@@ -265,5 +261,5 @@ def _remove_class_token(vit: VisionTransformer) -> None:
     vit.cls_token, vit.num_prefix_tokens, vit.has_class_token = None, 0, False
 
 
-def _padded(height: int, width: int, patch: int) -> str:
-    return "×".join(str(-(-side // patch) * patch) for side in (height, width))
+def _padded(height: int, width: int, stride: int) -> str:
+    return "×".join(str(-(-side // stride) * stride) for side in (height, width))

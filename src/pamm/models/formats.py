@@ -4,6 +4,7 @@ config.json holds the number of the format, "format"; where it holds none, the f
 
     1   weights of `TaskLinear` are (T, in, out)
     2   they are (T, out, in), as torch's
+    3   settings have the names of today (see `pamm.config.renamed`)
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from pamm import PammError
 from pamm.nn.task_layers import TaskLinear
 
-FORMAT = 2
+FORMAT = 3
 FIELD = "format"
 """Its key in config.json."""
 
@@ -48,7 +49,7 @@ def read_format(config: Path) -> int:
 
 def upgraded_weights(weights: Mapping[str, Tensor], model: nn.Module, written: int) -> dict[str, Tensor]:
     """Tensors of a file of format `written`, by their plain names → as the model's state dict has them."""
-    if written == FORMAT:
+    if written > 1:
         return dict(weights)
     turned = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, TaskLinear)}
     return {
@@ -59,7 +60,7 @@ def upgraded_weights(weights: Mapping[str, Tensor], model: nn.Module, written: i
 
 def upgraded_optimizer(state: dict[str, Any], model: nn.Module, optimizer: Any, written: int) -> dict[str, Any]:
     """The state dict of an optimizer saved beside a model of format `written`, as `optimizer` of today's model loads it."""
-    if written == FORMAT:
+    if written > 1:
         return state
     turned = {id(module.weight) for module in model.modules() if isinstance(module, TaskLinear)}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -21,7 +21,7 @@ from pamm.files import usual_mode
 from pamm.models.card import CARD, MARK, Origin, read_origin, write_card
 from pamm.models.formats import FIELD, FORMAT, read_format, upgraded_weights
 from pamm.models.weights import plain_name
-from pamm.nn.recompute import call, recomputed
+from pamm.nn.checkpointing import call, checkpointed
 from pamm.nn.task_layers import TaskLinear
 from pamm.tasks import Task
 
@@ -36,7 +36,7 @@ class MultiTaskModel(nn.Module, ModelHubMixin, library_name="pamm", tags=["multi
     the same network.
     """
 
-    recompute = False
+    grad_checkpointing = False
     in_bfloat16 = False
     origin: Path | None = None
     """The folder that the weights were loaded from."""
@@ -60,7 +60,7 @@ class MultiTaskModel(nn.Module, ModelHubMixin, library_name="pamm", tags=["multi
         self._frozen: tuple[nn.Module, ...] = ()  # parts that stay in eval mode
 
     def forward(self, image: Tensor, size: tuple[int, int] | None = None) -> dict[str, Tensor]:
-        """(B, 3, H, W) normalised image, sides multiples of the patch → task name → (B, channels, *size) logits.
+        """(B, 3, H, W) normalised image, sides multiples of the backbone's stride → task name → (B, channels, *size) logits.
 
         size: height and width of the logits, by default the image's. The image is brought to the weights' dtype, so that
         a model after `.half()`, `.bfloat16()` or `.double()` takes it as well; the logits are float32.
@@ -73,7 +73,7 @@ class MultiTaskModel(nn.Module, ModelHubMixin, library_name="pamm", tags=["multi
 
     def decode(self, stages: Sequence[Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
         """The backbone's stage maps (B, C, h, w), first to last → task name → (B, channels, *size) logits."""
-        run = recomputed if self.recompute else call
+        run = checkpointed if self.grad_checkpointing else call
         with self._arithmetic(stages[0]):
             features = self.decoder(list(stages))
             logits = {task: run(head, features[task]) for task, head in self.heads.items()}
@@ -93,11 +93,11 @@ class MultiTaskModel(nn.Module, ModelHubMixin, library_name="pamm", tags=["multi
             module.eval()
         return self
 
-    def set_recompute(self, on: bool = True) -> None:
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Activation checkpointing, for training: what a block of the backbone, a stage of the decoder or a head computed on
-        the way is made again in the backward pass instead of kept. The same gradients, less memory, more time."""
-        self.recompute = self.decoder.recompute = on
-        self.backbone.set_recompute(on)
+        the way is computed again in the backward pass instead of kept. The same gradients, less memory, more time."""
+        self.grad_checkpointing = self.decoder.grad_checkpointing = enable
+        self.backbone.set_grad_checkpointing(enable)
 
     def use_bfloat16(self) -> None:
         """From now on matrix products and convolutions run in bfloat16, the rest in float32. For inference.
@@ -120,7 +120,7 @@ class MultiTaskModel(nn.Module, ModelHubMixin, library_name="pamm", tags=["multi
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width the network was built for; it takes any other multiple of the patch as well."""
+        """Height and width the network was built for; it takes any other multiple of the backbone's stride as well."""
         return tuple(self.settings["image_size"])
 
     def _save_pretrained(self, save_directory: Path) -> None:

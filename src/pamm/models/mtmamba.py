@@ -20,8 +20,8 @@ from torch.utils.hooks import RemovableHandle
 from pamm.config.experiment import MTMambaConfig
 from pamm.config.strict import ConfigError
 from pamm.models.backbone import PaddedSwinBlock
+from pamm.nn.checkpointing import call, checkpointed
 from pamm.nn.joined import JoinedBatchNorm2d, join_drop_paths
-from pamm.nn.recompute import call, recomputed
 from pamm.nn.serialize import row_column_orders
 from pamm.nn.ssm import init_A_log, init_D, init_delta_bias, init_delta_weight
 from pamm.nn.task_layers import TaskConv3x3, TaskDropPath, TaskLayerNorm, TaskLinear
@@ -73,16 +73,16 @@ class SS2D(nn.Module):
 class MFE(nn.Module):
     """Mamba-based feature extractor: LN ∘ SS2D ∘ SiLU ∘ Conv ∘ Linear (paper eq. 13)."""
 
-    def __init__(self, config: MTMambaConfig, tasks: int, inputs: int, channels: int):
+    def __init__(self, config: MTMambaConfig, tasks: int, in_features: int, channels: int):
         super().__init__()
         expanded = config.expand * channels
-        self.expand = TaskLinear(tasks, inputs, expanded, bias=False)
+        self.expand = TaskLinear(tasks, in_features, expanded, bias=False)
         self.conv = TaskConv3x3(tasks, expanded)
         self.scan = SS2D(tasks, expanded, math.ceil(channels / RATIO), config.state_size)
         self.norm = TaskLayerNorm(tasks, expanded)
 
     def forward(self, z: Tensor, source: Tensor | None = None) -> Tensor:
-        """(T, B, h, w, inputs), `source` (T, B, h, w, e) as in SS2D → (T, B, h, w, e)."""
+        """(T, B, h, w, in_features), `source` (T, B, h, w, e) as in SS2D → (T, B, h, w, e)."""
         return self.norm(self.scan(F.silu(self.conv(self.expand(z))), source))
 
 
@@ -94,11 +94,11 @@ def attention_heads(channels: int) -> int:
 class WindowExtractor(nn.Module):
     """What stands in for MFE in Table 3: Linear, then W-MSA at the expanded width."""
 
-    def __init__(self, config: MTMambaConfig, tasks: int, inputs: int, channels: int):
+    def __init__(self, config: MTMambaConfig, tasks: int, in_features: int, channels: int):
         super().__init__()
         expanded = config.expand * channels
-        self.expand = TaskLinear(tasks, inputs, expanded, bias=False)
-        self.attend = WindowAttention(tasks, expanded, attention_heads(channels), config.window)
+        self.expand = TaskLinear(tasks, in_features, expanded, bias=False)
+        self.attend = WindowAttention(tasks, expanded, attention_heads(channels), config.window_size)
 
     def forward(self, z: Tensor, source: Tensor | None = None) -> Tensor:
         """As MFE; queries and keys, the counterparts of C and B, are made from `source`."""
@@ -110,7 +110,7 @@ class WindowGate(nn.Module):
 
     def __init__(self, config: MTMambaConfig, tasks: int, channels: int):
         super().__init__()
-        self.attend = WindowAttention(tasks, channels, attention_heads(channels), config.window)
+        self.attend = WindowAttention(tasks, channels, attention_heads(channels), config.window_size)
         self.linear = TaskLinear(tasks, channels, config.expand * channels, bias=False)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -118,9 +118,9 @@ class WindowGate(nn.Module):
         return self.linear(self.attend(z))
 
 
-def create_extractor(config: MTMambaConfig, tasks: int, inputs: int, channels: int) -> nn.Module:
-    """(T, B, h, w, inputs) → (T, B, h, w, e) of a stage with `channels` c (Table 3)."""
-    return {"mamba": MFE, "attention": WindowExtractor}[config.extractor](config, tasks, inputs, channels)
+def create_extractor(config: MTMambaConfig, tasks: int, in_features: int, channels: int) -> nn.Module:
+    """(T, B, h, w, in_features) → (T, B, h, w, e) of a stage with `channels` c (Table 3)."""
+    return {"mamba": MFE, "attention": WindowExtractor}[config.extractor](config, tasks, in_features, channels)
 
 
 def create_gate(config: MTMambaConfig, tasks: int, channels: int) -> nn.Module:
@@ -157,10 +157,12 @@ class TaskSwin(nn.Module):
 
     def __init__(self, config: MTMambaConfig, tasks: int, channels: int, drop_path: float, *, shifted: bool):
         super().__init__()
-        side, heads = config.window, attention_heads(channels)
+        side, num_heads = config.window_size, attention_heads(channels)
         settings = {"window_size": side, "shift_size": side // 2 * shifted, "drop_path": drop_path}
         whole = {"always_partition": True, "dynamic_mask": True}  # windows keep their size on any map
-        self.tasks = nn.ModuleList(PaddedSwinBlock(channels, side, heads, **settings, **whole) for _ in range(tasks))
+        self.tasks = nn.ModuleList(
+            PaddedSwinBlock(channels, side, num_heads, **settings, **whole) for _ in range(tasks)
+        )
         join_drop_paths(self)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -269,11 +271,11 @@ class Stage(nn.Module):
 class MTMambaDecoder(nn.Module):
     """Stage maps of the backbone → one feature map per task, at the resolution of the first stage map.
 
-    channels: of the stage maps, each twice the one before it. `recompute`: a stage's activations are made again in the
-    backward pass instead of kept. Raises ConfigError.
+    channels: of the stage maps, each twice the one before it. `grad_checkpointing`: a stage's activations are computed
+    again in the backward pass instead of kept. Raises ConfigError.
     """
 
-    recompute = False
+    grad_checkpointing = False
 
     def __init__(self, config: MTMambaConfig, channels: tuple[int, ...], tasks: list[str]):
         super().__init__()
@@ -281,7 +283,7 @@ class MTMambaDecoder(nn.Module):
         self.tasks = tasks
         self.channels = channels
         blocks = config.stm + config.ctm
-        rates = torch.linspace(config.drop_path, 0, blocks * (len(channels) - 1), device="cpu").tolist()
+        rates = torch.linspace(config.drop_path_rate, 0, blocks * (len(channels) - 1), device="cpu").tolist()
         self.stages = nn.ModuleList(
             Stage(config, len(tasks), c, rates[s * blocks : (s + 1) * blocks]) for s, c in enumerate(channels[-2::-1])
         )
@@ -296,7 +298,7 @@ class MTMambaDecoder(nn.Module):
                 f"of {expected}: pad the image so that every stage has twice the sides of the next"
             )
         z = stages[-1].permute(0, 2, 3, 1).expand(len(self.tasks), -1, -1, -1, -1)
-        run = recomputed if self.recompute else call
+        run = checkpointed if self.grad_checkpointing else call
         for stage, skip in zip(self.stages, stages[-2::-1], strict=True):
             z = run(stage, z, skip)
         return dict(zip(self.tasks, z.permute(0, 1, 4, 2, 3), strict=True))
@@ -320,7 +322,7 @@ def check(config: MTMambaConfig, channels: tuple[int, ...]) -> None:
     if len(channels) < 2 or any(2 * a != b for a, b in pairwise(channels)):
         raise ConfigError(
             f"MTMamba's decoder needs two or more stages, each of twice the channels of the one before it, found channels "
-            f"{list(channels)}; choose a Swin backbone and neighbouring model.backbone.taps, e.g. 1 2 3 4"
+            f"{list(channels)}; choose a Swin backbone and neighbouring model.backbone.out_indices, e.g. 0 1 2 3"
         )
     if config.ctm_gate is not None and config.system != "mtmamba":
         raise ConfigError(
@@ -335,27 +337,27 @@ class DenseHead(nn.Module):
     The pixel shuffle comes last, when few channels are left: norm and Linear act within a pixel.
     """
 
-    def __init__(self, channels: int, outputs: int):
+    def __init__(self, channels: int, out_features: int):
         super().__init__()
         self.expand = nn.Linear(channels, 16 * channels, bias=False)
         self.norm = nn.LayerNorm(channels)
-        self.predict = nn.Linear(channels, outputs)
+        self.predict = nn.Linear(channels, out_features)
 
     def forward(self, feature: Tensor) -> Tensor:
-        """(B, c, h, w) task feature → (B, outputs, 4h, 4w) logits."""
+        """(B, c, h, w) task feature → (B, out_features, 4h, 4w) logits."""
         parts = self.expand(feature.permute(0, 2, 3, 1)).unflatten(-1, (4, 4, -1))
-        logits = self.predict(self.norm(parts))  # (B, h, w, row, column, outputs)
+        logits = self.predict(self.norm(parts))  # (B, h, w, row, column, out_features)
         return logits.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
 class LiteHead(nn.Sequential):
-    """MTMamba++'s head: Conv3×3, BatchNorm, ReLU, Conv1×1, then bilinear ×4: (B, c, h, w) → (B, outputs, 4h, 4w)."""
+    """MTMamba++'s head: Conv3×3, BatchNorm, ReLU, Conv1×1, then bilinear ×4: (B, c, h, w) → (B, out_channels, 4h, 4w)."""
 
-    def __init__(self, channels: int, hidden: int, outputs: int):
+    def __init__(self, channels: int, hidden: int, out_channels: int):
         super().__init__(
             nn.Conv2d(channels, hidden, 3, padding=1),
             JoinedBatchNorm2d(hidden),
             nn.ReLU(),
-            nn.Conv2d(hidden, outputs, 1),
+            nn.Conv2d(hidden, out_channels, 1),
             nn.Upsample(scale_factor=4, mode="bilinear", align_corners=False),
         )

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from pamm.config.experiment import ExpertsConfig, PAMMConfig
 from pamm.config.strict import ConfigError
+from pamm.nn.checkpointing import call, checkpointed
 from pamm.nn.group_norm import GroupNorm
 from pamm.nn.joined import JoinedBatchNorm2d
-from pamm.nn.recompute import call, recomputed
 from pamm.nn.serialize import scan_orders
 from pamm.nn.ssm import init_A_log, init_D, init_delta_bias
 from pamm.nn.task_layers import TaskLinear
@@ -209,10 +209,10 @@ class ConvHead(nn.Module):
 class PAMMDecoder(nn.Module):
     """Stage maps of the backbone → one feature map per task.
 
-    `recompute`: a stage's activations are made again in the backward pass instead of kept.
+    `grad_checkpointing`: a stage's activations are computed again in the backward pass instead of kept.
     """
 
-    recompute = False
+    grad_checkpointing = False
 
     def __init__(self, config: PAMMConfig, channels: int, stages: int, tasks: list[str]):
         super().__init__()
@@ -229,7 +229,7 @@ class PAMMDecoder(nn.Module):
 
     def forward(self, stages: list[Tensor]) -> dict[str, Tensor]:
         """S maps (B, C, h, w) → task name → (B, d, h, w)."""
-        run = recomputed if self.recompute else call
+        run = checkpointed if self.grad_checkpointing else call
         features = [run(local, stage) for local, stage in zip(self.local, stages, strict=True)]
         if self.pame is not None:
             height, width = stages[0].shape[-2:]

@@ -19,9 +19,9 @@ from torch.utils.hooks import RemovableHandle
 
 from pamm.config.experiment import ReleasedConfig
 from pamm.config.strict import ConfigError
+from pamm.nn.checkpointing import call, checkpointed
 from pamm.nn.group_norm import GroupNorm
 from pamm.nn.joined import JoinedBatchNorm2d
-from pamm.nn.recompute import call, recomputed
 from pamm.nn.serialize import MOST_ORDERS, scan_orders
 from pamm.nn.ssm import init_A_log, init_D
 from pamm.ops import selective_scan
@@ -39,9 +39,9 @@ def per_task(tasks: list[str], build: Callable[[], nn.Module]) -> nn.ModuleDict:
     return nn.ModuleDict({task: build() for task in tasks})
 
 
-def create_linear(inputs: int, outputs: int, *, bias: bool = True) -> nn.Linear:
+def create_linear(in_features: int, out_features: int, *, bias: bool = True) -> nn.Linear:
     """A linear layer as the published code initialises it: trunc-normal 0.02, bias 0."""
-    layer = nn.Linear(inputs, outputs, bias=bias)
+    layer = nn.Linear(in_features, out_features, bias=bias)
     nn.init.trunc_normal_(layer.weight, std=0.02)
     if bias:
         nn.init.zeros_(layer.bias)
@@ -107,7 +107,7 @@ class ReleasedExperts(nn.Module):
 
     def __init__(self, tasks: list[str], channels: int, grid: tuple[int, int], config: ReleasedConfig):
         super().__init__()
-        size, kernel, rank, count = config.state_size, config.kernel, config.experts.rank, config.experts.count
+        size, kernel, rank, count = config.state_size, config.kernel_size, config.experts.rank, config.experts.count
         self.padding = kernel // 2
         self.reduce = uniform(count, rank, channels, kernel, kernel, fan_in=channels * kernel**2)
         self.reduce_bias = uniform(count, rank, fan_in=channels * kernel**2)
@@ -204,10 +204,10 @@ class ReleasedStage(nn.Module):
 class ReleasedDecoder(nn.Module):
     """Stage maps of the backbone → one feature map per task, a softmax over the stages at every position.
 
-    `recompute`: a stage's activations are made again in the backward pass instead of kept.
+    `grad_checkpointing`: a stage's activations are computed again in the backward pass instead of kept.
     """
 
-    recompute = False
+    grad_checkpointing = False
 
     def __init__(self, config: ReleasedConfig, channels: int, grid: tuple[int, int], stages: int, tasks: list[str]):
         super().__init__()
@@ -230,7 +230,7 @@ class ReleasedDecoder(nn.Module):
         """S maps (B, C, h, w) → task name → (B, d, h, w)."""
         height, width = stages[0].shape[-2:]
         orders = scan_orders(self.scan, height, width, self.orders).to(stages[0].device)
-        run = recomputed if self.recompute else call
+        run = checkpointed if self.grad_checkpointing else call
         features = [run(block, x, orders) for block, x in zip(self.stages, stages, strict=True)]
         return {
             task: weighted_sum(fuse, maps) for (task, fuse), *maps in zip(self.fuse.items(), *features, strict=True)
@@ -267,8 +267,8 @@ def check(config: ReleasedConfig) -> None:
     """Raise ConfigError for settings that no network has."""
     if config.width % GROUPS:
         raise ConfigError(f"decoder.width: found {config.width}, expected a multiple of {GROUPS} (GroupNorm's groups)")
-    if config.kernel % 2 == 0:
-        raise ConfigError(f"decoder.kernel: found {config.kernel}, expected an odd number")
+    if config.kernel_size % 2 == 0:
+        raise ConfigError(f"decoder.kernel_size: found {config.kernel_size}, expected an odd number")
     most = MOST_ORDERS[CURVES[config.scan]]
     if not 1 <= config.orders <= most:
         raise ConfigError(

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from pamm.config.experiment import ModelConfig, MTMambaConfig, PAMMConfig, ReleasedConfig
 from pamm.config.limits import LIMITS, MODEL_LIMITS, check_ranges
+from pamm.config.renamed import with_new_names
 from pamm.config.strict import ConfigError, from_dict, to_dict
 from pamm.files import shown
 from pamm.models.backbone import NoBackbone, Swin, ViT, create_backbone
@@ -30,14 +31,14 @@ Decoder = tuple[nn.Module, dict[str, nn.Module]]
 def pamm(config: PAMMConfig, backbone: nn.Module, tasks: Mapping[str, Task]) -> Decoder:
     """PAMM's decoder and heads."""
     _require_vit(backbone)
-    decoder = PAMMDecoder(config, backbone.channels, len(backbone.taps), list(tasks))
+    decoder = PAMMDecoder(config, backbone.channels, len(backbone.out_indices), list(tasks))
     return decoder, {name: ConvHead(config.width, task.channels) for name, task in tasks.items()}
 
 
 def pamm_released(config: ReleasedConfig, backbone: nn.Module, tasks: Mapping[str, Task]) -> Decoder:
     """The decoder and heads of PAMM's published code."""
     _require_vit(backbone)
-    decoder = ReleasedDecoder(config, backbone.channels, backbone.grid, len(backbone.taps), list(tasks))
+    decoder = ReleasedDecoder(config, backbone.channels, backbone.grid, len(backbone.out_indices), list(tasks))
     return decoder, {name: ConvHead(config.width, task.channels, bias=True) for name, task in tasks.items()}
 
 
@@ -82,9 +83,9 @@ def build_model(
     if not tasks:
         raise ConfigError("no tasks: an experiment needs at least one, e.g. tasks: {depth: {weight: 1.0}}")
     check_ranges(to_dict(config), MODEL_LIMITS)
-    blocks, most = sum(config.backbone.stage_depths or ()), MODEL_LIMITS["backbone.depth"][1]
+    blocks, most = sum(config.backbone.depths or ()), MODEL_LIMITS["backbone.depth"][1]
     if blocks > most:
-        raise ConfigError(f"backbone.stage_depths: found {blocks} blocks, expected at most {most}")
+        raise ConfigError(f"backbone.depths: found {blocks} blocks, expected at most {most}")
     check_ranges({"image_size": list(image_size)}, {"image_size": LIMITS["data.size"]})
     if device != "meta":
         _check_memory(build_model(_random(config), tasks, image_size, "meta"))
@@ -110,7 +111,7 @@ def _check_memory(skeleton: nn.Module) -> None:
     tables = sum(buffer.numel() * buffer.element_size() for buffer in skeleton.buffers())
     if tables > LARGEST_TABLES:
         raise ConfigError(
-            f"backbone.window: the tables of positions inside windows take {tables / 1e9:.0f} GB; choose smaller windows"
+            f"backbone.window_size: the tables of positions inside windows take {tables / 1e9:.0f} GB; choose smaller windows"
         )
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -159,8 +160,8 @@ def rebuild_model(settings: Mapping[str, Any], device: str = "cpu") -> MultiTask
     """The network that `settings` (a saved model's config.json) describe, without fetching weights. Raises ConfigError."""
     try:
         format_of(settings)
-        saved, tasks, (height, width) = settings["model"], settings["tasks"], settings["image_size"]
-        config = _random(from_dict(ModelConfig, saved, "model."))
+        saved, tasks = with_new_names(settings["model"], "model."), settings["tasks"]
+        config, (height, width) = _random(from_dict(ModelConfig, saved, "model.")), settings["image_size"]
         if not all(type(side) is int for side in (height, width)):
             raise ConfigError(f"image_size: found {shown(settings['image_size'])}, expected whole numbers of pixels")
         built = {name: create_task(name, **options) for name, options in tasks.items()}
@@ -171,5 +172,5 @@ def rebuild_model(settings: Mapping[str, Any], device: str = "cpu") -> MultiTask
         raise
     except ValueError as error:
         raise ConfigError(shown(error, 400)) from error
-    model.settings = {key: value for key, value in settings.items() if key != FIELD}
+    model.settings = {key: value for key, value in settings.items() if key != FIELD} | {"model": saved}
     return model

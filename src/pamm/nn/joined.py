@@ -14,7 +14,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from pamm import PammError
-from pamm.nn.recompute import computing_again
+from pamm.nn.checkpointing import computing_again
 from pamm.nn.replace import replace_modules, taking_over
 from pamm.runtime.distributed import joined_draw, world_size
 

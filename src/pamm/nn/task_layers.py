@@ -15,11 +15,11 @@ from pamm.runtime.distributed import joined_draw
 class TaskLinear(nn.Module):
     """One linear map per task: (T, ..., i) → (T, ..., o). `weight` is (T, o, i), `bias` (T, 1, o) or None."""
 
-    def __init__(self, tasks: int, inputs: int, outputs: int, *, bias: bool = True):
+    def __init__(self, tasks: int, in_features: int, out_features: int, *, bias: bool = True):
         super().__init__()
-        bound = 1 / math.sqrt(inputs)
-        self.weight = nn.Parameter(torch.empty(tasks, outputs, inputs).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.zeros(tasks, 1, outputs)) if bias else None
+        bound = 1 / math.sqrt(in_features)
+        self.weight = nn.Parameter(torch.empty(tasks, out_features, in_features).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(tasks, 1, out_features)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         rows, weight = x.flatten(1, -2), self.weight.mT

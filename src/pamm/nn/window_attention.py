@@ -10,18 +10,18 @@ from pamm.nn.task_layers import TaskLinear
 
 
 class WindowAttention(nn.Module):
-    """Multi-head attention in windows of window × window positions side by side, with a relative position bias.
+    """Multi-head attention in windows of window_size × window_size positions side by side, with a relative position bias.
 
     Maps are padded to whole windows with zeros at the right and bottom; padded positions are not masked.
     """
 
-    def __init__(self, tasks: int, channels: int, heads: int, window: int):
+    def __init__(self, tasks: int, channels: int, num_heads: int, window_size: int):
         super().__init__()
-        if channels % heads:
-            raise ValueError(f"{channels} channels cannot be shared equally by {heads} attention heads")
-        self.heads, self.window = heads, window
+        if channels % num_heads:
+            raise ValueError(f"{channels} channels cannot be shared equally by {num_heads} attention heads")
+        self.num_heads, self.window_size = num_heads, window_size
         self.query, self.key, self.value, self.project = (TaskLinear(tasks, channels, channels) for _ in range(4))
-        self.bias = nn.Parameter(torch.empty(tasks, heads, (2 * window - 1) ** 2))
+        self.bias = nn.Parameter(torch.empty(tasks, num_heads, (2 * window_size - 1) ** 2))
         nn.init.trunc_normal_(self.bias, std=0.02)
 
     def forward(self, x: Tensor, source: Tensor | None = None) -> Tensor:
@@ -29,32 +29,32 @@ class WindowAttention(nn.Module):
         values = self.cut(x)
         places = values if source is None else self.cut(source)
         q, k, v = (self.split(f(y)) for f, y in ((self.query, places), (self.key, places), (self.value, values)))
-        bias = self.bias[:, :, relative_positions(self.window).to(x.device)]  # (T, heads, n, n)
+        bias = self.bias[:, :, relative_positions(self.window_size).to(x.device)]  # (T, heads, n, n)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[:, None].to(q.dtype))
         y = self.project(y.transpose(2, 3).flatten(3))
         return self.join(y, x.shape)
 
     def split(self, y: Tensor) -> Tensor:
         """(T, M, n, c) → (T, M, heads, n, c / heads)."""
-        return y.unflatten(-1, (self.heads, -1)).transpose(2, 3)
+        return y.unflatten(-1, (self.num_heads, -1)).transpose(2, 3)
 
     def cut(self, x: Tensor) -> Tensor:
         """(T, B, h, w, c) → (T, M, n, c), M windows of n positions."""
-        side = self.window
+        side = self.window_size
         x = F.pad(x, (0, 0, 0, -x.shape[3] % side, 0, -x.shape[2] % side))
         x = x.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # (T, B, rows, side, columns, side, c)
         return x.transpose(3, 4).flatten(4, 5).flatten(1, 3)
 
     def join(self, y: Tensor, shape: torch.Size) -> Tensor:
         """Inverse of `cut`, for a map of `shape` (T, B, h, w, c)."""
-        side, (height, width) = self.window, shape[2:4]
+        side, (height, width) = self.window_size, shape[2:4]
         y = y.unflatten(2, (side, side)).unflatten(1, (shape[1], -(-height // side), -(-width // side)))
         return y.transpose(3, 4).flatten(4, 5).flatten(2, 3)[:, :, :height, :width]
 
 
-def relative_positions(window: int) -> Tensor:
-    """(n, n) int64: which of the (2·window − 1)² offsets lies between two positions of a window."""
-    place = torch.arange(window)
-    row, column = place.repeat_interleave(window), place.repeat(window)
-    rows, columns = (axis[:, None] - axis + window - 1 for axis in (row, column))
-    return rows * (2 * window - 1) + columns
+def relative_positions(window_size: int) -> Tensor:
+    """(n, n) int64: which of the (2·window_size − 1)² offsets lies between two positions of a window."""
+    place = torch.arange(window_size)
+    row, column = place.repeat_interleave(window_size), place.repeat(window_size)
+    rows, columns = (axis[:, None] - axis + window_size - 1 for axis in (row, column))
+    return rows * (2 * window_size - 1) + columns

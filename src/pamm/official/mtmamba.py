@@ -126,12 +126,12 @@ def check_indices(state: Mapping[str, Tensor], model: MultiTaskModel) -> None:
     """Raise OfficialError for an index buffer of the Swin that numbers the positions of a window in another way."""
     buffers = {name: value for name, value in model.backbone.named_buffers() if name.endswith(INDEX)}
     for name, own in buffers.items():
-        theirs = state.get(f"backbone.{mmseg_name(name, model.backbone.taps)}")
+        theirs = state.get(f"backbone.{mmseg_name(name, model.backbone.out_indices)}")
         if theirs is None or theirs.is_meta or theirs.is_floating_point():
             continue
         if not torch.equal(theirs, own):
             raise OfficialError(
-                f"{mmseg_name(name, model.backbone.taps)}: positions are numbered in another way than Swin's"
+                f"{mmseg_name(name, model.backbone.out_indices)}: positions are numbered in another way than Swin's"
             )
 
 
@@ -179,9 +179,9 @@ def inspect_decoder(state: Mapping[str, Tensor], task: str) -> MTMambaConfig:
 
 def inspect_backbone(state: Mapping[str, Tensor], width: int, stages: int) -> BackboneConfig:
     """The Swin, or, without `backbone.*`, none: stage maps of `width` channels and doubles of it come from elsewhere."""
-    taps = tuple(range(1, stages + 1))
+    out_indices = tuple(range(stages))
     if not any(key.startswith("backbone.") for key in state):
-        return BackboneConfig("none", False, taps, width=width)
+        return BackboneConfig("none", False, out_indices, embed_dim=width)
     patch = tensor_of(state, "backbone.patch_embed.projection.weight", 4)
     table = "backbone.stages.{}.blocks.0.attn.w_msa.relative_position_bias_table"
     tables = [tensor_of(state, table.format(i), 2) for i in range(stages)]
@@ -189,13 +189,13 @@ def inspect_backbone(state: Mapping[str, Tensor], width: int, stages: int) -> Ba
     return BackboneConfig(
         SWIN,
         False,
-        taps,
-        drop_path=0.1,
-        patch=patch.shape[-1],
-        width=patch.shape[0],
-        stage_depths=tuple(count_of(state, blocks.format(i)) for i in range(stages)),
-        stage_heads=tuple(table.shape[1] for table in tables),
-        window=(math.isqrt(len(tables[0])) + 1) // 2,
+        out_indices,
+        drop_path_rate=0.1,
+        patch_size=patch.shape[-1],
+        embed_dim=patch.shape[0],
+        depths=tuple(count_of(state, blocks.format(i)) for i in range(stages)),
+        num_heads=tuple(table.shape[1] for table in tables),
+        window_size=(math.isqrt(len(tables[0])) + 1) // 2,
         mlp_ratio=len(tensor_of(state, "backbone.stages.0.blocks.0.ffn.layers.0.0.weight", 2)) / patch.shape[0],
     )
 
@@ -229,7 +229,7 @@ def layout(model: MultiTaskModel, system: str) -> Entries:
     if isinstance(model.backbone, Swin):
         for name in model.backbone.state_dict():
             form = MERGING if ".downsample." in name else SAME
-            yield f"backbone.{mmseg_name(name, model.backbone.taps)}", place(Part(f"backbone.{name}", (), form))
+            yield f"backbone.{mmseg_name(name, model.backbone.out_indices)}", place(Part(f"backbone.{name}", (), form))
     for number, stage in enumerate(model.decoder.stages):
         ours = f"decoder.stages.{number}"
         for task, name in enumerate(model.decoder.tasks):
@@ -244,9 +244,9 @@ def layout(model: MultiTaskModel, system: str) -> Entries:
         yield from _head_entries(head, name)
 
 
-def mmseg_name(name: str, taps: tuple[int, ...]) -> str:
+def mmseg_name(name: str, out_indices: tuple[int, ...]) -> str:
     """Name of a tensor of `Swin` → MMSegmentation's, where a stage ends, not begins, with its downsampling."""
-    name = re.sub(r"^norms\.(\d+)", lambda m: f"norm{taps[int(m[1])] - 1}", name.removeprefix("swin."))
+    name = re.sub(r"^norms\.(\d+)", lambda m: f"norm{out_indices[int(m[1])]}", name.removeprefix("swin."))
     name = re.sub(r"^layers\.(\d+)\.downsample", lambda m: f"stages.{int(m[1]) - 1}.downsample", name)
     for timm, mmseg in MMSEG_NAMES.items():
         name = name.replace(timm, mmseg)

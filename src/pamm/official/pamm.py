@@ -108,8 +108,8 @@ class Layout:
 
     channels: dict[str, int]
     """Task → output channels, in the benchmarks' order."""
-    patch: int
-    embed: int
+    patch_size: int
+    embed_dim: int
     """Channels of the vision transformer."""
     depth: int
     mlp: int
@@ -123,11 +123,11 @@ class Layout:
 def inspect(state: Mapping[str, Tensor]) -> Layout:
     """Read keys and shapes. Raises OfficialError for a tensor without which the network is not determined."""
     tasks = task_order(numbers_of(state, r"heads\.([^.]+)\.linear_pred\.weight"))
-    embed, _, patch, _ = shape_of(state, "backbone.patch_embed.proj.weight", 4)
+    embed_dim, _, patch_size, _ = shape_of(state, "backbone.patch_embed.proj.weight", 4)
     return Layout(
         channels={task: shape_of(state, f"heads.{task}.linear_pred.weight", 4)[0] for task in tasks},
-        patch=patch,
-        embed=embed,
+        patch_size=patch_size,
+        embed_dim=embed_dim,
         depth=len(numbers_of(state, r"backbone\.blocks\.(\d+)\..+")),
         mlp=shape_of(state, "backbone.blocks.0.mlp.fc1.weight", 2)[0],
         tokens=shape_of(state, "backbone.pos_embed", 3)[1] - 1,
@@ -144,7 +144,7 @@ def inspect_decoder(state: Mapping[str, Tensor], task: str) -> ReleasedConfig:
     if expanded % width:
         raise OfficialError(f"{first}.dim_expand_proj_x0: found {expanded} channels, expected a multiple of {width}")
     has = {p: any(key.startswith(f"{first}.{p}_proj0.MoE.") for key in state) for p in "BC"}
-    experts, kernel = ExpertsConfig(B=has["B"], C=has["C"]), ReleasedConfig.kernel
+    experts, kernel = ExpertsConfig(B=has["B"], C=has["C"]), ReleasedConfig.kernel_size
     for p in (p for p in "BC" if has[p]):
         rank, _, kernel, _ = shape_of(state, f"{first}.{p}_proj0.MoE.0.W.weight", 4)
         count = len(numbers_of(state, rf"{re.escape(first)}\.{p}_proj0\.MoE\.(\d+)\..+"))
@@ -160,7 +160,7 @@ def inspect_decoder(state: Mapping[str, Tensor], task: str) -> ReleasedConfig:
         shared_bias=f"{first}.first_decode.bias" in state,
         task_conv=any(key.startswith(f"{first}.task_conv.") for key in state),
         experts=experts,
-        kernel=kernel,
+        kernel_size=kernel,
         projection_bias=f"{plain}.bias" in state,
     )
 
@@ -187,25 +187,25 @@ def shape_of(state: Mapping[str, Tensor], key: str, dimensions: int | None = Non
 def backbone_config(layout: Layout, num_heads: int | None, notices: list[str]) -> BackboneConfig:
     """The vision transformer; `notices` is told what was assumed. Raises OfficialError."""
     if num_heads is None:
-        num_heads = max(1, layout.embed // HEAD_WIDTH)
+        num_heads = max(1, layout.embed_dim // HEAD_WIDTH)
         notices.append(f"{num_heads} attention heads assumed, one per {HEAD_WIDTH} channels (give num_heads otherwise)")
-    if num_heads < 1 or layout.embed % num_heads:
-        raise OfficialError(f"num_heads: found {num_heads}, expected a divisor of the width, {layout.embed}")
+    if num_heads < 1 or layout.embed_dim % num_heads:
+        raise OfficialError(f"num_heads: found {num_heads}, expected a divisor of the width, {layout.embed_dim}")
     if layout.depth < layout.stages:
         raise OfficialError(
             f"{layout.depth} blocks of the vision transformer, expected at least one for each of {layout.stages} stages"
         )
-    taps = tuple(layout.depth * (s + 1) // layout.stages for s in range(layout.stages))
-    notices.append(f"stages after the blocks {', '.join(map(str, taps))} of {layout.depth}, evenly spaced")
+    blocks = [layout.depth * (s + 1) // layout.stages for s in range(layout.stages)]
+    notices.append(f"stages after the blocks {', '.join(map(str, blocks))} of {layout.depth}, evenly spaced")
     return BackboneConfig(
         name=VIT,
         pretrained=False,
-        taps=taps,
-        patch=layout.patch,
-        width=layout.embed,
+        out_indices=tuple(block - 1 for block in blocks),
+        patch_size=layout.patch_size,
+        embed_dim=layout.embed_dim,
         depth=layout.depth,
-        heads=num_heads,
-        mlp_ratio=layout.mlp / layout.embed,
+        num_heads=num_heads,
+        mlp_ratio=layout.mlp / layout.embed_dim,
         class_token=False,
     )
 
@@ -220,13 +220,13 @@ def decoder_config(layout: Layout, scan: str) -> ReleasedConfig:
 
 def grids(
     tokens: int,
-    patch: int,
+    patch_size: int,
     image_size: tuple[int, int] | None,
     checkpoint_size: tuple[int, int] | None,
     notices: list[str],
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """Rows and columns of tokens: the checkpoint's, and the network's. Raises OfficialError where neither is determined."""
-    new, old = (size and grid_of(size, patch) for size in (image_size, checkpoint_size))
+    new, old = (size and grid_of(size, patch_size) for size in (image_size, checkpoint_size))
     if old is not None and old[0] * old[1] != tokens:
         raise OfficialError(f"checkpoint_size: {old[0]}×{old[1]} tokens, but the checkpoint has {tokens}")
     side = math.isqrt(tokens)
@@ -256,12 +256,12 @@ def grids(
     return old, new
 
 
-def grid_of(size: tuple[int, int], patch: int) -> tuple[int, int]:
+def grid_of(size: tuple[int, int], patch_size: int) -> tuple[int, int]:
     """Rows and columns of tokens of an image size, pixels. Raises OfficialError."""
     height, width = size
-    if height < 1 or width < 1 or height % patch or width % patch:
-        raise OfficialError(f"image size: found {height}×{width}, expected multiples of the patch, {patch}")
-    return height // patch, width // patch
+    if height < 1 or width < 1 or height % patch_size or width % patch_size:
+        raise OfficialError(f"image size: found {height}×{width}, expected multiples of the patch, {patch_size}")
+    return height // patch_size, width // patch_size
 
 
 def on_grid(
@@ -317,7 +317,7 @@ def read(
     """The network with these weights and its `load_report`. Arguments and errors: see `pamm.official.load`."""
     layout = inspect(state)
     report = LoadReport(SYSTEM, notices=["backbone.pos_embed: its first row, a class token's, is not used"])
-    old, new = grids(layout.tokens, layout.patch, image_size, checkpoint_size, report.notices)
+    old, new = grids(layout.tokens, layout.patch_size, image_size, checkpoint_size, report.notices)
     for notice in report.notices[1:]:
         log.warning(notice)
     config = ModelConfig(backbone_config(layout, num_heads, report.notices), decoder_config(layout, scan))
@@ -326,7 +326,7 @@ def read(
             "task convolution or experts are off: read by their shapes, with no published outputs to compare"
         )
     tasks = tasks_of(layout.channels, report.notices)
-    model = build_model(config, tasks, (new[0] * layout.patch, new[1] * layout.patch), "meta")
+    model = build_model(config, tasks, (new[0] * layout.patch_size, new[1] * layout.patch_size), "meta")
     own = model.state_dict()
     numbers, given_numbers = (sum(tensor.numel() for tensor in tensors.values()) for tensors in (own, state))
     if numbers > 8 * given_numbers and old == new:

@@ -39,7 +39,7 @@ class Predictor:
     is. A given model is not changed by any of them.
 
     An image is shrunk with antialiasing where its longer side exceeds `longest_side`, and never enlarged: a network
-    learns the scale its images have. It is padded to multiples of the patch with the mean colour, itself in the centre;
+    learns the scale its images have. It is padded to multiples of the backbone's stride with the mean colour, itself in the centre;
     the logits are cropped, resized bilinearly to the image's own size and decoded there. Memory beside the maps does not
     grow with the image. Raises PredictError for a senseless argument, and what `load_model` raises.
     """
@@ -105,7 +105,7 @@ class Predictor:
                 "forked process; load it in each worker (gunicorn: without --preload), or on the CPU (device='cpu')"
             )
         shown = shrink(pixels, self.longest_side)
-        frame, top, left = pad(normalize(shown.transpose(2, 0, 1))[None], self.model.backbone.patch)
+        frame, top, left = pad(normalize(shown.transpose(2, 0, 1))[None], self.model.backbone.output_stride)
         with _evaluating(self.model):
             logits = self.model(frame.to(self.device))
         for task, values in logits.items():
@@ -133,11 +133,11 @@ def shrink(pixels: np.ndarray, longest_side: int) -> np.ndarray:
     return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
 
 
-def pad(frame: Tensor, patch: int) -> tuple[Tensor, int, int]:
-    """(1, 3, H, W) → zeros around it up to multiples of `patch`, and the row and column of its first pixel there."""
+def pad(frame: Tensor, stride: int) -> tuple[Tensor, int, int]:
+    """(1, 3, H, W) → zeros around it up to multiples of `stride`, and the row and column of its first pixel there."""
     height, width = frame.shape[-2:]
-    top, left = -height % patch // 2, -width % patch // 2
-    sides = (left, -width % patch - left, top, -height % patch - top)
+    top, left = -height % stride // 2, -width % stride // 2
+    sides = (left, -width % stride - left, top, -height % stride - top)
     return F.pad(frame, sides), top, left
 
 

@@ -64,7 +64,7 @@ def launch(config: TrainConfig) -> Fabric:
     devices, nodes = started_outside() or (config.devices, config.nodes)
     try:
         fabric = Fabric(
-            accelerator=config.accelerator,
+            accelerator=config.device,
             devices=devices,
             num_nodes=nodes,
             strategy="ddp" if devices * nodes > 1 else "auto",
@@ -72,8 +72,8 @@ def launch(config: TrainConfig) -> Fabric:
         )
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
-            f"train.accelerator = {config.accelerator}, train.devices = {config.devices} cannot be used here "
-            f"({first_line(error)}). `pamm doctor` lists the devices; --train.accelerator cpu runs everywhere"
+            f"train.device = {config.device}, train.devices = {config.devices} cannot be used here "
+            f"({first_line(error)}). `pamm doctor` lists the devices; --device cpu runs everywhere"
         ) from error
     fabric.launch()
     if fabric.device.type == "cpu":

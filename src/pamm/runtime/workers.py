@@ -70,7 +70,7 @@ def exhausted(error: BaseException) -> str | None:
     if _out_of_memory(error, text):
         return (
             f"the memory does not suffice ({first}). Use smaller batches (--train.batch, or more parts of one: "
-            "--train.accumulate), --train.recompute True, fewer data loading processes (--train.workers; of pamm eval: "
+            "--train.accumulate), --train.grad_checkpointing True, fewer data loading processes (--train.workers; of pamm eval: "
             "--batch 1 --workers 0), or smaller images (--data.size; of pamm predict: --longest-side)"
         )
     return None

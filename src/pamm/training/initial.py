@@ -278,7 +278,7 @@ def _other_settings(network: MultiTaskModel, source: MultiTaskModel) -> list[str
     found = [
         f"{key} {there.get(key)} there, {here.get(key)} here"
         for key in sorted(here.keys() | there.keys())
-        if here.get(key) != there.get(key) and not key.endswith(("pretrained", "drop_path"))
+        if here.get(key) != there.get(key) and not key.endswith(("pretrained", "drop_path_rate"))
     ]
     return [f"other settings than the source's: {'; '.join(found)}"] if found else []
 

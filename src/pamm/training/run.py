@@ -46,10 +46,10 @@ FREE_KEYS = (
             "save_minutes",
             "log_every",
             "eval_every",
-            "accelerator",
+            "device",
             "devices",
             "nodes",
-            "recompute",
+            "grad_checkpointing",
         )
     ),
 )
@@ -179,7 +179,7 @@ def create_network(
         tell(fabric, "train.freeze without --init or pretrained weights: what is frozen keeps its random weights")
     network.settings["model"] = to_dict(model)
     freeze(network, config.freeze)
-    network.set_recompute(config.recompute)
+    network.set_grad_checkpointing(config.grad_checkpointing)
     apply_choice(network, kernels, training=True)
     if config.compile:
         network.compile(dynamic=False)

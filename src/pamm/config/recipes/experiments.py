@@ -21,10 +21,10 @@ RECIPES: dict[str, Callable[[], Experiment]] = {}
 """Recipe name → function that builds it."""
 
 VIT_B = BackboneConfig()
-VIT_L = BackboneConfig(name="vit_large_patch16_384.augreg_in21k_ft_in1k", taps=(6, 12, 18, 24))
+VIT_L = BackboneConfig(name="vit_large_patch16_384.augreg_in21k_ft_in1k", out_indices=(5, 11, 17, 23))
 
 
-SWIN_L = BackboneConfig("swin_large_patch4_window12_384.ms_in22k_ft_in1k", taps=(1, 2, 3, 4), drop_path=0.1)
+SWIN_L = BackboneConfig("swin_large_patch4_window12_384.ms_in22k_ft_in1k", out_indices=(0, 1, 2, 3), drop_path_rate=0.1)
 
 
 def recipe(build: Callable[[], Experiment]) -> Callable[[], Experiment]:
@@ -208,7 +208,9 @@ def demo() -> Experiment:
         },
         data=DataConfig(name="synthetic", size=(96, 128), images=(1200, 60), scale=(1.0, 1.0), color=False),
         model=ModelConfig(
-            BackboneConfig("vit_tiny_patch16_224", False, (2, 4), 0.0, patch=8, width=128, depth=4, heads=4),
+            BackboneConfig(
+                "vit_tiny_patch16_224", False, (1, 3), 0.0, patch_size=8, embed_dim=128, depth=4, num_heads=4
+            ),
             PAMMConfig(width=64, state_size=8),
         ),
         train=TrainConfig(
@@ -241,15 +243,17 @@ def rooms_mtmamba() -> Experiment:
     swin = BackboneConfig(
         "swin_tiny_patch4_window7_224",
         False,
-        (1, 2, 3),
+        (0, 1, 2),
         0.0,
-        patch=8,
-        width=32,
-        stage_depths=(2, 2, 2),
-        stage_heads=(1, 2, 4),
-        window=8,
+        patch_size=8,
+        embed_dim=32,
+        depths=(2, 2, 2),
+        num_heads=(1, 2, 4),
+        window_size=8,
     )
-    return replace(rooms_pamm(), model=ModelConfig(swin, MTMambaConfig(state_size=8, drop_path=0.0, head_width=64)))
+    return replace(
+        rooms_pamm(), model=ModelConfig(swin, MTMambaConfig(state_size=8, drop_path_rate=0.0, head_width=64))
+    )
 
 
 @recipe

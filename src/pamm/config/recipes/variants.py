@@ -25,7 +25,7 @@ def _experts(**changes: object) -> Callable[[Experiment], Experiment]:
 def _stages(count: int) -> Callable[[Experiment], Experiment]:
     """The last `count` stages, as in Table VII."""
     return lambda e: replace(
-        e, model=replace(e.model, backbone=replace(e.model.backbone, taps=e.model.backbone.taps[-count:]))
+        e, model=replace(e.model, backbone=replace(e.model.backbone, out_indices=e.model.backbone.out_indices[-count:]))
     )
 
 
@@ -57,7 +57,7 @@ MTMAMBA_VARIANTS: Variants = {
     "stm-1": ("one STM block per stage, no CTM (Table 2)", _decoder(stm=1, ctm=False)),
     "stm-2": ("two STM blocks per stage, no CTM (Table 2)", _decoder(ctm=False)),
     "stm-3": ("three STM blocks per stage, no CTM (Table 2)", _decoder(stm=3, ctm=False)),
-    "swin-blocks": ("two Swin blocks per stage, no CTM (Table 2)", _decoder(block="swin", window=12, ctm=False)),
+    "swin-blocks": ("two Swin blocks per stage, no CTM (Table 2)", _decoder(block="swin", window_size=12, ctm=False)),
     "attention": ("attention in windows in place of the Mamba extractors (Table 3)", _decoder(extractor="attention")),
     "attention-gate": ("gates made by attention in windows (Table 4)", _decoder(gate="attention")),
     "gate-0": ("CTM gate fixed to 0: each task's own feature (Table 5)", _decoder(ctm_gate=0.0)),

@@ -1,4 +1,5 @@
-"""Activation checkpointing: what a module computed on the way is made again in the backward pass instead of kept."""
+"""Activation checkpointing: what a module computed on the way is computed again in the
+backward pass instead of kept."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ def call(function: Callable[..., Any], *inputs: Any) -> Any:
     return function(*inputs)
 
 
-def recomputed(function: Callable[..., Any], *inputs: Any) -> Any:
-    """function(*inputs), keeping its inputs alone for the backward pass.
+def checkpointed(function: Callable[..., Any], *inputs: Any) -> Any:
+    """function(*inputs), keeping only its inputs for the backward pass.
 
     Random draws and the autocast are the same the second time, and running statistics take part in the first alone.
     """
