@@ -229,7 +229,7 @@ def test_settings_tell_the_decoders_apart():
     ("change", "message"),
     [
         ({"width": 40}, "multiple of 32"),
-        ({"kernel": 4}, "found 4, expected an odd number"),
+        ({"kernel_size": 4}, "found 4, expected an odd number"),
         (
             {"scan": "snake", "orders": 5},
             r"decoder\.orders: found 5, expected 1 to 4: the published code's snake has no more",

@@ -160,17 +160,17 @@ def rebuild_model(settings: Mapping[str, Any], device: str = "cpu") -> MultiTask
     """The network that `settings` (a saved model's config.json) describe, without fetching weights. Raises ConfigError."""
     try:
         format_of(settings)
-        saved, tasks = with_new_names(settings["model"], "model."), settings["tasks"]
-        config, (height, width) = _random(from_dict(ModelConfig, saved, "model.")), settings["image_size"]
+        saved, tasks, (height, width) = settings["model"], settings["tasks"], settings["image_size"]
+        config = from_dict(ModelConfig, with_new_names(saved, "model."), "model.")
         if not all(type(side) is int for side in (height, width)):
             raise ConfigError(f"image_size: found {shown(settings['image_size'])}, expected whole numbers of pixels")
         built = {name: create_task(name, **options) for name, options in tasks.items()}
-        model = build_model(config, built, (height, width), device)
+        model = build_model(_random(config), built, (height, width), device)
     except (KeyError, TypeError, IndexError, AttributeError, OverflowError, RuntimeError) as error:
         raise ConfigError(f"not a pamm model configuration: {type(error).__name__} {shown(error, 200)}") from error
     except ConfigError:
         raise
     except ValueError as error:
         raise ConfigError(shown(error, 400)) from error
-    model.settings = {key: value for key, value in settings.items() if key != FIELD} | {"model": saved}
+    model.settings = {key: value for key, value in settings.items() if key != FIELD} | {"model": to_dict(config)}
     return model
