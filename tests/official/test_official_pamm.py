@@ -134,7 +134,7 @@ def test_golden_from_files_and_wrappers(tmp_path):
 def small(mlp_ratio: float | None = None, **changes: object) -> pamm.MultiTaskModel:
     """A network with random weights, constants included."""
     torch.manual_seed(0)
-    settings = {"width": 32, "state_size": 4, "kernel": 3, "experts": ExpertsConfig(count=10, top_k=9, rank=2)}
+    settings = {"width": 32, "state_size": 4, "kernel_size": 3, "experts": ExpertsConfig(count=10, top_k=9, rank=2)}
     backbone = replace(BACKBONE, class_token=False, mlp_ratio=mlp_ratio)
     tasks = {"semseg": create_task("semseg", classes=["a", "b", "c"]), "depth": create_task("depth")}
     model = build_model(ModelConfig(backbone, ReleasedConfig(**(settings | changes))), tasks, SIZE).eval()
@@ -200,7 +200,7 @@ def test_the_gradient_of_two_equal_images_is_that_of_one():
         {},
         {"shared_bias": False, "expand": 1, "delta_rank": 5, "state_size": 7},
         {"task_conv": False, "mlp_ratio": 2.5},
-        {"experts": ExpertsConfig(count=4, top_k=4, rank=3), "kernel": 5},
+        {"experts": ExpertsConfig(count=4, top_k=4, rank=3), "kernel_size": 5},
         {"experts": ExpertsConfig(B=False, count=10, top_k=9, rank=2)},
         {"experts": ExpertsConfig(B=False, C=False), "projection_bias": True},
         {"scan": "morton"},
