@@ -18,12 +18,34 @@ for _module in pkgutil.iter_modules(__path__):
 
 
 def dataset_options(config: DataConfig) -> dict[str, dict[str, Any]]:
-    """Task name → arguments of `create_task` that the data set determines (its classes, its unit)."""
+    """Arguments of `create_task` that the data set determines (its classes, its unit).
+
+    Args:
+        config: the data set's settings.
+
+    Returns:
+        Task name → arguments.
+
+    Raises:
+        DataError: the data set is unknown, or its description cannot be read.
+    """
     return DATASETS[config.name].options(config)
 
 
 def open_dataset(config: DataConfig, split: str, tasks: Mapping[str, Task]) -> Dataset:
-    """The split ("train" or "val") of the configured data set. Raises DataError where something is absent."""
+    """Open a split of the configured data set.
+
+    Args:
+        config: the data set's settings.
+        split: "train", "val" or another split of the data set.
+        tasks: tasks whose labels are read.
+
+    Returns:
+        The split.
+
+    Raises:
+        DataError: a folder, file or label is missing or wrong.
+    """
     return DATASETS[config.name].open(config, split, tasks)
 
 

@@ -31,10 +31,13 @@ Box = tuple[int, int, int, int]
 class Sample:
     """One image and its labels.
 
-    image: (3, H, W) uint8 RGB as read, (3, H, W) float32 normalised after the transforms.
-    labels: task name → (c, H, W); a task without a label for this image has no key.
-    size: (H, W) of the image as read.
-    box: where the image lies in its evaluation frame. original: the labels at `size`. Both where `EvalTransform` set them.
+    Args:
+        id: name of the image within its split.
+        image: (3, H, W) uint8 RGB as read, (3, H, W) float32 normalised after the transforms.
+        labels: task name → (c, H, W); tasks without a label for this image have no key.
+        size: (H, W) of the image as read.
+        box: place of the image in its evaluation frame; only from `EvalTransform`.
+        original: the labels at `size`; only from `EvalTransform`.
     """
 
     id: str
@@ -47,9 +50,15 @@ class Sample:
 
 @dataclass
 class Batch:
-    """image (B, 3, H, W) float32; labels: task name → (B, c, *label_size) for every task, all ignored where one is missing.
+    """Samples of one size, stacked.
 
-    sizes, boxes, originals: `size`, `box` and `original` of every sample.
+    Args:
+        ids: ids of the samples.
+        image: (B, 3, H, W) float32, normalised.
+        labels: task name → (B, c, *label_size) for every task; a missing label has every pixel ignored.
+        sizes: `size` of every sample.
+        boxes: `box` of every sample.
+        originals: `original` of every sample.
     """
 
     ids: list[str]
@@ -66,18 +75,37 @@ class Batch:
         return height, width
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch with image and labels on `device`."""
+        """Move image and labels to a device.
+
+        Args:
+            device: the device.
+
+        Returns:
+            A new batch.
+        """
         labels = {name: label.to(device, non_blocking=True) for name, label in self.labels.items()}
         return replace(self, image=self.image.to(device, non_blocking=True), labels=labels)
 
     def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory (called by torch's loader where the device is CUDA)."""
+        """Copy image and labels to page-locked memory. Torch's loader calls this if the device is CUDA.
+
+        Returns:
+            A new batch.
+        """
         labels = {name: label.pin_memory() for name, label in self.labels.items()}
         return replace(self, image=self.image.pin_memory(), labels=labels)
 
 
 def collate(samples: Sequence[Sample], tasks: Mapping[str, Task]) -> Batch:
-    """Stack transformed samples of one size; missing labels become all-ignored ones."""
+    """Stack transformed samples of one size.
+
+    Args:
+        samples: the samples.
+        tasks: tasks of the batch; a missing label becomes an all-ignored one.
+
+    Returns:
+        The batch.
+    """
     height, width = next((label for s in samples for label in s.labels.values()), samples[0].image).shape[-2:]
     labels = {
         name: torch.stack([s.labels[name] if name in s.labels else task.missing((height, width)) for s in samples])
@@ -98,7 +126,14 @@ class DataError(PammError, ValueError):
 
 
 def register_dataset(dataset: type[SomeDataset]) -> type[SomeDataset]:
-    """Class decorator: makes a data set available under its `name`."""
+    """Class decorator that makes a data set available under its `name`.
+
+    Args:
+        dataset: the data set's class.
+
+    Returns:
+        The same class.
+    """
     DATASETS[dataset.name] = dataset
     return dataset
 
@@ -119,52 +154,126 @@ class Dataset(ABC, torch.utils.data.Dataset):
     @classmethod
     @abstractmethod
     def options(cls, config: DataConfig) -> dict[str, dict[str, Any]]:
-        """Task name → arguments of `create_task` (its classes, its unit), for every task this data set can label."""
+        """Arguments of `create_task` that the data set determines (its classes, its unit).
+
+        Args:
+            config: the data set's settings.
+
+        Returns:
+            Task name → arguments, for every task that this data set can label.
+
+        Raises:
+            DataError: the description of the data set cannot be read.
+        """
 
     @classmethod
     @abstractmethod
     def open(cls, config: DataConfig, split: str, tasks: Mapping[str, Task]) -> Dataset:
-        """The split ("train" or "val") with labels for `tasks`. Raises DataError where something is absent."""
+        """Open a split.
+
+        Args:
+            config: the data set's settings.
+            split: "train", "val" or another split of the data set.
+            tasks: tasks whose labels are read.
+
+        Returns:
+            The split.
+
+        Raises:
+            DataError: a folder, file or label is missing or wrong.
+        """
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def absent(self) -> list[int]:
-        """Indices of the samples that are not made yet, which asking for them does."""
+        """Samples that must still be made; reading one makes it.
+
+        Returns:
+            Their indices.
+        """
         return []
 
     def prepare(self, progress: bool = True, workers: int = 0) -> None:
-        """Make the samples that are absent. Files that are there need nothing."""
+        """Make every sample that is not made yet.
+
+        Args:
+            progress: show a bar on the standard error.
+            workers: processes that make samples; 0 for this one.
+        """
 
     def image_path(self, index: int) -> Path | None:
-        """File of image number `index`, where it is one."""
+        """The file of an image.
+
+        Args:
+            index: 0 to len(self) − 1.
+
+        Returns:
+            The path; None if the image is not a file.
+        """
         return None
 
     def labelled(self) -> dict[str, int]:
-        """Task name → number of images that have its label, without reading them."""
+        """Count the labels of each task without reading them.
+
+        Returns:
+            Task name → number of images with its label.
+        """
         return dict.fromkeys(self.tasks, len(self) - len(self.absent()))
 
     def with_label(self, task: str) -> Sequence[int]:
-        """Indices of the samples that have the task's label."""
+        """Find the samples that have a task's label.
+
+        Args:
+            task: name of the task.
+
+        Returns:
+            Their indices.
+        """
         return range(len(self))
 
     def label(self, index: int, task: str) -> Tensor:
-        """The label of image number `index` for a task, which it has (see `with_label`). Raises DataError."""
+        """Read the label of an image that has one (see `with_label`).
+
+        Args:
+            index: 0 to len(self) − 1.
+            task: name of the task.
+
+        Returns:
+            (c, H, W) label as stored.
+
+        Raises:
+            DataError: the label cannot be read.
+        """
         return self[index].labels[task]
 
     def turned_unseen(self, index: int) -> bool:
-        """Whether the image is shown turned or mirrored (by its EXIF orientation) at the very size it is stored at.
+        """Whether the EXIF orientation turns or mirrors the image without changing its size.
 
-        Then no size tells whether a label was drawn on the image as shown, as this package takes it, or as stored.
+        In this case the sizes cannot show whether a label was drawn on the image as shown (which is assumed) or as stored.
+
+        Args:
+            index: 0 to len(self) − 1.
+
+        Returns:
+            True for such an image.
         """
         return False
 
     def notes(self) -> list[str]:
-        """What is worth knowing about the split's files and no mistake, without reading them."""
+        """Notes on the split's files that are no mistakes, without reading the files.
+
+        Returns:
+            Sentences.
+        """
         return []
 
     def problems(self) -> list[str]:
-        """What is wrong with files, as far as it is seen without reading them."""
+        """Mistakes in the split's files that are visible without reading them.
+
+        Returns:
+            Sentences.
+        """
         return []
 
     @abstractmethod

@@ -10,10 +10,17 @@ from pamm.images.reading import MAX_PIXELS
 
 
 def open_array(path: Path) -> np.ndarray:
-    """A .npy file of plain numbers or truth values, read only, in either order of axes; no value is read before it is used.
+    """Open a .npy file of numbers or booleans, mapped read-only: values are read when they are used.
 
-    Raises ValueError, which tells what was found, for a damaged file, an archive (.npz), Python objects, records, texts and
-    more than MAX_PIXELS values; OSError for a file that may not be read.
+    Args:
+        path: the file.
+
+    Returns:
+        The array, in either order of axes.
+
+    Raises:
+        ValueError: a damaged file, an archive (.npz), Python objects, records, texts, or more than `MAX_PIXELS` values.
+        OSError: the file cannot be read.
     """
     with open(path, "rb") as file:
         start = file.read(6)

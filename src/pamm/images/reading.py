@@ -42,13 +42,23 @@ Source = str | os.PathLike[str] | BinaryIO
 
 
 def read_image(source: Source, *, exif: bool = True, max_pixels: int | None = None) -> np.ndarray:
-    """Photograph → (H, W, 3) uint8 RGB.
+    """Read a photograph as RGB.
 
-    Grey is repeated to three channels, 16 bits are scaled to 8, transparency is laid over white, palettes and CMYK are
-    converted, colour profiles are not applied; of an animation the first frame is read. `exif` turns the picture as its
-    EXIF orientation says, which is how every viewer shows it; Pillow turns `.heic` and `.tif` in any case. Takes 7 bytes of
-    memory per pixel, 11 to 23 where the format is WebP, AVIF, HEIF or JPEG 2000. Raises ImageError for anything that is not a
-    whole picture of at most `max_pixels`, by default `MAX_PIXELS`, and fewer of those formats.
+    - Grey is repeated to three channels, 16 bits are scaled to 8, transparency is laid over white, palettes and CMYK are
+      converted. Colour profiles are not applied.
+    - The first frame of an animation is read.
+    - Memory: 7 bytes per pixel; 11 to 23 for WebP, AVIF, HEIF and JPEG 2000.
+
+    Args:
+        source: a path or an open file.
+        exif: turn the picture as its EXIF orientation says, as viewers do. Pillow always turns `.heic` and `.tif`.
+        max_pixels: largest number of pixels; by default `MAX_PIXELS`, and fewer for WebP, AVIF, HEIF and JPEG 2000.
+
+    Returns:
+        (H, W, 3) uint8 RGB.
+
+    Raises:
+        ImageError: not a complete picture, or too large.
     """
     with decoding(source):
         return np.ascontiguousarray(_read(source, exif, max_pixels))  # turned when Pillow's copy is gone
@@ -61,29 +71,67 @@ def _read(source: Source, exif: bool, max_pixels: int | None) -> np.ndarray:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """(H, W) of a picture as stored (`.heic` and `.tif`: as shown), from its header alone. Raises ImageError."""
+    """Size of a picture as stored (`.heic` and `.tif`: as shown). Only the header is read.
+
+    Args:
+        path: the file.
+
+    Returns:
+        (H, W).
+
+    Raises:
+        ImageError: the file is not a readable picture.
+    """
     with decoding(path), open_picture(path) as picture:
         return picture.height, picture.width
 
 
 def image_orientation(path: Path) -> int:
-    """EXIF orientation of a picture, 1 to 8; 1 where it has none. Raises ImageError."""
+    """EXIF orientation of a picture.
+
+    Args:
+        path: the file.
+
+    Returns:
+        1 to 8; 1 if the file has none.
+
+    Raises:
+        ImageError: the file is not a readable picture.
+    """
     with decoding(path), open_picture(path) as picture:
         return _orientation(picture)
 
 
 def read_values(path: Path, *, max_pixels: int | None = None) -> np.ndarray:
-    """Label PNG → its stored values, (H, W) or (H, W, channels), see `LabelPicture.values`. Raises ImageError."""
+    """Read a label PNG.
+
+    Args:
+        path: the file.
+        max_pixels: largest number of pixels; by default `MAX_PIXELS`.
+
+    Returns:
+        (H, W) or (H, W, channels) stored values, see `LabelPicture.values`.
+
+    Raises:
+        ImageError: not a complete PNG, or too large.
+    """
     with open_label(path) as label:
         _check_size(label.picture, name_of(path), max_pixels)
         return label.values()
 
 
 class LabelPicture:
-    """A label PNG of which the header is read.
+    """A label PNG whose header has been read.
 
-    kind: "grey", "palette", "grey and alpha", "RGB" or "RGBA". bits: of one value, 1, 2, 4, 8 or 16.
-    note: what this library wrote into the file about its values, else "".
+    Attributes:
+        kind: "grey", "palette", "grey and alpha", "RGB" or "RGBA".
+        bits: bits of one value, 1, 2, 4, 8 or 16.
+        note: text that this library wrote into the file about its values, else "".
+
+    Args:
+        path: the file, for messages.
+        picture: the opened picture.
+        header: first bytes of the file.
     """
 
     def __init__(self, path: Path, picture: Image.Image, header: bytes):
@@ -96,10 +144,13 @@ class LabelPicture:
         return f"{self.bits}-bit {self.kind}"
 
     def values(self) -> np.ndarray:
-        """The values as stored: uint8, or uint16 of 16 bits; a palette's indices, not its colours.
+        """The values as stored: palette indices and not colours; grey of 1, 2 and 4 bits gives 0 to 1, 3 and 15.
 
-        Grey of 1, 2 and 4 bits gives 0 to 1, 3 and 15, which Pillow spreads over 0 to 255. Raises ImageError for
-        channels of 16 bits, of which Pillow keeps 8.
+        Returns:
+            (H, W) or (H, W, channels) uint8, or uint16 for 16 bits.
+
+        Raises:
+            ImageError: colours of 16 bits, of which Pillow keeps only 8.
         """
         if self.bits == 16 and self.kind != "grey":
             raise ImageError(
@@ -115,7 +166,17 @@ class LabelPicture:
 
 @contextmanager
 def open_label(path: Path) -> Iterator[LabelPicture]:
-    """Read the header of a label picture, which must be a PNG; the caller judges its kind and size. Raises ImageError."""
+    """Context manager: open a label PNG and read its header. The caller checks kind and size.
+
+    Args:
+        path: the file.
+
+    Yields:
+        The label picture.
+
+    Raises:
+        ImageError: the file is not a PNG.
+    """
     with decoding(path), open_picture(path) as picture:
         if picture.format != "PNG":
             raise ImageError(f"{path} is a {picture.format} file, expected a PNG. Convert the original label to PNG.")
@@ -125,7 +186,19 @@ def open_label(path: Path) -> Iterator[LabelPicture]:
 
 
 def to_rgb(picture: Image.Image, name: str, *, exif: bool = True) -> np.ndarray:
-    """Any Pillow picture → (H, W, 3) uint8 RGB, see `read_image`. Raises ImageError for values of unknown range."""
+    """Convert a Pillow picture to RGB, as `read_image` does.
+
+    Args:
+        picture: the picture.
+        name: its name, for messages.
+        exif: turn the picture as its EXIF orientation says.
+
+    Returns:
+        (H, W, 3) uint8 RGB.
+
+    Raises:
+        ImageError: the range of the values is not known.
+    """
     return np.ascontiguousarray(_rgb(picture, name, exif))
 
 
@@ -204,7 +277,13 @@ def _check_size(picture: Image.Image, name: str, most: int | None) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without Pillow's warnings, and alone: for what reads or changes a global of Pillow or of Python's warnings."""
+    """Context manager for code that reads or changes a global of Pillow or of Python's warnings: Pillow's warnings are off.
+
+    Only one thread at a time can be inside.
+
+    Yields:
+        Nothing.
+    """
     with _GLOBALS, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -212,10 +291,18 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def open_picture(source: Source) -> Iterator[Image.Image]:
-    """Read a picture's header, not its pixels, whatever size it tells; the caller judges the size (`MAX_PIXELS`).
+    """Context manager: read a picture's header, but not its pixels. The caller checks the size (`MAX_PIXELS`).
 
-    Pillow's own limit is a global of its module, which warns below its double; it is lifted while the header is parsed,
-    in one thread at a time. Raises ImageError for content that is none of `FORMATS`, else what Pillow raises (`decoding`).
+    Pillow's own size limit is a global of its module. It is lifted while the header is parsed, in one thread at a time.
+
+    Args:
+        source: a path or an open file.
+
+    Yields:
+        The picture.
+
+    Raises:
+        ImageError: the content has none of `FORMATS`. Errors of Pillow pass through; see `decoding`.
     """
     with ExitStack() as stack:
         file = stack.enter_context(_open_file(source)) if isinstance(source, (str, os.PathLike)) else source
@@ -246,7 +333,17 @@ def _open_file(path: str | os.PathLike[str]) -> BinaryIO:
 
 @contextmanager
 def decoding(source: Source) -> Iterator[None]:
-    """Whatever a decoder raises on damaged bytes becomes an ImageError that names the file."""
+    """Context manager: an error of a decoder on damaged bytes becomes an ImageError that names the file.
+
+    Args:
+        source: the file.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ImageError: the picture is damaged.
+    """
     name = name_of(source)
     try:
         yield

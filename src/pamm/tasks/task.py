@@ -36,7 +36,14 @@ SomeTask = TypeVar("SomeTask", bound="Task")
 
 
 def register(task: type[SomeTask]) -> type[SomeTask]:
-    """Class decorator: makes a task available under its `name`."""
+    """Class decorator that makes a task available under its `name`.
+
+    Args:
+        task: the task's class.
+
+    Returns:
+        The same class.
+    """
     if task.name in TASKS:
         raise ValueError(f"two tasks are called '{task.name}': {TASKS[task.name].__qualname__} and {task.__qualname__}")
     TASKS[task.name] = task
@@ -45,12 +52,17 @@ def register(task: type[SomeTask]) -> type[SomeTask]:
 
 @dataclass(frozen=True)
 class LabelStatistics:
-    """What one or more labels of a task hold; those of several labels add up with `+`, from `LabelStatistics()` on.
+    """Counts of the values in one or more labels of a task. Add them with `+`, starting from `LabelStatistics()`.
 
-    labels: number of labels, of which `empty` have no known pixel. pixels: of all of them, of which `ignored` are unknown.
-    classes: name of a class → its pixels, every class of the task, also those of none; "no" and "yes" for masks; empty
-    for tasks whose values are no classes. lowest, highest: range of the known values, depth alone; infinity and minus
-    infinity where there are none.
+    Args:
+        labels: number of labels.
+        empty: number of labels without a known pixel.
+        pixels: number of pixels in all labels.
+        ignored: number of pixels with an unknown value.
+        classes: name of a class → number of its pixels, for every class of the task; "no" and "yes" for masks; empty for
+            tasks without classes.
+        lowest: lowest known value, only for depth; infinity without any.
+        highest: highest known value, only for depth; minus infinity without any.
     """
 
     labels: int = 0
@@ -85,6 +97,12 @@ class Task(ABC):
 
     Labels are tensors (c, H, W), with ignored pixels equal to `ignore` in every channel. Logits are (B, channels, H, W).
     Predictions are (H, W) or (H, W, 3) arrays in the task's unit.
+
+    Args:
+        weight: factor of this task's loss in the total loss, 0 or more.
+
+    Raises:
+        ValueError: the weight is negative or not finite.
     """
 
     name: ClassVar[str]
@@ -124,54 +142,133 @@ class Task(ABC):
 
     @abstractmethod
     def options(self) -> dict[str, Any]:
-        """Keyword arguments, all JSON values, from which `create_task(self.name, **options)` rebuilds this task."""
+        """Keyword arguments with which `create_task(self.name, **options)` builds this task again.
+
+        Returns:
+            Option → JSON value.
+        """
 
     # -- the label and its way through the transforms ------------------------------------------------------------------
 
     @abstractmethod
     def read(self, path: Path) -> Tensor:
-        """Label file of the folder layout → (label_channels, H, W) label. Raises `LabelError` for a file that is not one."""
+        """Read a label file of the folder layout.
+
+        Args:
+            path: the file.
+
+        Returns:
+            (label_channels, H, W) label of `label_dtype`.
+
+        Raises:
+            LabelError: the file is not a label of this task.
+        """
 
     def resample(self, label: Tensor, size: tuple[int, int]) -> Tensor:
-        """(c, h, w) label → (c, H, W) by nearest neighbour, source index ⌊i·h/H⌋ (as OpenCV's INTER_NEAREST)."""
+        """Resize a label by nearest neighbour, source index ⌊i·h/H⌋ (as OpenCV's INTER_NEAREST).
+
+        Args:
+            label: (c, h, w).
+            size: new height and width (H, W).
+
+        Returns:
+            (c, H, W) label.
+        """
         rows, columns = (torch.from_numpy(nearest_index(label.shape[i - 2], size[i])) for i in (0, 1))
         return label.index_select(-2, rows).index_select(-1, columns)
 
     def flip(self, label: Tensor) -> Tensor:
-        """Mirror a (c, H, W) label left to right, values included (a normal's x changes sign)."""
+        """Mirror a label left to right, including its values (a normal's x changes sign).
+
+        Args:
+            label: (c, H, W).
+
+        Returns:
+            (c, H, W) label.
+        """
         return label.flip(-1)
 
     def rescale(self, label: Tensor, factor: float) -> Tensor:
-        """Change a label's values when its image was zoomed by `factor` (protocol: depth is divided by it)."""
+        """Adapt a label's values to a zoom of its image (protocol: depth is divided by the factor).
+
+        Args:
+            label: (c, H, W).
+            factor: zoom of the image, above 0; 2 doubles its size.
+
+        Returns:
+            (c, H, W) label.
+        """
         return label
 
     def finish(self, label: Tensor) -> Tensor:
-        """Last step after cropping and padding (protocol §1.4): rules that depend on the whole cropped label."""
+        """Apply the rules that depend on the whole label after cropping and padding (protocol §1.4).
+
+        Args:
+            label: (c, H, W).
+
+        Returns:
+            (c, H, W) label.
+        """
         return label
 
     def missing(self, size: tuple[int, int]) -> Tensor:
-        """The label of an image that has none: (c, H, W), every pixel ignored."""
+        """The label of an image that has none: every pixel is ignored.
+
+        Args:
+            size: height and width (H, W).
+
+        Returns:
+            (label_channels, H, W) label.
+        """
         return torch.full((self.label_channels, *size), self.ignore, dtype=self.label_dtype)
 
     def statistics(self, label: Tensor) -> LabelStatistics:
-        """What one (c, H, W) label, as `read` gives it, holds; see `LabelStatistics`."""
+        """Count the values of one label.
+
+        Args:
+            label: (c, H, W) as `read` returns it.
+
+        Returns:
+            The counts of this label.
+        """
         valid = self.valid(label)
         ignored = valid.numel() - int(valid.sum())
         return LabelStatistics(1, int(ignored == valid.numel()), valid.numel(), ignored, self.class_pixels(label))
 
     def class_pixels(self, label: Tensor) -> dict[str, int]:
-        """Name of a class → its pixels in a label; empty for tasks whose values are no classes."""
+        """Count the pixels of each class.
+
+        Args:
+            label: (c, H, W).
+
+        Returns:
+            Name of a class → number of its pixels; empty for tasks without classes.
+        """
         return {}
 
     def describe(self, found: LabelStatistics) -> str:
-        """What labels hold, in words: the classes' shares of the known pixels, the range of values, the ignored share."""
+        """Describe the content of labels: the classes' shares of the known pixels, the range of values, the ignored share.
+
+        Args:
+            found: counts of the labels.
+
+        Returns:
+            One line of text.
+        """
         known = max(found.pixels - found.ignored, 1)
         shares = ", ".join(f"{name} {percent(count / known)}" for name, count in found.classes.items())
         ignored = f"{percent(found.ignored_share)} of the pixels ignored"
         return f"{shares}; {ignored}" if shares else ignored
 
     def remarks(self, found: LabelStatistics) -> list[str]:
-        """What is doubtful in labels that hold this, each with what to do; empty where nothing is, and without labels."""
+        """List what is doubtful in labels, each with its remedy.
+
+        Args:
+            found: counts of the labels.
+
+        Returns:
+            Sentences; empty if nothing is doubtful or there are no labels.
+        """
         absent = [name for name, count in found.classes.items() if not count] if found.labels else []
         if absent:
             names = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
@@ -189,38 +286,69 @@ class Task(ABC):
     # -- loss and metric -------------------------------------------------------------------------------------------------
 
     def valid(self, label: Tensor) -> Tensor:
-        """(..., c, H, W) label → (..., 1, H, W) bool, False where every channel is `ignore`."""
+        """Mark the pixels whose value is known.
+
+        Args:
+            label: (..., c, H, W).
+
+        Returns:
+            (..., 1, H, W) bool, False where every channel is `ignore`.
+        """
         return (label != self.ignore).any(-3, keepdim=True)
 
     def counts(self, label: Tensor) -> Tensor:
-        """(B, c, H, W) → int64 vector of sums that normalise the loss, the number of valid pixels first.
+        """The sums that normalise the loss.
 
-        Sums over several batches or processes give the counts of their union, so that a loss split over processes or
-        micro-batches adds up to the loss of the joined batch.
+        The counts of several batches or processes add up to those of the joint batch. A loss that is split over processes or
+        micro-batches therefore equals the loss of the joint batch.
+
+        Args:
+            label: (B, c, H, W).
+
+        Returns:
+            int64 vector, the number of valid pixels first.
         """
         return self.valid(label).sum()[None]
 
     @abstractmethod
     def loss(self, logits: Tensor, label: Tensor, counts: Tensor | None = None) -> Tensor:
-        """(B, channels, H, W) float logits, (B, c, H, W) label → scalar, unweighted.
+        """The unweighted loss: the sum over valid pixels divided by max(counts[0], 1).
 
-        The sum over valid pixels divided by max(counts[0], 1). `counts` defaults to this batch's own; the caller passes the
-        joined batch's when this batch is one part of it. With every pixel ignored the loss is 0 and has a gradient path.
+        Args:
+            logits: (B, channels, H, W) float.
+            label: (B, c, H, W).
+            counts: `counts` of the joint batch if this batch is a part of it; None for those of this batch.
+
+        Returns:
+            Scalar. If every pixel is ignored, it is 0 and still has a gradient path.
         """
 
     @abstractmethod
     def metric(self) -> Metric:
-        """A torchmetrics metric: `update(logits, label)`, `compute() → {name: 0-d tensor}`, states reduced by sum.
+        """The metric of a whole data set.
 
-        `update` raises NonFiniteError for logits that hold NaN or infinite values.
+        Returns:
+            A torchmetrics metric with `update(logits, label)` and `compute() → {name: 0-d tensor}`. Its states are reduced by
+            sum. `update` raises NonFiniteError for logits with NaN or infinite values.
         """
 
     def quick_metric(self) -> Metric:
-        """The metric of the evaluations during training; differs where the reported one takes long."""
+        """The metric of evaluations during training. It differs from `metric` if that takes long.
+
+        Returns:
+            A torchmetrics metric as `metric` returns it.
+        """
         return self.metric()
 
     def titled(self, metric: str) -> str:
-        """A metric's name with its unit, as tables head it, e.g. "RMSE, m"."""
+        """A metric's name with its unit, e.g. "RMSE, m".
+
+        Args:
+            metric: key of a score of this task.
+
+        Returns:
+            The heading of its column in a table.
+        """
         unit = self.units.get(metric.partition("/")[0])
         return f"{metric}, {unit}" if unit else metric
 
@@ -230,9 +358,14 @@ class Task(ABC):
         return self.quick_score or self.score
 
     def score_image(self, logits: Tensor, label: Tensor) -> float:
-        """(1, channels, H, W) logits, (1, c, H, W) label → the score of this image alone, by which reports rank images.
+        """The score of one image, by which reports rank images; by default `quick_metric` of this image.
 
-        NaN where the label gives it none. By default `quick_metric` of this image.
+        Args:
+            logits: (1, channels, H, W).
+            label: (1, c, H, W).
+
+        Returns:
+            The score; NaN if the label does not define one.
         """
         return float(self.quick_metric().to(logits.device)(logits, label)[self.quick_score or self.score])
 
@@ -240,35 +373,62 @@ class Task(ABC):
 
     @abstractmethod
     def decode(self, logits: Tensor) -> Tensor:
-        """(B, channels, H, W) logits → (B, H, W) or (B, H, W, 3) prediction in the task's unit, pixel by pixel."""
+        """Convert logits to predictions, pixel by pixel.
+
+        Args:
+            logits: (B, channels, H, W).
+
+        Returns:
+            (B, H, W) or (B, H, W, 3) predictions in the task's unit.
+        """
 
     @abstractmethod
     def truth(self, label: Tensor) -> Tensor:
-        """(c, H, W) label → (H, W) or (H, W, 3) in the form of `decode`; ignored pixels hold any value."""
+        """Convert a label to the form of a prediction.
+
+        Args:
+            label: (c, H, W).
+
+        Returns:
+            (H, W) or (H, W, 3), as from `decode`; ignored pixels hold any value.
+        """
 
     @abstractmethod
     def draw(
         self, prediction: np.ndarray, *, valid: np.ndarray | None = None, reference: np.ndarray | None = None
     ) -> np.ndarray:
-        """Prediction (H, W) or (H, W, 3) → picture (H, W, 3) uint8.
+        """Draw a prediction in colours.
 
-        `valid` (H, W) bool paints the other pixels mid-grey. `reference` is a map whose range of values sets the colour
-        scale, so that a prediction and its truth are comparable (tasks with a fixed scale take no notice). Given it, a
-        strip of rows is drawn as in the whole.
+        Args:
+            prediction: (H, W) or (H, W, 3), or some rows of it.
+            valid: (H, W) bool; pixels with False are painted mid-grey.
+            reference: map whose range of values sets the colour scale, so that a prediction and its truth are comparable. It is
+                also needed to draw some rows as in the whole. Tasks with a fixed scale ignore it.
+
+        Returns:
+            (H, W, 3) uint8 RGB.
         """
 
     def scale(self, values: np.ndarray) -> tuple[float, float] | None:
-        """The lowest and highest value between which `draw` spreads its colours where `values` is its reference.
+        """The range of values over which `draw` spreads its colours if `values` is its reference.
 
-        None where the colours do not follow the range of the values, or no value is known.
+        Args:
+            values: a map as `draw` takes it.
+
+        Returns:
+            Lowest and highest value; None if the colours do not follow the range of the values, or no value is known.
         """
         return None
 
     @abstractmethod
     def label_file(self, prediction: np.ndarray) -> tuple[str, bytes]:
-        """The prediction as a label file of the folder layout: its suffix, one of `suffixes`, and its content.
+        """Write a prediction as a label file of the folder layout. `read` reads it back, to the precision of that file.
 
-        `read` reads it back as what it was, to the precision of that file.
+        Args:
+            prediction: (H, W) or (H, W, 3).
+
+        Returns:
+            The file's suffix, one of `suffixes`, and its content.
         """
 
 
@@ -297,7 +457,16 @@ class LabelError(PammError, ValueError):
 def create_task(name: str, **options: Any) -> Task:
     """Build a registered task.
 
-    Raises ValueError for an unknown name or option, naming the known ones, and for a value of another kind than the option's.
+    Args:
+        name: name of the task, e.g. "depth".
+        **options: arguments of the task's class.
+
+    Returns:
+        The task.
+
+    Raises:
+        ValueError: the name or an option is unknown, or an option's value has the wrong type. The message lists the known
+            ones.
     """
     if name not in TASKS:
         raise ValueError(f"unknown task '{name}'; known tasks: {', '.join(sorted(TASKS))}")
@@ -315,7 +484,14 @@ def create_task(name: str, **options: Any) -> Task:
 
 
 def option_defaults(name: str) -> dict[str, Any]:
-    """Option → default value, of a registered task."""
+    """Options of a registered task.
+
+    Args:
+        name: name of the task.
+
+    Returns:
+        Option → default value.
+    """
     return {key: value.default for key, value in signature(TASKS[name]).parameters.items()}
 
 

@@ -22,11 +22,19 @@ Sums = Mapping[str, Tensor]
 def sum_metric(
     task: str, measure: Callable[[Tensor, Tensor], Sums], scores: Callable[[Sums], Sums], empty: Sums
 ) -> Metric:
-    """Metric of a data set from sums over its images.
+    """Metric of a data set that is computed from sums over its images.
 
-    task: name for the messages. measure: logits, label → the sums of one batch. scores: the sums of the data set →
-    {name: 0-d tensor}. empty: the sums of no image, which give the states their shapes. `update` raises NonFiniteError for
-    logits that are not finite. Raises ModuleNotFoundError without torchmetrics.
+    Args:
+        task: name of the task, for messages.
+        measure: logits, label → the sums of one batch.
+        scores: the sums of the data set → {name: 0-d tensor}.
+        empty: the sums of no image; they set the shapes and dtypes of the states.
+
+    Returns:
+        A torchmetrics metric. `update` raises NonFiniteError for logits that are not finite.
+
+    Raises:
+        ModuleNotFoundError: torchmetrics is not installed.
     """
     with _needing_extras():
         from pamm.tasks.metrics.sums import SumMetric
@@ -40,10 +48,20 @@ def image_metric(
     scores: Callable[[Sums], Sums],
     empty: Sums,
 ) -> Metric:
-    """As `sum_metric` for sums that take long for each image: `work` runs in worker processes.
+    """As `sum_metric`, for sums that take long for each image: worker processes compute them.
 
-    prepare: one image's logits (channels, H, W) and label (c, H, W) → arrays. work: these arrays → the image's sums, whole
-    numbers.
+    Args:
+        task: name of the task, for messages.
+        prepare: one image's logits (channels, H, W) and label (c, H, W) → arrays.
+        work: these arrays → the image's sums, whole numbers. A module-level function.
+        scores: the sums of the data set → {name: 0-d tensor}.
+        empty: the sums of no image; they set the shapes and dtypes of the states.
+
+    Returns:
+        A torchmetrics metric. `update` raises NonFiniteError for logits that are not finite.
+
+    Raises:
+        ModuleNotFoundError: torchmetrics is not installed.
     """
     with _needing_extras():
         from pamm.tasks.metrics.images import ImageMetric
