@@ -133,7 +133,7 @@ def compare_with(baseline: str, result: Evaluation) -> dict[Resolution, Comparis
     found, failures = {}, {}
     own = Conditions(result.data, result.split, result.boundaries)
     for resolution, row in result.rows.items():
-        protocol = result.protocol if resolution == "frame" else result.original.protocol
+        protocol = result.protocol_at(resolution)
         try:
             found[resolution] = compare(row, baseline, resolution, own=own, protocol=protocol)
         except GainError as error:

@@ -76,8 +76,14 @@ class Evaluation:
     @property
     def rows(self) -> dict[Resolution, Row]:
         """Resolution → results, of those that were measured."""
-        own = {"original": self.original.row} if self.original else {}
-        return ({"frame": self.row} if self.row else {}) | own
+        found: dict[Resolution, Row] = {"frame": self.row} if self.row else {}
+        if self.original:
+            found["original"] = self.original.row
+        return found
+
+    def protocol_at(self, resolution: Resolution) -> str:
+        """How the results at a resolution were measured, in words."""
+        return self.original.protocol if resolution == "original" and self.original else self.protocol
 
     def total_loss(self, tasks: Mapping[str, Task]) -> float:
         """Σ weight · validation loss over the tasks of weight above 0 that have labels; infinity if there is none."""
@@ -164,7 +170,9 @@ def evaluate(
         values = {name: scores[name].compute() for name in tasks}
         for ranking in (rankings or {}).values():
             ranking.gather()
-        rows = {resolution: {name: values[name][resolution] for name in tasks} for resolution in resolutions}
+        rows: dict[Resolution, Row] = {
+            resolution: {name: values[name][resolution] for name in tasks} for resolution in resolutions
+        }
         return rows, int(summed(torch.tensor(resized, device=home)))
     finally:
         model.train(was_training)
@@ -204,9 +212,11 @@ def draw_shown(task: Task, one: Shown, config: DataConfig) -> dict[str, str]:
         top, left, height, width = box
         return picture[..., top : top + height, left : left + width]
 
-    logits, label = (crop(maps[task.name][0], one.box) for maps in (one.logits, one.labels))
+    assert one.box is not None  # `EvalTransform` sets it
+    box = one.box
+    logits, label = (crop(maps[task.name][0], box) for maps in (one.logits, one.labels))
     pair = draw_pair(task, logits, label)
-    seen_image = denormalize(crop(one.image, seen(one.box, config)))
+    seen_image = denormalize(crop(one.image, seen(box, config)))
     pictures = {"image": seen_image, "prediction": pair.prediction, "truth": pair.truth}
     shown = {
         name: data_uri(fit(picture, TILE), "png", "jpeg") for name, picture in pictures.items() if picture is not None
@@ -350,7 +360,7 @@ def measurable_tasks(model: MultiTaskModel, experiment: Experiment) -> dict[str,
             f"the data set has labels for {', '.join(described)}, the model predicts {', '.join(model.tasks)}: nothing to measure"
         )
     for name, task in tasks.items():
-        own, found = task.options().get("classes"), described[name].get("classes")
+        own, found = task.options().get("classes", ()), described[name].get("classes")
         if found is not None and list(own) not in (list(found), numbered_classes(len(found))):
             raise ConfigError(
                 f"the classes of '{name}' differ: the model has {len(own)} ({preview(own)}), the data set {len(found)} "

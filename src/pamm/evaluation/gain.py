@@ -225,14 +225,15 @@ def compare(
     for task in dict.fromkeys([*scores, *reference]):
         reason = _why_not(metrics[task], scores.get(task), reference.get(task))
         left_out |= {task: reason} if reason else {}
-    known = {task: reference[task] for task in scores if task not in left_out}
+    measured = {task: value for task, value in scores.items() if value is not None and task not in left_out}
+    known = {task: value for task in measured if (value := reference[task]) is not None}
     if not known:
         raise GainError(
             f"nothing to compare with the baseline '{baseline}': "
             + "; ".join(f"{task}: {reason}" for task, reason in left_out.items())
             + ". Choose a baseline of the same tasks"
         )
-    gains = {task: multi_task_gain({task: scores[task]}, known) for task in known}
+    gains = {task: multi_task_gain({task: measured[task]}, known) for task in known}
     used = {task: metrics[task] for task in known}
     differences = _differences(baseline, source, known, own, protocol)
     return Comparison(baseline, source, known, gains, left_out, used, differences)

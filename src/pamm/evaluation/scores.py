@@ -85,6 +85,7 @@ class TaskScores:
 
     def _update_original(self, one: Shown) -> None:
         """The logits of the image alone, without padding, resized to its own size (as `Predictor` does) and measured there."""
+        assert one.original is not None and one.box is not None  # `EvalTransform` sets them where `original` is on
         label = one.original.get(self.task.name)
         if label is None:
             return

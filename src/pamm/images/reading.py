@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import numpy as np
 from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
@@ -207,7 +207,7 @@ def _rgb(picture: Image.Image, name: str, exif: bool) -> np.ndarray:
     if picture.mode == "F":
         raise ImageError(f"{name} holds floating point values of unknown range. Convert it to 8-bit RGB.")
     if picture.mode == "I":
-        low, high = picture.getextrema()
+        low, high = cast("tuple[float, float]", picture.getextrema())  # of one channel
         if low < 0 or high > 65535:
             raise ImageError(f"{name} has values from {low} to {high}, expected 8 or 16 bits. Convert it to RGB.")
     if picture.mode.startswith("I") and _is_negative(picture):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import Attention
+from timm.models.vision_transformer import Attention  # pyright: ignore[reportPrivateImportUsage] (its home differs by version)
 from torch import Tensor, nn
 
 from pamm.kernels import matrix

@@ -54,6 +54,7 @@ class SmallMapHead(ConvHead):
         """As `forward` with the batch's statistics, and with the running ones without a gradient: no large map in memory."""
         small = linear(feature.permute(0, 2, 3, 1).flatten(1, 2), kernel.taps(self.conv.weight))
         size = [*feature.shape[2:], self.scale]
+        assert self.predict.bias is not None
         predict = self.predict.weight.flatten(1), self.predict.bias
         if not self.norm.training:
             return kernel.logits(small, *self.factor_and_shift(), *predict, size)
@@ -96,6 +97,7 @@ def replacement(module: nn.Module) -> nn.Module | None:
 
 def factor_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """What a BatchNorm computes in eval mode is factor · x + shift: (C,) each, float32, from its running statistics."""
+    assert norm.running_mean is not None and norm.running_var is not None
     factor = norm.weight.float() * torch.rsqrt(norm.running_var.float() + norm.eps)
     return factor, norm.bias.float() - norm.running_mean.float() * factor
 

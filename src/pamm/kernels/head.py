@@ -218,7 +218,7 @@ def _backward(ctx: Any, dlogits: Tensor | None, *_: object) -> tuple[Tensor | No
     if torch.is_grad_enabled():
         copies = [tensor.view_as(tensor) for tensor in inputs]
         wanted = [index for index in range(len(inputs)) if ctx.needs_input_grad[index]]
-        y = in_torch(*copies, ctx.eps, ctx.size)
+        y = in_torch(*copies, eps=ctx.eps, size=ctx.size)
         found = torch.autograd.grad(y, [copies[index] for index in wanted], dlogits, create_graph=True)
         gradients = dict(zip(wanted, found, strict=True))
         return tuple(gradients.get(index) for index in range(7))

@@ -60,8 +60,9 @@ def convolves_3x3(layer: nn.Conv2d) -> bool:
 
 def replacement(module: nn.Module) -> nn.Module | None:
     """A 3×3 convolution of enough channels by the kernel, in the state of `module`; None for other modules."""
-    wide = isinstance(module, nn.Conv2d) and min(module.weight.shape[:2]) >= FEWEST_CHANNELS
-    return taking_over(KernelConv3x3, module, nn.Conv2d) if wide and convolves_3x3(module) else None
+    if not isinstance(module, nn.Conv2d) or min(module.weight.shape[:2]) < FEWEST_CHANNELS:
+        return None
+    return taking_over(KernelConv3x3, module, nn.Conv2d) if convolves_3x3(module) else None
 
 
 def convolution_3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -182,7 +182,7 @@ def look_at_features(plain: argparse.Namespace) -> list[Path]:
             for column, m in columns.items()
         }
         written.append(plain.out / f"features_{stems[subject.name]}.npz")
-        np.savez(written[-1], **values)
+        np.savez(written[-1], **values)  # pyright: ignore[reportArgumentType] (no map is called allow_pickle)
     shares = {
         name: {f"{row}/{column}": own.shares.tolist() for (row, column), own in look.components.items()}
         for name, look in looks.items()
@@ -202,7 +202,7 @@ def look_at_router(plain: argparse.Namespace) -> list[Path]:
     arrays = {f"{name}/stage {stage + 1}": values for (name, stage), values in weights.weights.items()}
     arrays |= {f"{name}/stage {stage + 1}/own": values for (name, stage), values in weights.mix.items()}
     picture = _save(router_figure(weights, tasks=tasks, tile=plain.tile), plain, "router")
-    np.savez(plain.out / "router.npz", **arrays)
+    np.savez(plain.out / "router.npz", **arrays)  # pyright: ignore[reportArgumentType] (as above)
     facts = _facts(plain, models, subjects, tasks) | {
         "rows": list(weights.tasks),
         "mean": {f"{name}/stage {stage + 1}": weights.mean(name, stage).tolist() for name, stage in weights.weights},

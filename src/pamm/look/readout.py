@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -67,7 +68,7 @@ class Plan:
     """
 
     stages: list[nn.Module]
-    arrange: Callable[[Tensor], Tensor]
+    arrange: Callable[[Any], Tensor]
     entering: list[int]
     fuses: bool
     routers: dict[tuple[str, int], nn.Module] = field(default_factory=dict)

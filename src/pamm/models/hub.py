@@ -63,12 +63,14 @@ def download(repository: str, **options: Any) -> Path:
     """
     from huggingface_hub import constants, snapshot_download
 
-    options = {"cache_dir": hub_cache(), "allow_patterns": [CONFIG_FILE, WEIGHTS_FILE]} | options
+    options.setdefault("cache_dir", hub_cache())
+    options.setdefault("allow_patterns", [CONFIG_FILE, WEIGHTS_FILE])
     try:
         try:
             folder = Path(snapshot_download(repository, **options))
         except PermissionError:  # a cache that may be read only, and does not hold it
-            folder = Path(snapshot_download(repository, **options | {"cache_dir": str(cache_folder("huggingface"))}))
+            options["cache_dir"] = str(cache_folder("huggingface"))
+            folder = Path(snapshot_download(repository, **options))
     except Exception as error:  # huggingface_hub lets those of its HTTP library through
         raise CheckpointError(
             f"'{repository}' is no folder here, and the Hugging Face Hub ({constants.ENDPOINT}) did not give it "

@@ -46,5 +46,5 @@ def inverse_softplus(value: Tensor) -> Tensor:
 
 def _undecayed(value: Tensor) -> nn.Parameter:
     parameter = nn.Parameter(value)
-    parameter._no_weight_decay = True
+    parameter._no_weight_decay = True  # pyright: ignore[reportAttributeAccessIssue] (a mark that optimizers read)
     return parameter

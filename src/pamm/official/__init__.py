@@ -84,9 +84,10 @@ def intermediates(model: MultiTaskModel) -> Iterator[dict[str, Tensor]]:
         maps["B.0.semseg"]
     """
     maps: dict[str, Tensor] = {}
-    if not hasattr(model.decoder, "observe"):
+    observe: Any = getattr(model.decoder, "observe", None)
+    if observe is None:
         raise OfficialError(f"a {type(model.decoder).__name__} hands out no intermediate results")
-    handles = model.decoder.observe(maps)
+    handles = observe(maps)
     try:
         yield maps
     finally:

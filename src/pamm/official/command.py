@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> int:
 
     if plain.out.exists() and (plain.out.is_file() or any(plain.out.iterdir())):
         raise OfficialError(f"{plain.out} exists already; choose another folder, or remove it")
-    sizes = {"image_size": plain.image_size, "checkpoint_size": plain.checkpoint_size}
+    sizes: dict[str, Any] = {"image_size": plain.image_size, "checkpoint_size": plain.checkpoint_size}
     sizes = {name: tuple(size) for name, size in sizes.items() if size}
     model = load(plain.checkpoint, num_heads=plain.num_heads, scan=plain.scan, **sizes)
     save_checkpoint(plain.out, model)

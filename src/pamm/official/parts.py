@@ -80,8 +80,8 @@ class Parts(Place):
     parts: tuple[Part, ...] = ()
 
     def collect(self, own: Mapping[str, Tensor | None]) -> Tensor | None:
-        found = [part.view(own) for part in self.parts]
-        if any(tensor is None for tensor in found):
+        found = [view for part in self.parts if (view := part.view(own)) is not None]
+        if len(found) < len(self.parts):
             return None
         return found[0] if len(found) == 1 else torch.cat(found)
 
@@ -96,7 +96,7 @@ def network_tensors(
     """The checkpoint's numbers in tensors like `own`. Raises OfficialError for one of another shape."""
     filled = {key: torch.empty_like(value) for key, value in own.items()}
     for key, place in used.items():
-        views = [part.view(own) for part in place.parts]
+        views = [view for part in place.parts if (view := part.view(own)) is not None]
         expected = (sum(len(view) for view in views), *views[0].shape[1:]) if views[0].dim() else ()
         if tuple(state[key].shape) != expected:
             raise OfficialError(

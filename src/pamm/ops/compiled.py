@@ -52,7 +52,7 @@ def left_to_torch() -> bool:
     So it is in a graph that may run on another machine, with derivatives in forward mode, under the transforms of torch.func
     and inside `torch_alone`.
     """
-    if exporting() or torch.jit.is_tracing():
+    if exporting() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage] (documented)
         return True
     if torch.compiler.is_compiling():
         return False

@@ -312,16 +312,17 @@ def _run(command: list[str], patience: float) -> tuple[int, bytes]:
 
 def _printed(process: subprocess.Popen, patience: float) -> bytes | None:
     """What a process prints until it ends; None where that takes too long or is too much."""
-    printed, deadline = b"", time.monotonic() + patience
+    printed, deadline, output = b"", time.monotonic() + patience, process.stdout
+    assert output is not None
     with selectors.DefaultSelector() as selector:
-        selector.register(process.stdout, selectors.EVENT_READ)
+        selector.register(output, selectors.EVENT_READ)
         while time.monotonic() < deadline:
             ended = process.poll() is not None  # its children may hold the pipe open
             if not selector.select(0 if ended else min(0.1, patience)):
                 if ended:
                     return printed
                 continue
-            part = os.read(process.stdout.fileno(), 2**16)
+            part = os.read(output.fileno(), 2**16)
             printed += part
             if not part:
                 return printed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -114,7 +114,7 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {shown(error, 300)}"
 
 
-def _is_done(tasks: Iterable[str], out: Path, name: str, formats: Sequence[str]) -> bool:
+def _is_done(tasks: Mapping[str, Task], out: Path, name: str, formats: Sequence[str]) -> bool:
     """Whether every file of this image is there and can be read to its end."""
     return all(
         any(_is_whole(out / place) for place in _places(tasks[task], task, name, kind))

@@ -38,14 +38,14 @@ def to_array(image: ImageLike) -> np.ndarray:
     """Any accepted image → (H, W, 3) uint8 RGB. Raises ImageError, PredictError."""
     if isinstance(image, Image.Image):
         return _from_picture(image)
-    if isinstance(image, (str, os.PathLike)) or hasattr(image, "read"):
-        return read_image(image)
     if isinstance(image, Tensor):
         layout, kinds = "a (3, H, W) or (1, H, W) uint8 tensor", (torch.uint8,)
         array = image.detach().cpu().movedim(0, -1) if image.ndim == 3 else image
     elif isinstance(image, np.ndarray):
         layout, kinds = "an (H, W, 3) RGB or (H, W) grey array of uint8 or uint16", (np.uint8, np.uint16)
         array = image[..., None] if image.ndim == 2 else image
+    elif isinstance(image, (str, os.PathLike)) or hasattr(image, "read"):
+        return read_image(image)
     else:
         raise PredictError(f"found {type(image).__name__}, expected a path, a PIL image, an array or a tensor")
     if array.ndim != 3 or array.shape[2] not in (1, 3) or 0 in array.shape or array.dtype not in kinds:

@@ -58,7 +58,7 @@ def counts(
     probability: np.ndarray,
     truths: Sequence[np.ndarray],
     *,
-    thresholds: Sequence[float],
+    thresholds: Sequence[float] | np.ndarray,
     max_distance: float,
     nms: int | bool = False,
     smoothing: int = 0,

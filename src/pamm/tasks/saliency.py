@@ -66,7 +66,7 @@ class Saliency(Task):
         logits, target = full_precision(logits), label[:, 0].long()
         positive = mean_over(counts[1], counts).to(logits)
         weights = torch.stack([1 - positive, positive])
-        total = F.cross_entropy(logits, target, weights, ignore_index=self.ignore, reduction="sum")
+        total = F.cross_entropy(logits, target, weights, ignore_index=int(self.ignore), reduction="sum")
         return mean_over(total, counts)
 
     def metric(self) -> Metric:

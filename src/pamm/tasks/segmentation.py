@@ -75,7 +75,7 @@ class ClassMap(Task):
 
     def loss(self, logits: Tensor, label: Tensor, counts: Tensor | None = None) -> Tensor:
         target = label[:, 0].long()
-        total = F.cross_entropy(full_precision(logits), target, ignore_index=self.ignore, reduction="sum")
+        total = F.cross_entropy(full_precision(logits), target, ignore_index=int(self.ignore), reduction="sum")
         return mean_over(total, self.counts(label) if counts is None else counts)
 
     def metric(self) -> Metric:
@@ -98,7 +98,9 @@ class ClassMap(Task):
             )
         return {"confusion": pairs.reshape(self.channels, self.channels)}
 
-    image_score = "mIoU of the classes that occur"
+    @property
+    def image_score(self) -> str:
+        return "mIoU of the classes that occur"
 
     def score_image(self, logits: Tensor, label: Tensor) -> float:
         """Mean IoU, percent, over the classes in the image's label or prediction: absent ones say nothing about it."""

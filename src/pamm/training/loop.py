@@ -61,9 +61,10 @@ def joint_counts(
     fabric: Fabric, tasks: Mapping[str, Task], parts: list[Batch], asked: Sequence[bool] = ()
 ) -> tuple[dict[str, Tensor], list[bool]]:
     """The loss counts of every task over all parts and processes, and for each of `asked` whether any process has it."""
-    counts = [sum(task.counts(part.labels[name]) for part in parts) for name, task in tasks.items()]
+    counts = [torch.stack([task.counts(p.labels[name]) for p in parts]).sum(0) for name, task in tasks.items()]
     flat = torch.cat([*counts, torch.tensor([int(a) for a in asked], device=counts[0].device, dtype=counts[0].dtype)])
     flat = fabric.all_reduce(flat, reduce_op="sum")
+    assert isinstance(flat, Tensor)
     pieces = flat.split([len(c) for c in counts] + [len(asked)])
     return dict(zip(tasks, pieces[:-1], strict=True)), (pieces[-1] > 0).tolist()
 
@@ -201,6 +202,7 @@ class Loop:
                     [task.loss(logits[n], part.labels[n], part_counts[n]).float() for n, task in self.tasks.items()]
                 )
                 joined = fabric.all_reduce(local.detach().clone(), reduce_op="sum")
+                assert isinstance(joined, Tensor)
                 labelled = torch.stack([part_counts[n][0] > 0 for n in self.tasks])
                 fabric.backward(self.total(local, joined, labelled, len(parts)) * fabric.world_size)
             losses += joined
@@ -208,6 +210,7 @@ class Loop:
         norm = fabric.clip_gradients(
             self.model, self.optimizer, max_norm=config.clip or math.inf, error_if_nonfinite=False
         )
+        assert norm is not None  # there is one of clipping by the norm
         self._check(losses, norm)
         self.optimizer.step()
         known = losses.masked_fill(labelled_parts == 0, math.nan)

@@ -43,14 +43,14 @@ class BoundaryScores:
     @property
     def total(self) -> np.ndarray:
         """(4, thresholds): the sums over the images."""
-        return sum(self.counts.values())
+        return np.sum(list(self.counts.values()), axis=0)
 
     def scores(self) -> dict[str, Any]:
         """ODS and OIS, each with F, recall and precision in [0, 1], ODS with its threshold; AP in [0, 1].
 
         ODS: the best F at one threshold for the whole set; OIS: with each image at its own best; AP: see `average_precision`.
         """
-        best = sum(found[:, f_measure(found).argmax()] for found in self.counts.values())
+        best = np.sum([found[:, f_measure(found).argmax()] for found in self.counts.values()], axis=0)
         return {"ODS": self._best(self.total), "OIS": _rates(best), "AP": average_precision(self.total)}
 
     def notes(self) -> list[str]:

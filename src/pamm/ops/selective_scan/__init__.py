@@ -168,7 +168,7 @@ def _(*arguments):
 def _scan_backward(dy, *arguments):
     *tensors, kept, softplus, engine = arguments
     with _without_autocast(dy.device.type):
-        return ENGINES[engine].backward(dy, Inputs(*tensors, softplus), kept)
+        return ENGINES[engine].backward(dy, Inputs(*tensors, softplus=softplus), kept)
 
 
 @_scan_backward.register_fake

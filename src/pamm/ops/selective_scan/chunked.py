@@ -7,6 +7,8 @@ autograd goes through it. The recurrence itself is the definition's: no products
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -63,7 +65,7 @@ def _chunks(values: Tensor) -> Tensor:
 def _loop(state: Tensor, visited: list[Tensor], A: Tensor) -> Tensor:
     """Outputs of all chunks (chunks, CHUNK, G, B, K, D)."""
 
-    def body(h: Tensor, chunk: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def body(h: Tensor, chunk: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         delta, own_input, B, C = chunk
         decay = torch.exp(delta[..., None, :] * A)
         added = own_input[..., None, :] * B[..., None]

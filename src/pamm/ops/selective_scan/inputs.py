@@ -47,7 +47,7 @@ class Inputs(NamedTuple):
         wide = torch.float64 if self.x.dtype == torch.float64 else torch.float32
         narrow = self.x.dtype if self.delta.dtype == self.x.dtype else wide
         parameters = (tensor.to(wide) for tensor in self[2:7])
-        return Inputs(self.x.to(narrow), self.delta.to(narrow), *parameters, self.orders, self.softplus)
+        return Inputs(self.x.to(narrow), self.delta.to(narrow), *parameters, orders=self.orders, softplus=self.softplus)
 
     def shifted(self) -> Tensor:
         """delta + delta_bias, shaped as delta, in the states' dtype."""

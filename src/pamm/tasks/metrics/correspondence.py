@@ -87,7 +87,7 @@ def _removable() -> tuple[np.ndarray, np.ndarray]:
     x = dict(enumerate(bits, start=1)) | {9: bits[0]}
     crossings = sum((~x[i] & (x[i + 1] | x[i + 2])).astype(int) for i in (1, 3, 5, 7))
     pairs = [sum((x[i] | x[i + 1]).astype(int) for i in first) for first in ((1, 3, 5, 7), (2, 4, 6, 8))]
-    fewest = np.minimum(*pairs)
+    fewest = np.minimum(pairs[0], pairs[1])
     common = (crossings == 1) & (fewest >= 2) & (fewest <= 3)
     return common & ~((x[2] | x[3] | ~x[8]) & x[1]), common & ~((x[6] | x[7] | ~x[4]) & x[5])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ class SumMetric(Metric):
 
     full_state_update = False
 
-    def __init__(self, measure: Callable[[Tensor, Tensor], Sums], scores: Callable[[Sums], Sums], empty: Sums):
+    def __init__(self, measure: Callable[[Tensor, Tensor], Any], scores: Callable[[Sums], Sums], empty: Sums):
         super().__init__()
         self.measure = measure
         self.scores = scores
