@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from pamm import PammError
 from pamm.nn.task_layers import TaskLinear
 
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
 FORMAT = 3
 FIELD = "format"
 """Its key in config.json."""

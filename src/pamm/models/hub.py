@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pamm.files import cache_folder, first_line, shown
-from pamm.models.model import CONFIG_FILE, WEIGHTS_FILE
+from pamm.models.formats import CONFIG_FILE, WEIGHTS_FILE
 from pamm.models.weights import CheckpointError
 
 SCHEME = "hf:"

@@ -19,14 +19,11 @@ from torch import Tensor, nn
 
 from pamm.files import usual_mode
 from pamm.models.card import CARD, MARK, Origin, read_origin, write_card
-from pamm.models.formats import FIELD, FORMAT, read_format, upgraded_weights
+from pamm.models.formats import CONFIG_FILE, FIELD, FORMAT, WEIGHTS_FILE, read_format, upgraded_weights
 from pamm.models.weights import plain_name
 from pamm.nn.checkpointing import call, checkpointed
 from pamm.nn.task_layers import TaskLinear
 from pamm.tasks import Task
-
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
 
 
 class MultiTaskModel(nn.Module, ModelHubMixin, library_name="pamm", tags=["multi-task", "dense-prediction"]):

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from pamm.config.strict import ConfigError, read_json
 from pamm.files import first_line, shown
-from pamm.models.formats import FormatError, read_format, upgraded_weights
+from pamm.models.formats import CONFIG_FILE, WEIGHTS_FILE, FormatError, read_format, upgraded_weights
 from pamm.models.hub import download, repository_name
-from pamm.models.model import CONFIG_FILE, WEIGHTS_FILE, MultiTaskModel
+from pamm.models.model import MultiTaskModel
 from pamm.models.registry import WithoutDraws, rebuild_model
 from pamm.models.weights import RESTORE, CheckpointError, plain_names, tell_renamed
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 import torch.distributed.nn.functional as dist_functional
 import torch.nn.functional as F
-from timm.layers import DropPath
+from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
 from pamm import PammError
@@ -67,6 +67,7 @@ class JoinedBatchNorm2d(nn.BatchNorm2d):
             # torch (2.15, CPU) mistakes the layout of a single image's gradient whose channels come last: wrong numbers.
             x = x.contiguous()
             if again:
+                assert self.running_mean is not None and self.running_var is not None
                 untouched = self.running_mean.clone(), self.running_var.clone()
                 y = F.batch_norm(x, *untouched, self.weight, self.bias, training=True, eps=self.eps)
             else:
@@ -89,6 +90,7 @@ class JoinedBatchNorm2d(nn.BatchNorm2d):
         """
         if not torch.compiler.is_compiling() and computing_again():
             return
+        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
         share = (1 / self.num_batches_tracked).to(mean) if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean, share)

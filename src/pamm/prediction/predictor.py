@@ -152,6 +152,7 @@ def decode(task: Task, logits: Tensor, size: tuple[int, int]) -> np.ndarray:
         if prediction is None:
             prediction = np.empty((height, *part.shape[1:]), part.dtype)
         prediction[top : top + rows] = part
+    assert prediction is not None  # an image has rows
     return prediction
 
 

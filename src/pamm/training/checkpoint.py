@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from pamm.files import first_line, shown
-from pamm.models.formats import read_format, upgraded_optimizer
-from pamm.models.model import CONFIG_FILE, WEIGHTS_FILE, MultiTaskModel
+from pamm.models.formats import CONFIG_FILE, WEIGHTS_FILE, read_format, upgraded_optimizer
+from pamm.models.model import MultiTaskModel
 from pamm.models.saved import RESTORE, CheckpointError, load_weights, replaced
 from pamm.runtime.workers import exhausted
 

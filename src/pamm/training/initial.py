@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
-from timm.layers import resample_abs_pos_embed
+from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor
 
 from pamm.config.experiment import ModelConfig
@@ -186,15 +186,15 @@ def _pairs(
     """Which places of an axis are the same, and why not all are; None for axes that do not fit."""
     block, other = here.stacked[key].get(axis), there.stacked[twin].get(axis)
     if block is not None or other is not None:
-        if block != other or size != block * len(here.tasks) or length != block * len(there.tasks):
+        if block is None or block != other or size != block * len(here.tasks) or length != block * len(there.tasks):
             return None
         shared = [task for task in here.tasks if task in there.tasks]
         new = [task for task in here.tasks if task not in there.tasks]
-        pairs = tuple(
+        ours, theirs = (
             [place for task in shared for place in range(tasks.index(task) * block, (tasks.index(task) + 1) * block)]
             for tasks in (here.tasks, there.tasks)
         )
-        return pairs, f"the slices of {', '.join(new)} are new: {SOURCE_LACKS_TASK}" if new else None
+        return (ours, theirs), f"the slices of {', '.join(new)} are new: {SOURCE_LACKS_TASK}" if new else None
     if axis in here.classes[key] and axis in there.classes[twin]:
         return _class_pairs(here.task(key), there.task(twin))
     return ((list(range(size)), list(range(size))), None) if size == length else None
@@ -245,7 +245,8 @@ def _put(value: Tensor, given: Tensor, pairs: list[Pairs], axis: int = 0) -> Ten
 
 
 def _grid(layout: _Layout) -> tuple[int, int]:
-    return tuple(getattr(layout.network.backbone, "grid", (0, 0)))
+    height, width = getattr(layout.network.backbone, "grid", (0, 0))
+    return height, width
 
 
 def _resized(here: _Layout, key: str, value: Tensor, there: _Layout, given: Tensor) -> Tensor | None:

@@ -17,14 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from pamm import PammError
 from pamm.config.experiment import Experiment
 from pamm.data import Batch
 from pamm.evaluation.evaluate import Evaluation, evaluate_split
-from pamm.models.model import WEIGHTS_FILE, MultiTaskModel
+from pamm.models.formats import WEIGHTS_FILE
+from pamm.models.model import MultiTaskModel
 from pamm.models.saved import load_weights
 from pamm.runtime.workers import exhausted
 from pamm.tasks import Task
@@ -36,6 +37,7 @@ from pamm.training.signals import StopSignals, exit_with
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+    from lightning_fabric.wrappers import _FabricModule
 
 
 UNMEASURED = "no task of weight above 0 has a label in the validation split"
@@ -78,7 +80,7 @@ class Loop:
         experiment: Experiment,
         out: Path,
         network: MultiTaskModel,
-        model: nn.Module,
+        model: _FabricModule,
         optimizer: Any,
         tasks: Mapping[str, Task],
         state: dict[str, Any],

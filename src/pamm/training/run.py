@@ -22,7 +22,8 @@ from pamm.data.transforms import TrainTransform
 from pamm.evaluation.evaluate import Evaluation
 from pamm.files import first_line, replace_text, shown
 from pamm.kernels import Choice, apply_choice
-from pamm.models.model import CONFIG_FILE, MultiTaskModel
+from pamm.models.formats import CONFIG_FILE
+from pamm.models.model import MultiTaskModel
 from pamm.models.registry import build_model
 from pamm.models.saved import RESTORE, CheckpointError, load_model
 from pamm.runtime.distributed import launch
@@ -225,9 +226,9 @@ def check_tasks(out: Path, tasks: Mapping[str, Task]) -> None:
 def _both(there: Any, here: Any) -> str:
     """Two different values; of two long lists the first place where they part."""
     if isinstance(there, list) and isinstance(here, list) and max(len(there), len(here)) > 12:
-        number = next((i for i, (a, b) in enumerate(zip(there, here, strict=False)) if a != b), None)
         if len(there) != len(here):
             return f"{len(there)} there, {len(here)} here"
+        number = next(i for i, (a, b) in enumerate(zip(there, here, strict=True)) if a != b)
         return f"number {number} is {shown(there[number])} there, {shown(here[number])} here"
     words = [shown(", ".join(map(str, v)) if isinstance(v, list) else v, 200) for v in (there, here)]
     return f"{words[0]} there, {words[1]} here"

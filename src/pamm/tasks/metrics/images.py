@@ -8,7 +8,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,8 +17,10 @@ from torchmetrics import Metric
 from tqdm import tqdm
 
 from pamm.runtime.workers import serve_parent
-from pamm.tasks.metrics import Sums
 from pamm.tasks.metrics.sums import SumMetric
+
+if TYPE_CHECKING:
+    from pamm.tasks.metrics import Sums
 
 FEW = 4
 """Images for which no process is started."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from pamm.tasks.metrics import Sums
+if TYPE_CHECKING:
+    from pamm.tasks.metrics import Sums
 
 
 class SumMetric(Metric):
