@@ -16,10 +16,19 @@ from pamm.tasks import TASKS, Task, create_task, option_defaults
 
 
 def create_tasks(experiment: Experiment) -> dict[str, Task]:
-    """The experiment's tasks in order: what the data set determines (classes, unit), then what the experiment sets.
+    """Build the tasks of an experiment, in its order.
 
-    Raises ConfigError for a task the data set has no labels for and for options that a task does not take, DataError where
-    the data set's description is absent.
+    The experiment's options take precedence over those that the data set determines (classes, unit).
+
+    Args:
+        experiment: the experiment.
+
+    Returns:
+        Task name → task.
+
+    Raises:
+        ConfigError: the data set has no labels for a task, or a task does not take an option.
+        DataError: the data set has no readable description.
     """
     check_options(experiment)
     described = label_options(experiment)
@@ -80,9 +89,18 @@ def _create(name: str, options: Mapping[str, Any], weight: float) -> Task:
 
 
 def create_model(experiment: Experiment | str, *, pretrained: bool | None = None) -> MultiTaskModel:
-    """The network of an experiment or of a recipe's name.
+    """Build the network of an experiment.
 
-    pretrained: overrides model.backbone.pretrained (fetch the backbone's weights). Raises ConfigError.
+    Args:
+        experiment: an experiment, or the name of a recipe, e.g. "nyud-pamm-b+no-experts".
+        pretrained: whether to download the backbone's weights; None takes `model.backbone.pretrained`.
+
+    Returns:
+        The network, in training mode.
+
+    Raises:
+        ConfigError: an unknown recipe, or settings that do not fit together.
+        DataError: the data set has no readable description.
     """
     if isinstance(experiment, str):
         experiment = get_recipe(experiment)

@@ -34,7 +34,15 @@ class Cost(NamedTuple):
 
 
 def count_cost(experiment: Experiment, tasks: dict[str, Task]) -> Cost:
-    """Count the experiment's network on one image of data.size; no weight takes memory."""
+    """Count the parameters and multiply-adds of a network on one image of `data.size`. The weights take no memory.
+
+    Args:
+        experiment: the experiment.
+        tasks: its tasks.
+
+    Returns:
+        The counts.
+    """
     model = replace(experiment.model, backbone=replace(experiment.model.backbone, pretrained=False))
     with torch.device("meta"):
         network = build_model(model, tasks, experiment.data.size).eval()

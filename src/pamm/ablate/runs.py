@@ -108,9 +108,25 @@ def make_plan(
     resolve: Callable[[str], Experiment],
     split: str | None = None,
 ) -> Plan:
-    """The runs of `rows`, in folders <out>/<recipe>/seed-<n>, those of a curve in <out>/<table>/<recipe>/seed-<n>.
+    """Plan the runs of a table's rows.
 
-    `resolve`: a recipe's full name → its experiment. split: as on the command line, see `parse_splits`. Raises ConfigError.
+    Run folders are <out>/<recipe>/seed-<n>; those of a curve are <out>/<table>/<recipe>/seed-<n>. `Plan.failed` lists the rows
+    that cannot be derived from `base`.
+
+    Args:
+        table: the table.
+        rows: the rows to train.
+        base: recipe or file from which the rows are derived.
+        seeds: one run of each row per seed.
+        out: folder of all runs.
+        resolve: a recipe's full name → its experiment.
+        split: splits to measure on, as on the command line; see `parse_splits`.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ConfigError: `split` is not valid.
     """
     experiments, failed = {}, {}
     for row in rows:
@@ -158,7 +174,16 @@ def _runs(table: AblationTable, row: AblationRow, recipe: str, experiment: Exper
 
 
 def train_all(plan: Plan, *, progress: bool, say: Callable[[str], None]) -> dict[str, str]:
-    """Train what is not finished; label → what kept a row from its end. An error of one run does not end the others."""
+    """Train the runs that are not finished. An error in one run does not end the others.
+
+    Args:
+        plan: the runs.
+        progress: show bars on the standard error.
+        say: called with each message.
+
+    Returns:
+        Label of a row → the reason of its failure.
+    """
     failed = dict(plan.failed)
     pending = plan.pending()
     say(f"{plan.table.name}: {len(pending)} of {len(plan.runs)} runs to train")

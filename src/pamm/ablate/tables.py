@@ -266,7 +266,17 @@ TABLES: dict[str, AblationTable] = {table.name: table for table in _ALL}
 
 
 def get_table(name: str) -> AblationTable:
-    """The table of this name. Raises ConfigError naming the nearest and all."""
+    """A table of the papers, by name.
+
+    Args:
+        name: e.g. "pamm-2".
+
+    Returns:
+        The table.
+
+    Raises:
+        ConfigError: the name is unknown; the message gives the nearest one and lists all.
+    """
     if name not in TABLES:
         near = get_close_matches(name, TABLES, n=1)
         hint = f" Did you mean '{near[0]}'?" if near else ""

@@ -284,12 +284,27 @@ class Experiment:
 
 
 def dump(experiment: Experiment, path: Path) -> None:
-    """Write the resolved experiment as YAML."""
+    """Write an experiment as YAML, with every default.
+
+    Args:
+        experiment: the experiment.
+        path: the file, which is replaced.
+    """
     replace_text(path, yaml.safe_dump(to_dict(experiment), sort_keys=False, allow_unicode=True))
 
 
 def load(path: Path) -> Experiment:
-    """Read an experiment written by `dump`, or by hand. Raises ConfigError."""
+    """Read an experiment from YAML, written by `dump` or by hand.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The experiment.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds unknown keys or wrong values.
+    """
     try:
         values = read_yaml(path)
     except FileNotFoundError:

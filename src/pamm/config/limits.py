@@ -80,8 +80,15 @@ LIMITS: dict[str, tuple[float, float]] = {
 
 
 def check(experiment: Experiment) -> None:
-    """Raises ConfigError for a name that is no folder's, for a number outside its range (LIMITS, a task's weight), for settings
-    that exclude each other and for a batch that the configured processes cannot share."""
+    """Check the values of an experiment.
+
+    Args:
+        experiment: the experiment.
+
+    Raises:
+        ConfigError: a name cannot be a folder's, a number is outside its range (LIMITS, a task's weight), settings exclude each
+            other, or the configured processes cannot share the batch equally.
+    """
     check_values(experiment)
     if experiment.data.val_fraction and experiment.data.name != "folder":
         raise ConfigError(

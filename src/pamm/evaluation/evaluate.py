@@ -53,25 +53,28 @@ SCALE = "scale"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Results and what they were measured on."""
+    """Results, and the data and the protocol that they were measured with."""
 
     row: Row
-    """In the padded frame, as the papers measure; empty where that was not asked for."""
+    """Task → metric → value in the padded frame, as the papers measure; empty if this was not requested."""
     images: int
+    """Number of images."""
     protocol: str
     """Split, number of images, frame and treatment of padding, in words."""
     model: dict[str, Any] = field(default_factory=dict)
     """Where the weights came from."""
     split: str = "val"
+    """Name of the split."""
     original: OriginalResults | None = None
+    """Results at every image's own size, if requested."""
     rankings: Mapping[str, Ranking] = field(default_factory=dict)
     """Task → its best and worst images."""
     gain: Mapping[str, Any] = field(default_factory=dict)
-    """What the results gain over a baseline, see `pamm.evaluation.gain.Comparison.summary`."""
+    """Gain over a baseline, see `pamm.evaluation.gain.Comparison.summary`."""
     data: str = ""
     """Kind of the data set."""
     boundaries: str = ""
-    """Protocol of the boundary benchmark; empty where boundaries were not measured."""
+    """Protocol of the boundary benchmark; empty if boundaries were not measured."""
 
     @property
     def rows(self) -> dict[Resolution, Row]:
@@ -82,17 +85,35 @@ class Evaluation:
         return found
 
     def protocol_at(self, resolution: Resolution) -> str:
-        """How the results at a resolution were measured, in words."""
+        """The protocol of the results at a resolution.
+
+        Args:
+            resolution: "frame" or "original".
+
+        Returns:
+            Split, number of images, size and treatment of padding, in words.
+        """
         return self.original.protocol if resolution == "original" and self.original else self.protocol
 
     def total_loss(self, tasks: Mapping[str, Task]) -> float:
-        """Σ weight · validation loss over the tasks of weight above 0 that have labels; infinity if there is none."""
+        """Sum of weight · validation loss over the tasks of weight above 0 that have labels.
+
+        Args:
+            tasks: task name → task.
+
+        Returns:
+            The sum; infinity if no task has labels.
+        """
         losses = {task: self.row[name]["loss"] for name, task in tasks.items() if task.weight > 0}
         labelled = [task.weight * loss for task, loss in losses.items() if not math.isnan(loss)]
         return sum(labelled) if labelled else math.inf
 
     def content(self) -> dict[str, Any]:
-        """What `save` writes, as JSON values; a value that is not finite is None."""
+        """The results as JSON values, as `save` writes them.
+
+        Returns:
+            Nested dictionaries; a value that is not finite is None.
+        """
         content = {"data": self.data, "split": self.split, "images": self.images, "model": self.model}
         if self.row:
             content |= {"resolution": "frame", "protocol": self.protocol, "results": _finite(self.row)}
@@ -105,7 +126,11 @@ class Evaluation:
         return content | ({"gain": dict(self.gain)} if self.gain else {})
 
     def save(self, path: Path) -> None:
-        """Write as JSON, whole or not at all."""
+        """Write the results as JSON, completely or not at all.
+
+        Args:
+            path: the file, which is replaced.
+        """
         replace_text(path, json.dumps(self.content(), indent=1) + "\n")
 
 
@@ -143,15 +168,24 @@ def evaluate(
     quick: bool = False,
     progress: bool = False,
 ) -> tuple[dict[Resolution, Row], int]:
-    """Evaluate `model` on this process's share of the images; the results cover the shares of all processes.
+    """Evaluate a network on this process's share of the images; the results cover the shares of all processes.
 
-    rankings: task → the ranking that its images enter. draw: makes the pictures of an image that is kept there. quick: a
-    stand-in for metrics that take long (see `Task.quick_metric`). The resolution "original" needs a loader whose
-    `EvalTransform` has `original` on.
+    On a CPU a batch runs image by image. This costs no time there, and the arithmetic of an image does not depend on the other
+    images. Values are rounded to 6 significant digits, because the order of float32 sums affects those below.
 
-    Returns the rows by resolution and the number of images that the frame holds at another size than their own. On a CPU
-    a batch runs image by image, which costs nothing there and keeps the arithmetic of an image independent of its
-    neighbours. Values are rounded to 6 significant digits, below which the order of float32 sums shows.
+    Args:
+        model: the network, on `device`.
+        loader: batches of this process's share. Resolution "original" needs an `EvalTransform` with `original` on.
+        tasks: task name → task to measure.
+        device: device of the network.
+        resolutions: "frame", "original" or both.
+        rankings: task → ranking that its images enter.
+        draw: makes the pictures of an image that a ranking keeps.
+        quick: use quick substitutes for metrics that take long (see `Task.quick_metric`).
+        progress: show a bar on the standard error.
+
+    Returns:
+        Resolution → task → metric → value; and the number of images whose size in the frame is not their own.
     """
     device = torch.device(device)
     home = device if device.type != "mps" else torch.device("cpu")  # sums are float64, which MPS lacks
@@ -238,11 +272,30 @@ def evaluate_split(
     quick: bool = False,
     progress: bool = False,
 ) -> Evaluation:
-    """Evaluate `model`, which is on the fabric's device, on a split, sharded over the fabric's processes.
+    """Evaluate a network on a split, sharded over the fabric's processes.
 
-    tasks: what is measured. Labels are read and measured as the data set and the experiment's options describe them (unit,
-    tolerance of boundaries), which need not be as the model's. ranked: how many best and how many worst images of each task
-    to find. pictures: keep pictures of them. quick: see `evaluate`.
+    Labels are read and measured as the data set and the experiment's options describe them (unit, boundary tolerance), which
+    may differ from the model's.
+
+    Args:
+        fabric: the processes and the device.
+        model: the network, on the fabric's device.
+        experiment: its data set and its tasks' options are used.
+        tasks: task name → task to measure.
+        split: "train", "val" or another split of the data set.
+        batch_size: images per batch; it does not change the results.
+        resolutions: "frame", "original" or both.
+        ranked: number of best and of worst images to find for each task.
+        pictures: keep pictures of these images.
+        quick: use quick substitutes for metrics that take long (see `Task.quick_metric`).
+        progress: show a bar on the standard error.
+
+    Returns:
+        The results.
+
+    Raises:
+        DataError: the split or a label cannot be read.
+        NonFiniteError: the network's output has NaN or infinite values.
     """
     config = experiment.data
     described = label_options(experiment)
@@ -308,11 +361,31 @@ def evaluate_saved(
     compile: bool = False,
     kernels: Choice = "auto",
 ) -> tuple[list[tuple[str, Evaluation]], dict[str, Task]]:
-    """Evaluate a saved model: named results, the untrained network's first, if asked for, the model's last; and the tasks.
+    """Evaluate a saved model.
 
-    source: what `load_model` takes. data: recipe or experiment.yaml whose data set is measured; the run's own by default.
-    ranked, pictures: see `evaluate_split`. precision, compile, kernels: as `pamm.runtime.precision.prepare` takes them.
-    Raises CheckpointError, ConfigError, DataError.
+    Args:
+        source: anything that `pamm.load_model` takes.
+        fabric: the processes and the device.
+        data: recipe or experiment.yaml whose data set is measured; by default the run's own.
+        root: folder of the data set; by default that of the experiment.
+        split: "train", "val" or another split of the data set.
+        batch_size: images per batch; it does not change the results.
+        workers: processes that load data.
+        resolutions: "frame", "original" or both.
+        ranked: number of best and of worst images to find for each task.
+        pictures: keep pictures of these images.
+        untrained: also evaluate the same network with random weights.
+        precision: see `pamm.Predictor`.
+        compile: see `pamm.Predictor`.
+        kernels: see `pamm.Predictor`.
+
+    Returns:
+        Named results, those of the untrained network first; and the tasks.
+
+    Raises:
+        CheckpointError: the model cannot be loaded.
+        ConfigError: the experiment of `data` cannot be used.
+        DataError: the split or a label cannot be read.
     """
     model = load_model(source)
     experiment = saved_experiment(source, data, root)

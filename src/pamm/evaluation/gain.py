@@ -114,11 +114,21 @@ class Baseline:
 def multi_task_gain(
     row: Mapping[str, float], baseline: Mapping[str, float], higher_is_better: Mapping[str, bool] | None = None
 ) -> float:
-    """Average relative gain Δ of `row` over `baseline`, percent (Maninis et al. 2019; Vandenhende et al. 2021).
+    """Average relative gain Δ over a baseline, percent (Maninis et al. 2019; Vandenhende et al. 2021).
 
-    Δ = 100/T · Σ_t s_t (row_t − baseline_t) / baseline_t over the T tasks of `row`, s_t = 1 where higher is better and −1
-    where lower is. Tasks that only the baseline has are left out. `higher_is_better`: task → bool, by default what the
-    registered tasks say. Raises GainError for an empty row, a task without baseline or direction, and a baseline of 0.
+    Δ = 100/T · Σ_t s_t (row_t − baseline_t) / baseline_t over the T tasks of `row`; s_t is 1 if higher is better and −1 if lower
+    is better.
+
+    Args:
+        row: task → score.
+        baseline: task → score; tasks that only the baseline has are left out.
+        higher_is_better: task → bool; by default from the registered tasks.
+
+    Returns:
+        Δ in percent.
+
+    Raises:
+        GainError: the row is empty, a task has no baseline or no direction, or a baseline is 0.
     """
     if higher_is_better is None:
         from pamm.tasks import TASKS
@@ -204,14 +214,23 @@ def compare(
     own: Conditions | None = None,
     protocol: str | None = None,
 ) -> Comparison:
-    """An evaluation's row beside a baseline: Δ of each task and their mean.
+    """Compare an evaluation with a baseline: Δ of each task, and their mean.
 
-    row: task → metric → value. baseline: a name of `baselines()`, or a JSON file of results that `pamm eval` or `pamm train`
-    wrote, of which the results at `resolution` ("frame" or "original") are taken. Compared are the scores of the tasks that
-    both have, over a paper's baseline what the paper measured (`PublishedEvaluation.metrics`); the others are named.
-    own, protocol: what the row was measured on, the latter in the words of a results file; where they are given, the
-    comparison tells in what the baseline's scores were measured differently.
-    Raises GainError, naming the baselines, where there is none of that name or nothing to compare.
+    Tasks that only one side has are named and left out. If the baseline is a paper's, the metrics that the paper measured are
+    compared (`PublishedEvaluation.metrics`).
+
+    Args:
+        row: task → metric → value.
+        baseline: a name of `baselines()`, or a JSON file of results of `pamm eval` or `pamm train`.
+        resolution: "frame" or "original"; the results of a file at this resolution are used.
+        own: conditions under which the row was measured; with it, the comparison lists the differences from the baseline's.
+        protocol: the row's protocol, in the words of a results file.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        GainError: the baseline does not exist (the message lists the known ones), or no task can be compared.
     """
     references, metrics = baseline_scores(baseline), metrics_over(baseline)
     if resolution not in references:

@@ -36,10 +36,20 @@ class Components:
 
 
 def principal_components(features: np.ndarray, count: int = 3) -> Components:
-    """PCA of (tokens, d) features in float64.
+    """Principal components in float64.
 
-    An axis points to where its largest loading is positive, so that the result is unique. Directions without variance
-    have an axis of zeros and share 0. Raises LookError for features that are not finite or no (tokens, d).
+    An axis points to where its largest loading is positive, so the result is unique. Directions without variance have an axis
+    of zeros and the share 0.
+
+    Args:
+        features: (tokens, d).
+        count: number of components, 1 or more.
+
+    Returns:
+        Mean, axes and shares of the variance.
+
+    Raises:
+        LookError: the features are not finite, or have another shape.
     """
     features = np.asarray(features, np.float64)
     if features.ndim != 2 or 0 in features.shape or not np.isfinite(features).all():
@@ -100,7 +110,18 @@ Maps = dict[str, dict[str, FeatureMap]]
 
 
 def read_features(predictor: Predictor, image: np.ndarray) -> Maps:
-    """The features of an (H, W, 3) uint8 image, as it is seen when its maps are predicted. Raises LookError."""
+    """Read the features of one image, prepared as for a prediction.
+
+    Args:
+        predictor: the network.
+        image: (H, W, 3) uint8 RGB.
+
+    Returns:
+        Row → column → map of features.
+
+    Raises:
+        LookError: the network has no features to read.
+    """
     with reading(predictor.model) as seen:
         logits, rows, columns = predictor.logits(image)
         found = seen.features(predictor.model)
@@ -173,7 +194,20 @@ def look_at_features(
     sharing: Sharing = "per-task",
     rows: Sequence[str] | None = None,
 ) -> Look:
-    """Read, reduce and colour the features of (H, W, 3) uint8 images; `rows`: only these. Raises LookError."""
+    """Read the features of images, reduce them to three components, and colour them.
+
+    Args:
+        predictor: the network.
+        images: (H, W, 3) uint8 RGB images.
+        sharing: "per-task" or "shared": which maps share a PCA.
+        rows: names of the rows to show, e.g. "stage 1" or "fused"; None shows all.
+
+    Returns:
+        The maps, their colours, and the components of each (row, column).
+
+    Raises:
+        LookError: a row does not exist, or the network has no features to read.
+    """
     maps = []
     for image in images:
         found = read_features(predictor, image)

@@ -19,10 +19,22 @@ def compare(
     tile: int = TILE,
     keep: Callable[[Subject, Mapping[str, Maps]], None] | None = None,
 ) -> Image.Image:
-    """One block per image, in it a row per model and one for the truth, a column per task.
+    """Draw the predictions of several networks side by side.
+
+    Each image is a block with one row per model and one for the truth, and one column per task.
 
     Args:
-        keep: called with every subject and its maps, model → maps, which are forgotten afterwards.
+        models: name → network.
+        subjects: images with their truths.
+        tasks: names of the tasks, in the order of the columns.
+        tile: longer side of a picture, pixels.
+        keep: called with every subject and its maps (model → maps), which are not kept otherwise.
+
+    Returns:
+        The picture.
+
+    Raises:
+        LookError: the models have different classes for a task.
     """
     rows, has_truth, has_gaps = [], False, False
     for subject in subjects:

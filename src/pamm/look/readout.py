@@ -115,9 +115,16 @@ def plan_of(model: MultiTaskModel) -> Plan:
 
 @contextmanager
 def reading(model: MultiTaskModel) -> Iterator[Readout]:
-    """Within the block every forward pass of `model` fills the readout; outside, the model is as it was.
+    """Context manager: inside, every forward pass of the network fills the readout. The network's output does not change.
 
-    What the model returns does not change. Raises LookError.
+    Args:
+        model: the network; it is restored at the end.
+
+    Yields:
+        The readout.
+
+    Raises:
+        LookError: the network has nothing to read.
     """
     plan, seen = plan_of(model), Readout()
     handles = []

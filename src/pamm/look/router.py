@@ -29,8 +29,11 @@ OUTLIER = 4
 class RouterWeights:
     """Expert weights of every image.
 
-    weights: (parameter, stage from 0) → (images, T, E), zero where not among the top k, not renormalised. mix: likewise
-    (images, T), the released PAMM's factor of a task's own expert; empty for the paper's PAMM.
+    Args:
+        tasks: names of the T tasks.
+        weights: (parameter, stage from 0) → (images, T, E), zero for experts outside the top k, not renormalised.
+        mix: (parameter, stage from 0) → (images, T), the factor of a task's own expert in the released PAMM; empty for the
+            paper's PAMM.
     """
 
     tasks: tuple[str, ...]
@@ -38,19 +41,45 @@ class RouterWeights:
     mix: Mapping[tuple[str, int], np.ndarray]
 
     def mean(self, parameter: str, stage: int) -> np.ndarray:
-        """(T, E), the mean over the images, those in which an expert is not kept counting as zero."""
+        """Mean weight of each expert over the images. An expert outside the top k counts as zero.
+
+        Args:
+            parameter: "B" or "C".
+            stage: from 0.
+
+        Returns:
+            (T, E).
+        """
         return self.weights[parameter, stage].mean(0)
 
     def kept(self, parameter: str, stage: int) -> np.ndarray:
-        """(T, E), the share of images in which an expert is among the top k."""
+        """Share of images in which an expert is among the top k.
+
+        Args:
+            parameter: "B" or "C".
+            stage: from 0.
+
+        Returns:
+            (T, E), 0 to 1.
+        """
         return (self.weights[parameter, stage] > 0).mean(0)
 
 
 def router_weights(predictor: Predictor, images: Iterable[np.ndarray]) -> RouterWeights:
-    """The weights of each (H, W, 3) uint8 image (paper eq. 11-13, without the noise of training).
+    """Expert weights of images, without the noise of training (paper eq. 11-13).
 
-    The released PAMM's spatial router sums over the positions before it scores the experts: it too gives one weight per
-    image. Raises LookError for a model without a router.
+    The spatial router of the released PAMM sums over the positions before it scores the experts. It therefore also gives one
+    weight per image.
+
+    Args:
+        predictor: the network.
+        images: (H, W, 3) uint8 RGB images.
+
+    Returns:
+        The weights.
+
+    Raises:
+        LookError: the network has no router.
     """
     model = predictor.model
     if not plan_of(model).routers:

@@ -47,9 +47,19 @@ JUMP, GRID = "#e26a5a", "#e1e1e1"
 
 
 def orders_of(curve: str, height: int, width: int, count: int = 4) -> np.ndarray:
-    """The first `count` orders of a curve or of "cross" over a height×width grid: (count, height·width) int64.
+    """The first scan orders of a curve, or of "cross", over a grid of tokens (paper eq. 17).
 
-    Row-major positions in the order in which the scan visits them (paper eq. 17). Raises LookError.
+    Args:
+        curve: name of a curve.
+        height: rows of tokens.
+        width: columns of tokens.
+        count: number of orders.
+
+    Returns:
+        (count, height·width) int64: row-major positions in the order of the scan.
+
+    Raises:
+        LookError: an unknown curve, or a grid or count that it does not have.
     """
     if curve not in KNOWN:
         raise LookError(f"unknown scan curve '{curve}'; choose among {', '.join(KNOWN)}")
@@ -76,11 +86,20 @@ def jumps(order: np.ndarray, width: int) -> int:
 
 
 def draw_scan(axes: Axes, order: np.ndarray, height: int, width: int, *, cell: float = 15) -> None:
-    """One order (height·width,) as a curve through the tokens, which lie at whole x and y; y grows downwards.
+    """Draw one scan order as a curve through the tokens, which lie at whole x and y; y grows downwards.
 
-    Colour runs with the sequence from dark (first) to bright (last); a disc marks the first token, a ring the last. Steps
-    to a token that is no neighbour are thin red lines. `cell`: pixels of a token, which the lines' widths follow. Raises
-    LookError unless the order visits every token once.
+    The colour runs along the sequence from dark (first) to bright (last). A disc marks the first token, a ring the last. Steps
+    to a token that is no neighbour are thin red lines.
+
+    Args:
+        axes: matplotlib's axes to draw into.
+        order: (height·width,) row-major positions in the order of the scan.
+        height: rows of tokens.
+        width: columns of tokens.
+        cell: size of a token, pixels; the lines' widths follow it.
+
+    Raises:
+        LookError: the order does not visit every token once.
     """
     order = np.asarray(order)
     if not np.array_equal(np.sort(order), np.arange(height * width)):
@@ -117,10 +136,19 @@ def rank_colours(length: int) -> np.ndarray:
 def scan_figure(
     curves: Sequence[str], grid: tuple[int, int], *, count: int = 4, tile: int = TILE
 ) -> tuple[Figure, dict[str, np.ndarray]]:
-    """One row per curve, one column per order, and the orders drawn, curve → (count, L).
+    """Draw scan orders, one row per curve and one column per order.
+
+    Args:
+        curves: names of curves.
+        grid: rows and columns of tokens.
+        count: number of orders of each curve.
+        tile: longer side of a picture, pixels.
+
+    Returns:
+        The figure; and the orders, curve → (count, L).
 
     Raises:
-        LookError: an unknown curve, or a senseless grid or count.
+        LookError: an unknown curve, or a grid or count that it does not have.
         PlotError: matplotlib is not installed.
     """
     height, width = grid

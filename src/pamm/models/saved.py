@@ -150,14 +150,18 @@ def forbidden(path: str | Path) -> CheckpointError:
 
 
 def load_model(source: str | Path, **options: Any) -> MultiTaskModel:
-    """The saved model in eval mode: from a run folder, a folder saved by `save_pretrained`, or the Hugging Face Hub.
+    """Load a saved model, in eval mode.
 
     Args:
-        source: a path; or a repository of the Hub, as "hf:owner/name", or plainly as "owner/name" where no folder `owner`
-            stands in the working directory.
-        options: for the Hub: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
+        source: a run folder, a folder saved by `save_pretrained`, or a repository of the Hugging Face Hub: "hf:owner/name". The
+            short form "owner/name" also works if the working directory has no folder `owner`.
+        **options: for the Hub: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
 
-    Raises CheckpointError, which says what was looked for and where.
+    Returns:
+        The network.
+
+    Raises:
+        CheckpointError: no model was found, or it cannot be loaded. The message names the places that were searched.
     """
     path = Path(os.path.expanduser(source))
     folder = find_checkpoint(path) if _is_there(path) else download(repository_name(str(source)), **options)

@@ -21,7 +21,15 @@ MOST_ORDERS: dict[str, int] = {}
 
 
 def curve(name: str, *, orders: int) -> Callable[[ScanCurve], ScanCurve]:
-    """Decorator that makes a scan curve of so many orders available under `name`."""
+    """Decorator that makes a scan curve available under a name.
+
+    Args:
+        name: name of the curve.
+        orders: number of its orders.
+
+    Returns:
+        The decorator.
+    """
 
     def register(function: ScanCurve) -> ScanCurve:
         CURVES[name], MOST_ORDERS[name] = function, orders
@@ -32,18 +40,29 @@ def curve(name: str, *, orders: int) -> Callable[[ScanCurve], ScanCurve]:
 
 @torch.compiler.assume_constant_result
 def scan_orders(name: str, height: int, width: int, count: int = 4) -> Tensor:
-    """The first `count` scan orders of a curve over a height×width map: LongTensor (count, height·width).
+    """The first scan orders of a curve over a map (PAMM, paper eq. 17). A compiled graph holds them as a constant.
 
-    "hilbert" (H-scan): the Hilbert curve of the smallest power of two that covers the map, turned by 0°, 90°, 180° and
-    270° counter-clockwise and cropped to the map's top left (PAMM, paper eq. 17). "hilbert-bottom-left": as "hilbert",
-    cropped to the bottom left. "morton" (Z-scan): turned and cropped as "hilbert". "snake" (S-scan): along rows, along
-    columns, and both backwards. Orders 5 to 8 of Hilbert are its first four backwards; Morton and snake hold their reversals
-    among the first four and continue with the mirrored curves. "snake-released" and "morton-released": the S- and Z-scan of
-    PAMM's published code, which turns and crops a square as large as the map's longer side, whatever that is; they have four
-    orders. Its Hilbert orders are "hilbert".
+    - "hilbert" (H-scan): the Hilbert curve of the smallest power of two that covers the map, turned by 0°, 90°, 180° and 270°
+      counter-clockwise and cropped to the map's top left. Orders 5 to 8 are these backwards.
+    - "hilbert-bottom-left": as "hilbert", cropped to the bottom left.
+    - "morton" (Z-scan): turned and cropped as "hilbert".
+    - "snake" (S-scan): along rows, along columns, and both backwards.
+    - "snake-released", "morton-released": the S- and Z-scan of PAMM's published code, which turns and crops a square as large as
+      the map's longer side. They have four orders. The published H-scan is "hilbert".
 
-    A compiled graph holds them as a constant. Raises ValueError for an unknown curve, an empty map, or a count outside 1 to
-    what the curve offers.
+    The first four orders of Morton and snake include their reversals, so their orders 5 to 8 are the mirrored curves.
+
+    Args:
+        name: name of a curve.
+        height: rows of the map.
+        width: columns of the map.
+        count: number of orders.
+
+    Returns:
+        (count, height·width) int64: row-major positions in the order of the scan.
+
+    Raises:
+        ValueError: an unknown curve, an empty map, or a count outside 1 to the number of the curve's orders.
     """
     if name not in CURVES:
         raise ValueError(f"unknown scan curve '{name}'; known curves: {', '.join(sorted(CURVES))}")

@@ -26,21 +26,32 @@ SHEET_ROWS = 8
 
 @dataclass
 class Summary:
-    """What became of a batch of images."""
+    """The result of a batch of images."""
 
     done: list[Path] = field(default_factory=list)
+    """Images that were predicted."""
     skipped: list[Path] = field(default_factory=list)
-    """Images whose files were there already."""
+    """Images whose files existed already."""
     failed: list[tuple[Path, str]] = field(default_factory=list)
-    """Image and the reason why it has no maps; the contact sheet and the reason why it was not written."""
+    """Images that could not be predicted, each with the reason; also a contact sheet that could not be written."""
     stopped: str | None = None
-    """Why the images that remained were not tried: the output folder takes no more files."""
+    """Why the remaining images were not tried: the output folder takes no more files. None if all were tried."""
     sheet: Path | None = None
     """The contact sheet, if one was written."""
 
 
 def check_output(out: str | Path, paths: Iterable[Path], formats: Sequence[str], *, sheet: bool = True) -> None:
-    """Raise PredictError where the predictions of these images cannot or must not be written: before anything is spent."""
+    """Check that the predictions of some images can be written, before any time is spent on them.
+
+    Args:
+        out: folder of the predictions.
+        paths: the images.
+        formats: some of `FORMATS`.
+        sheet: whether a contact sheet is written, too.
+
+    Raises:
+        PredictError: a file cannot be written, or would replace a label or an image.
+    """
     out = Path(os.path.expanduser(out))
     check_formats(formats)
     check_folder(out, formats)
@@ -59,20 +70,27 @@ def predict_files(
     skip_existing: bool = False,
     progress: bool | None = None,
 ) -> Summary:
-    """Predict every image into `out` (see `Maps.save`), going on after a bad one.
+    """Predict images into a folder (see `Maps.save`). An image that fails does not end the batch.
+
+    If several images have the same stem, the files' names also contain what differs in their paths.
 
     Args:
+        predictor: the network.
+        paths: the images.
+        out: folder of the predictions.
         formats: some of "picture", "png", "npy".
-        sheet: also <out>/contact_sheet.jpg, at most 300 kB, of the first 8 images that are predicted.
-        skip_existing: pass over an image all of whose files are there and whole, whichever model made them; an earlier
+        sheet: also write <out>/contact_sheet.jpg, at most 300 kB, of the first 8 images that are predicted.
+        skip_existing: skip an image if all of its files exist and are complete, whichever model made them. An earlier
             contact sheet is kept.
-        progress: None shows a bar on a terminal.
+        progress: show a bar on the standard error; None shows it on a terminal.
 
-    Images of one stem keep apart by what differs in their paths, which goes into the names of their files. No failure of an
-    image ends the batch; the summary holds its reason. A full disk does end it, and the summary says so.
+    Returns:
+        The images that were predicted, skipped or failed, with reasons. A full disk ends the batch early; the summary says so.
 
-    Raises PredictError, before anything is predicted, for no or an unknown format, and for an `out` that cannot be written
-    or where files would replace labels or images; KeyboardInterrupt, which says how many images are done.
+    Raises:
+        PredictError: before any prediction: a wrong format, or an `out` that cannot be written or holds labels or images that
+            would be replaced.
+        KeyboardInterrupt: with the number of finished images.
     """
     paths, out = [Path(path) for path in paths], Path(os.path.expanduser(out))
     check_output(out, paths, formats, sheet=sheet)

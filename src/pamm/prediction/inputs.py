@@ -35,7 +35,19 @@ class PredictError(PammError, ValueError):
 
 
 def to_array(image: ImageLike) -> np.ndarray:
-    """Any accepted image → (H, W, 3) uint8 RGB. Raises ImageError, PredictError."""
+    """Convert any accepted image to an array.
+
+    Args:
+        image: a path, an open file, a Pillow image, an (H, W, 3) or (H, W) array of uint8 or uint16, or a (3, H, W) or
+            (1, H, W) uint8 tensor.
+
+    Returns:
+        (H, W, 3) uint8 RGB.
+
+    Raises:
+        ImageError: the file cannot be read.
+        PredictError: another object, or an array of another shape or dtype.
+    """
     if isinstance(image, Image.Image):
         return _from_picture(image)
     if isinstance(image, Tensor):
@@ -96,11 +108,20 @@ class Inputs:
 
 
 def list_inputs(patterns: Sequence[str | Path]) -> Inputs:
-    """Files, folders and globs → what they mean.
+    """Find the images that files, folders and globs mean.
 
-    A folder means the images directly in it, sorted; "photos/**/*.jpg" reaches into subfolders. Of a glob's files those
-    with an image's suffix are taken; a file given by its name is taken whatever its suffix. Hidden files are not listed.
-    Raises PredictError for a pattern that matches no image.
+    - A folder means the images directly in it, sorted. "photos/**/*.jpg" includes subfolders.
+    - Of a glob's files, only those with an image's suffix are taken. A file given by its name may have any suffix.
+    - Hidden files are not listed.
+
+    Args:
+        patterns: files, folders and globs.
+
+    Returns:
+        Each image once, in the order given, and the other files that were found.
+
+    Raises:
+        PredictError: a pattern matches no image.
     """
     found = [_expand(os.path.expanduser(pattern)) for pattern in patterns]
     taken: set[str] = set()
@@ -114,7 +135,17 @@ def list_inputs(patterns: Sequence[str | Path]) -> Inputs:
 
 
 def expand_inputs(patterns: Sequence[str | Path]) -> list[Path]:
-    """The images of `list_inputs`."""
+    """The images of `list_inputs`.
+
+    Args:
+        patterns: files, folders and globs.
+
+    Returns:
+        Paths of the images.
+
+    Raises:
+        PredictError: a pattern matches no image.
+    """
     return list_inputs(patterns).images
 
 
@@ -197,10 +228,17 @@ def _unreadable(path: Path, error: OSError) -> PredictError:
 
 
 def file_names(paths: Sequence[Path]) -> list[str]:
-    """A different name for each path: its stem; where stems are equal, also its suffix and the folders that tell it apart.
+    """Give each path a different name.
 
-    Names that differ in case only count as equal, since some file systems take them for one. A name too long for a file
-    with another suffix is cut, and a digest of the whole tells it apart.
+    A name is the stem. If stems are equal, the suffix and the folders that differ are added. Names that differ only in case
+    count as equal, since some file systems do not distinguish them. A name that is too long is cut, and a digest keeps it
+    unique.
+
+    Args:
+        paths: the images.
+
+    Returns:
+        One name for each path, without suffix.
     """
     whole = list(dict.fromkeys(path.absolute() for path in paths))
     same = _repeated((path.parent, path.stem) for path in whole)

@@ -33,11 +33,23 @@ class FolderError(PredictError):
 
 
 class Maps(Mapping[str, np.ndarray]):
-    """The predictions for one image: task name → array in the task's unit, at the image's size.
+    """The predictions for one image, at the image's size: task name → array in the task's unit.
 
-    semseg, human_parts: (H, W) uint8 class index. depth: (H, W) float32 metres. normals: (H, W, 3) float32 unit vectors.
-    sal, edge: (H, W) float32 probability. `image` is the (H, W, 3) uint8 RGB they belong to, turned by its EXIF
-    orientation; `name` is its file's stem, or "image".
+    | task | array |
+    |---|---|
+    | semseg, human_parts | (H, W) uint8 class index |
+    | depth | (H, W) float32 metres (disparity: pixels) |
+    | normals | (H, W, 3) float32 unit vectors |
+    | sal, edge | (H, W) float32 probability, 0 to 1 |
+
+    Attributes:
+        name: the stem of the image's file, or "image".
+
+    Args:
+        image: (H, W, 3) uint8 RGB, turned by its EXIF orientation.
+        maps: task name → array.
+        tasks: task name → task.
+        source: the image's file, if it has one.
     """
 
     def __init__(
@@ -70,7 +82,15 @@ class Maps(Mapping[str, np.ndarray]):
         return f"Maps({self.name!r}, {height}×{width}: {', '.join(self._maps)})"
 
     def draw(self, task: str, *, step: int = 1) -> np.ndarray:
-        """The task's picture, (H, W, 3) uint8; with `step` of every step-th row and column only."""
+        """Draw a task's map in colours.
+
+        Args:
+            task: name of the task.
+            step: keep only every step-th row and column.
+
+        Returns:
+            (H, W, 3) uint8 RGB.
+        """
         whole = self[task]
         values = whole[::step, ::step]
         rows = max(1, STRIP_VALUES // 8 // values.shape[1])
@@ -80,14 +100,26 @@ class Maps(Mapping[str, np.ndarray]):
     def save(
         self, folder: str | Path, *, stem: str | None = None, formats: Sequence[str] = DEFAULT_FORMATS
     ) -> list[Path]:
-        """Write every map into `folder`, each file whole or not at all, and return the files.
+        """Write every map into a folder. A file is written completely or not at all; files of an earlier prediction are replaced.
 
-        png: <folder>/<task>/<stem>.png, which the task reads back as a label (the layout of a folder data set); a .npy in its
-        place where a PNG would round or cut the values (`Task.label_file`).
-        npy: <folder>/arrays/<task>/<stem>.npy, the array as it is. picture: <folder>/pictures/<task>/<stem>.png.
-        Files of an earlier prediction are replaced. Raises PredictError for no or an unknown format, where a file would
-        replace the predicted image or the labels of a data set, and where a file cannot be written (FolderError: and no
-        other could be).
+        | format | file |
+        |---|---|
+        | "picture" | <folder>/pictures/<task>/<stem>.png, in colours |
+        | "png" | <folder>/<task>/<stem>.png, a label of a folder data set; .npy if a PNG would round or cut the values |
+        | "npy" | <folder>/arrays/<task>/<stem>.npy, the unchanged array |
+
+        Args:
+            folder: folder of the predictions; it is made if it does not exist.
+            stem: name of the files without suffix; default `name`.
+            formats: some of the formats above.
+
+        Returns:
+            The files.
+
+        Raises:
+            PredictError: no format or an unknown one; a file would replace the predicted image or a data set's label; a file
+                cannot be written.
+            FolderError: no file can be written into the folder.
         """
         folder, stem = Path(os.path.expanduser(folder)), self.name if stem is None else stem
         check_formats(formats)
@@ -179,7 +211,14 @@ def check_folder(folder: Path, formats: Sequence[str]) -> None:
 
 
 def check_formats(formats: Sequence[str]) -> None:
-    """Raise PredictError unless these are some of the formats."""
+    """Check names of formats.
+
+    Args:
+        formats: some of `FORMATS`.
+
+    Raises:
+        PredictError: no format, or an unknown one.
+    """
     if not formats:
         raise PredictError(f"no format is given, so nothing would be written; choose some of: {', '.join(FORMATS)}")
     for kind in [formats] if isinstance(formats, str) else formats:

@@ -30,18 +30,27 @@ from pamm.tasks import Task
 class Predictor:
     """A network that takes any image.
 
-    source: what `pamm.load_model` takes (run folder, saved model, hub repository), or a model. device: "auto" (a given
-    model's own; else CUDA, Apple's MPS or the CPU, the first there is) or a torch device. longest_side: pixels to which
-    an image's longer side is shrunk for the network, default the longer side of the size the network was built for.
-    precision: "float32", which gives the checkpoint's own numbers, "bfloat16", or "auto": bfloat16 on a CPU with units for
-    it. compile: run the network through torch.compile, which pays for many images of one size. kernels: "auto" uses faster
-    modules in the place of the network's own (see `pamm.accelerate`; results differ by rounding), "off" the network as it
-    is. A given model is not changed by any of them.
+    - An image is shrunk with antialiasing if its longer side exceeds `longest_side`. It is never enlarged, because a network
+      learns the scale of its images.
+    - It is centred and padded with the mean colour to multiples of the backbone's stride.
+    - The logits are cropped, resized bilinearly to the image's own size and decoded there. Memory beside the maps does not
+      grow with the image.
 
-    An image is shrunk with antialiasing where its longer side exceeds `longest_side`, and never enlarged: a network
-    learns the scale its images have. It is padded to multiples of the backbone's stride with the mean colour, itself in the centre;
-    the logits are cropped, resized bilinearly to the image's own size and decoded there. Memory beside the maps does not
-    grow with the image. Raises PredictError for a senseless argument, and what `load_model` raises.
+    Args:
+        source: a model, or anything that `pamm.load_model` takes (run folder, saved model, hub repository). A given model is not
+            changed.
+        device: a torch device, or "auto": a given model's own device; otherwise CUDA, Apple's MPS or the CPU, the first
+            available.
+        longest_side: the largest side of an image for the network, pixels; default the longer side of the size that the network
+            was built for.
+        precision: "float32" gives the checkpoint's own numbers; "bfloat16"; "auto" is bfloat16 on a CPU with units for it.
+        compile: run the network through torch.compile, which is worthwhile for many images of one size.
+        kernels: "auto" uses faster modules in the place of the network's own (see `pamm.accelerate`; results differ by
+            rounding), "off" does not.
+
+    Raises:
+        PredictError: an argument is not valid.
+        CheckpointError: the saved model cannot be loaded.
     """
 
     def __init__(
@@ -93,12 +102,30 @@ class Predictor:
         return Maps(pixels, self._predict(pixels), self.tasks, source=source)
 
     def many(self, images: Iterable[ImageLike]) -> Iterator[Maps]:
-        """The maps of one image after the other; an image is read when its maps are asked for."""
+        """Predict several images. An image is read when its maps are requested.
+
+        Args:
+            images: the images.
+
+        Yields:
+            The maps of one image after the other.
+
+        Raises:
+            ImageError: an image cannot be read.
+            PredictError: an image cannot be predicted.
+        """
         return map(self, images)
 
     @torch.no_grad()
     def logits(self, pixels: np.ndarray) -> tuple[dict[str, Tensor], slice, slice]:
-        """(H, W, 3) uint8 pixels → task → (1, channels, h, w) logits of the padded frame; the image's rows and columns in it."""
+        """Run the network on the padded frame of one image.
+
+        Args:
+            pixels: (H, W, 3) uint8 RGB.
+
+        Returns:
+            Task → (1, channels, h, w) logits of the frame; the image's rows in it; its columns.
+        """
         if self.device.type != "cpu" and os.getpid() != self._process:
             raise PredictError(
                 f"the predictor was loaded on {self.device} before this process was forked, and {self.device} does not work in a "

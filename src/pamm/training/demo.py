@@ -28,7 +28,20 @@ FIGURES = 8
 
 
 def run_demo(experiment: Experiment, out: Path, *, progress: bool = True, kernels: Choice = "auto") -> Path:
-    """Make the data, measure the untrained network, train, measure again, write the report; returns the report's path."""
+    """Make the data, measure the untrained network, train, measure again, and write the report.
+
+    Args:
+        experiment: the experiment to train, on synthetic rooms.
+        out: the run folder.
+        progress: show bars on the standard error.
+        kernels: see `pamm.training.run.train`.
+
+    Returns:
+        Path of the report.
+
+    Raises:
+        PammError: as `pamm.training.run.train`.
+    """
     if experiment.data.name != "synthetic":
         raise ConfigError(
             "pamm demo shows the synthetic rooms; for your own images: pamm train folder-pamm --data.root FOLDER"

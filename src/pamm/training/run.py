@@ -61,11 +61,25 @@ FREE_KEYS = (
 
 
 def train(experiment: Experiment, out: Path, *, progress: bool = True, kernels: Choice = "auto") -> Evaluation:
-    """Train into the folder `out`, or go on where a run in it stopped; returns the evaluation of the best weights.
+    """Train into a run folder, or resume the run in it.
 
-    kernels: "auto" trains with faster modules in the place of the network's own (see `pamm.accelerate`), "off" without.
-    Raises ConfigError, DataError, CheckpointError, TrainingError, FolderInUseError. A SIGTERM saves and raises SystemExit(143), a
-    SIGINT (Ctrl-C) saves and raises KeyboardInterrupt.
+    A SIGTERM saves and raises SystemExit(143). A SIGINT (Ctrl-C) saves and raises KeyboardInterrupt.
+
+    Args:
+        experiment: the experiment.
+        out: the run folder.
+        progress: show a bar on the standard error.
+        kernels: "auto" trains with faster modules in the place of the network's own (see `pamm.accelerate`), "off" without.
+
+    Returns:
+        The evaluation of the best weights.
+
+    Raises:
+        ConfigError: the experiment cannot be used, or differs from the run's.
+        DataError: the data set cannot be read.
+        CheckpointError: the weights of `train.init` or of the run cannot be loaded.
+        TrainingError: training cannot go on, e.g. for lack of memory.
+        FolderInUseError: another process trains into the folder.
     """
     loop, loader = create_loop(experiment, out, progress=progress, kernels=kernels)
     return loop.run(loader)

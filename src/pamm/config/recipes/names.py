@@ -17,7 +17,17 @@ RENAMED = {"mosaic-pamm": "folder-pamm"}
 
 
 def get_recipe(name: str) -> Experiment:
-    """The experiment called `name`, e.g. "demo" or "pascal-pamm-b+no-priors". Raises ConfigError naming the nearest."""
+    """A named experiment.
+
+    Args:
+        name: name of a recipe, e.g. "demo" or "pascal-pamm-b+no-priors".
+
+    Returns:
+        The experiment.
+
+    Raises:
+        ConfigError: the name is unknown; the message gives the nearest ones.
+    """
     base, *variants = name.split("+")
     if base not in RECIPES:
         raise ConfigError(_unknown(base))

@@ -31,14 +31,16 @@ COUNTS = ("cntR", "sumR", "cntP", "sumP")
 
 @dataclass(frozen=True)
 class BoundaryScores:
-    """What the benchmark counts on a set of images, and its scores."""
+    """Counts and scores of the boundary benchmark on a set of images."""
 
     protocol: str
+    """A key of `pamm.tasks.boundary.PROTOCOLS`."""
     max_distance: float
+    """Largest distance of a pair, as a fraction of the image's diagonal."""
     counts: dict[str, np.ndarray]
     """Image's name → (4, thresholds) int64, rows as in `COUNTS`."""
     light: tuple[str, ...] = ()
-    """Maps most of whose pixels are boundaries."""
+    """Names of maps in which most pixels are boundaries."""
 
     @property
     def total(self) -> np.ndarray:
@@ -46,15 +48,21 @@ class BoundaryScores:
         return np.sum(list(self.counts.values()), axis=0)
 
     def scores(self) -> dict[str, Any]:
-        """ODS and OIS, each with F, recall and precision in [0, 1], ODS with its threshold; AP in [0, 1].
+        """ODS, OIS and AP, each 0 to 1.
 
-        ODS: the best F at one threshold for the whole set; OIS: with each image at its own best; AP: see `average_precision`.
+        Returns:
+            "ODS": the best F at one threshold for the whole set, with recall, precision and threshold. "OIS": F with each image at
+            its own best threshold, with recall and precision. "AP": see `average_precision`.
         """
         best = np.sum([found[:, f_measure(found).argmax()] for found in self.counts.values()], axis=0)
         return {"ODS": self._best(self.total), "OIS": _rates(best), "AP": average_precision(self.total)}
 
     def notes(self) -> list[str]:
-        """What is odd about the files, in words."""
+        """Unusual properties of the files.
+
+        Returns:
+            Sentences.
+        """
         total = len(self.counts)
         kinds = {
             f"of {total} maps are boundaries on most pixels (median above {LIGHT:g}); inverted?": self.light,
@@ -68,11 +76,19 @@ class BoundaryScores:
         ]
 
     def images(self) -> dict[str, dict[str, float]]:
-        """Image's name → its best F, with threshold, recall and precision."""
+        """Scores of the images.
+
+        Returns:
+            Name of an image → its best F, with threshold, recall and precision.
+        """
         return {name: self._best(found) for name, found in self.counts.items()}
 
     def to_json(self) -> dict[str, Any]:
-        """Scores, thresholds, and the counts at every threshold of the set and of each image."""
+        """Everything that was measured, as JSON values.
+
+        Returns:
+            Scores, thresholds, and the counts at every threshold, of the set and of each image.
+        """
         rule = PROTOCOLS[self.protocol]
         images = self.images()
         return {
@@ -117,19 +133,27 @@ def measure_folders(
     """Measure a folder of boundary maps against a folder of truths of the same names.
 
     Args:
-        predictions: PNG of 8 or 16 bits, or .npy in [0, 1].
-        truths: BSDS .mat with any number of annotators, PNG or .npy; see `pamm.evaluation.boundaries.files.read_truths`.
+        predictions: folder of PNG files of 8 or 16 bits, or .npy in [0, 1].
+        truths: folder of BSDS .mat with any number of annotators, PNG or .npy; see
+            `pamm.evaluation.boundaries.files.read_truths`.
         protocol: a key of `pamm.tasks.boundary.PROTOCOLS`.
-        max_distance: reach of a pair, as a fraction of the image's diagonal (0.0075 PASCAL and BSDS, 0.011 NYUD).
-        ids: list of the names to measure, one per line; all files of both folders by default.
+        max_distance: largest distance of a pair, as a fraction of the image's diagonal (0.0075 PASCAL and BSDS, 0.011 NYUD).
+        ids: list of the names to measure, one per line; by default all files of both folders.
         outline: the truths are the outlines of the regions that the values of their files form.
-        suppressed: the maps went through non-maximum suppression already.
+        suppressed: the maps already went through non-maximum suppression.
         invert_maps: boundaries are dark on light in the maps.
         invert_truths: lines are the pixels of 0 in the truths.
         workers: processes that share the images; the result is the same for any number.
         progress: show a bar on the standard error.
 
-    Raises BoundaryError, also for inverted maps, and DataError and LabelError for files that cannot be read. Needs pamm[train].
+    Returns:
+        Counts and scores.
+
+    Raises:
+        BoundaryError: files without a partner, of different sizes, or inverted.
+        DataError: the list of names cannot be read.
+        LabelError: a map or a truth cannot be read.
+        ModuleNotFoundError: an extra of pamm[train] is not installed.
     """
     if protocol not in PROTOCOLS:
         raise BoundaryError(f"unknown protocol '{protocol}'; known protocols: {', '.join(PROTOCOLS)}")
@@ -202,7 +226,25 @@ def measure_image(
     invert_maps: bool = False,
     invert_truths: bool = False,
 ) -> np.ndarray:
-    """Counts of one image, (4, thresholds) int64. Raises BoundaryError, LabelError."""
+    """Measure one image; the arguments are those of `measure_folders`.
+
+    Args:
+        prediction: file of the map.
+        truth: file of the truth.
+        protocol: a key of `pamm.tasks.boundary.PROTOCOLS`.
+        max_distance: largest distance of a pair, as a fraction of the image's diagonal.
+        outline: the truth is the outline of the regions in its file.
+        suppressed: the map already went through non-maximum suppression.
+        invert_maps: boundaries are dark on light in the map.
+        invert_truths: lines are the pixels of 0 in the truth.
+
+    Returns:
+        (4, thresholds) int64: cntR, sumR, cntP, sumP.
+
+    Raises:
+        BoundaryError: the two files do not fit together, or are inverted.
+        LabelError: a file cannot be read.
+    """
     probability = read_map(prediction, invert=invert_maps)
     truths = read_truths(truth, outline=outline, invert=invert_truths)
     height, width = probability.shape

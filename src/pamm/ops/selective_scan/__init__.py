@@ -95,12 +95,21 @@ def selective_scan(
 
 @torch.compiler.assume_constant_result
 def choose(device: str, dtype: torch.dtype, engine: str = "auto") -> str:
-    """Name of the engine for inputs on this kind of device ("cpu", "cuda", …) and of this dtype.
+    """Choose the engine of a scan.
 
-    It is `engine` unless "auto", else the one PAMM_SCAN_ENGINE names, else "chunked" while a model is exported, else the first
-    that takes such inputs.
+    `engine` decides unless it is "auto". Then PAMM_SCAN_ENGINE decides. Without both, it is "chunked" while a model is exported,
+    otherwise the first engine that takes such inputs.
 
-    Raises ValueError for an unknown engine and for a named one that cannot run here or does not take these inputs.
+    Args:
+        device: type of the device, "cpu", "cuda", ….
+        dtype: dtype of x.
+        engine: "auto", or an engine's name.
+
+    Returns:
+        Name of the engine.
+
+    Raises:
+        ValueError: the engine is unknown, cannot run here, or does not take these inputs.
     """
     name = os.environ.get(VARIABLE, "auto") if engine == "auto" else engine
     if name == "auto":
@@ -118,7 +127,11 @@ def choose(device: str, dtype: torch.dtype, engine: str = "auto") -> str:
 
 
 def explain() -> list[EngineStatus]:
-    """Every engine, the preferred first: whether it runs on this machine and why, or why not."""
+    """List every engine, the preferred first.
+
+    Returns:
+        For each engine: whether it runs on this machine, and the reason.
+    """
     rows = []
     for name, module in ENGINES.items():
         reason = module.unavailable()
