@@ -6,12 +6,16 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
+
+from pamm.ops.compiled import Kernel
 
 NARROWER = ["-mno-avx512f", "-mno-avx"]
 """Flags for vectors of 8 numbers (AVX2) and of 4 (SSE, NEON)."""
@@ -31,11 +35,15 @@ def in_fresh_process(module: str, code: str, **environment: str) -> str:
     return done.stdout
 
 
-def freshly_compiled(module: str, code: str, flag: str, cache: Path) -> str:
-    """As `in_fresh_process`, with one kernel compiled with a flag more into an empty cache."""
-    printed = in_fresh_process(module, code, CC=f"{os.environ.get('CC', 'cc')} {flag}", XDG_CACHE_HOME=str(cache))
-    assert sorted(path.suffix for path in (cache / "pamm" / "kernels").iterdir()) == [".sha256", ".so"]
-    return printed
+@contextmanager
+def not_yet_loaded(module: ModuleType, cache: Path, flag: str = "") -> Iterator[None]:
+    """Inside, the C kernel of a module is as in a new process: it will be compiled, with a flag more, into an empty cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "KERNEL", Kernel(module.KERNEL.source, module.KERNEL.declare))
+        patch.setenv("CC", f"{os.environ.get('CC', 'cc')} {flag}")
+        patch.setenv("XDG_CACHE_HOME", str(cache))
+        yield
+        assert sorted(path.suffix for path in (cache / "pamm" / "kernels").iterdir()) == [".sha256", ".so"]
 
 
 def assert_same_bits_for_any_number_of_threads(run: Callable[[], Sequence[Tensor]]) -> None:
@@ -48,13 +56,9 @@ def assert_same_bits_for_any_number_of_threads(run: Callable[[], Sequence[Tensor
         assert all(a.isfinite().all() and torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-def assert_compiles_to_one_graph(module: str, call: str, *, before: str = "") -> None:
-    """`call`, an expression, in a process where no kernel was loaded before."""
-    code = (
-        f"{before}\ngiven = problem()\n"
-        f"function = lambda given: {call}\n"
-        "with torch.no_grad():\n"
-        "    compiled = torch.compile(function, backend='aot_eager', fullgraph=True)(given)\n"
-        "    assert torch.equal(compiled, function(given))"
-    )
-    in_fresh_process(module, code)
+def assert_compiles_to_one_graph(function: Callable[..., Tensor], module: ModuleType, cache: Path) -> None:
+    """A function without arguments, in which the module's kernel is loaded while the graph is made."""
+    torch._dynamo.reset()
+    with not_yet_loaded(module, cache), torch.no_grad():
+        compiled = torch.compile(function, backend="aot_eager", fullgraph=True)()
+        assert torch.equal(compiled, function())

@@ -1,6 +1,6 @@
-"""One optimizer step on one or two processes; writes losses, gradients and weights. Run by test_train.py.
+"""One optimizer step on one or two processes, for each loss scheme and with all labels or without some. Run by test_train.py.
 
-Arguments: cache of the synthetic data, number of processes, loss scheme, "complete" or "missing" labels, output file.
+Arguments: cache of the synthetic data, number of processes, output file; it takes {"scheme-labels": losses, gradients, weights}.
 """
 
 import sys
@@ -25,16 +25,24 @@ def take_labels(batch: Batch, tasks: Mapping[str, Task], first: int) -> None:
             batch.labels[name][row] = tasks[name].missing(batch.labels[name].shape[-2:])
 
 
-if __name__ == "__main__":
-    root, devices, scheme, labels, out = sys.argv[1:]
-    settings = experiment(root, steps=1, batch=4, devices=int(devices), scheme=scheme)
-    loop, loader = create_loop(settings, Path(out).with_suffix(""))
+def step(root: str, devices: int, scheme: str, labels: str, folder: Path) -> dict:
+    loop, loader = create_loop(experiment(root, steps=1, batch=4, devices=devices, scheme=scheme), folder)
     parts = next(iter(loader))
     if labels == "missing":
         take_labels(parts[0], loop.tasks, loop.fabric.global_rank * len(parts[0].ids))
     losses, _ = loop.update(parts)
-    if loop.fabric.is_global_zero:
-        gradients = {name: p.grad for name, p in loop.network.named_parameters()}
-        torch.save({"losses": losses, "gradients": gradients, "weights": loop.network.state_dict()}, out)
+    gradients = {name: p.grad for name, p in loop.network.named_parameters()}
     loop.fabric.barrier()
     loop.close()
+    return {"losses": losses, "gradients": gradients, "weights": loop.network.state_dict()}
+
+
+if __name__ == "__main__":
+    root, devices, out = sys.argv[1:]
+    found = {
+        f"{scheme}-{labels}": step(root, int(devices), scheme, labels, Path(out).with_suffix("") / scheme / labels)
+        for scheme in ("sum", "log_sum")
+        for labels in ("complete", "missing")
+    }
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        torch.save(found, out)

@@ -13,9 +13,8 @@ from c_kernels import (
     NARROWER,
     assert_compiles_to_one_graph,
     assert_same_bits_for_any_number_of_threads,
-    freshly_compiled,
-    in_fresh_process,
     needs_x86,
+    not_yet_loaded,
 )
 from pamm.kernels import attention as module
 from pamm.kernels.attention import KERNEL, attention
@@ -151,43 +150,44 @@ def test_registration_as_an_operator():
     torch.library.opcheck(torch.ops.pamm.attention_backward.default, (torch.randn_like(kept[0]), *given, *kept))
 
 
-CHOSEN = "module.matrix.SLOW_PRODUCTS, module.SMALLEST = True, 1"
+@pytest.fixture
+def chosen(monkeypatch) -> None:
+    """The kernel is taken whatever the processor and the size."""
+    monkeypatch.setattr(module.matrix, "SLOW_PRODUCTS", True)
+    monkeypatch.setattr(module, "SMALLEST", 1)
 
 
 @needs_compiler
-def test_compiles_to_one_graph():
-    assert_compiles_to_one_graph("test_attention", "attention(*given) + 1", before=CHOSEN)
+def test_compiles_to_one_graph(chosen, tmp_path):
+    given = problem()
+    assert_compiles_to_one_graph(lambda: attention(*given) + 1, module, tmp_path)
 
 
 @needs_compiler
-def test_gradients_of_one_compiled_graph():
-    code = (
-        f"{CHOSEN}\ngiven = problem()\n"
-        "compiled = torch.compile(attention, backend='aot_eager', fullgraph=True)\n"
-        "found, expected = (gradients(form, given, torch.ones_like(given[0])) for form in (compiled, attention))\n"
-        "assert all(map(torch.equal, found, expected))"
-    )
-    in_fresh_process("test_attention", code)
+def test_gradients_of_one_compiled_graph(chosen, tmp_path):
+    given = problem()
+    torch._dynamo.reset()
+    with not_yet_loaded(module, tmp_path):
+        compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
+        found, expected = (gradients(form, given, torch.ones_like(given[0])) for form in (compiled, attention))
+        assert all(map(torch.equal, found, expected))
 
 
 @needs_compiler
 @needs_x86
 @pytest.mark.parametrize("narrower", NARROWER)
 def test_kernel_of_older_processors(narrower, tmp_path):
-    code = (
-        "for case in CASES:\n"
-        "    test_kernel_is_softmax_attention(case, torch.float32)\n"
-        "    test_gradients_are_those_of_softmax_attention(case, torch.float32)\n"
-        "for place in (0, 1): test_what_is_not_a_number_stays_so(place)"
-    )
-    freshly_compiled("test_attention", code, narrower, tmp_path)
+    with not_yet_loaded(module, tmp_path, narrower):
+        for case in CASES:
+            test_kernel_is_softmax_attention(case, torch.float32)
+            test_gradients_are_those_of_softmax_attention(case, torch.float32)
+        for place in (0, 1):
+            test_what_is_not_a_number_stays_so(place)
 
 
 @pytest.fixture
-def operator_calls(monkeypatch) -> list[bool]:
-    """As on a processor where the kernel is the faster one, whatever this one is; notes every use of the kernel."""
-    monkeypatch.setattr(module.matrix, "SLOW_PRODUCTS", True)
-    monkeypatch.setattr(module, "SMALLEST", 1)
+def operator_calls(chosen, monkeypatch) -> list[bool]:
+    """Notes every use of the kernel."""
     calls = []
 
     def note(*tensors: Tensor) -> tuple[Tensor, Tensor]:

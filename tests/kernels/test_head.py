@@ -11,9 +11,8 @@ from c_kernels import (
     NARROWER,
     assert_compiles_to_one_graph,
     assert_same_bits_for_any_number_of_threads,
-    freshly_compiled,
-    in_fresh_process,
     needs_x86,
+    not_yet_loaded,
 )
 from pamm.kernels import head as module
 from pamm.kernels.head import KERNEL, in_torch, logits, taps, trained
@@ -251,21 +250,20 @@ def test_registration_as_an_operator():
 
 
 @needs_compiler
-def test_compiles_to_one_graph():
-    assert_compiles_to_one_graph("test_head", "logits(*given[0], given[1])")
+def test_compiles_to_one_graph(tmp_path):
+    given, size = problem()
+    assert_compiles_to_one_graph(lambda: logits(*given, size), module, tmp_path)
 
 
 @needs_compiler
 @needs_x86
 @pytest.mark.parametrize("narrower", NARROWER)
 def test_kernel_of_older_processors(narrower, tmp_path):
-    code = (
-        "for case in ('one column, one output', 'batch', 'three times the size'):\n"
-        "    test_kernel_in_training(case)\n"
-        "    test_kernel_in_inference(case)\n"
-        "test_gelu_far_from_zero_and_of_no_number()"
-    )
-    freshly_compiled("test_head", code, narrower, tmp_path)
+    with not_yet_loaded(module, tmp_path, narrower):
+        for case in ("one column, one output", "batch", "three times the size"):
+            test_kernel_in_training(case)
+            test_kernel_in_inference(case)
+        test_gelu_far_from_zero_and_of_no_number()
 
 
 @needs_compiler
@@ -287,13 +285,13 @@ def test_parameters_of_another_size_or_dtype_are_refused(wrong):
 
 @needs_compiler
 def test_another_default_dtype_changes_nothing():
-    code = (
-        "given, size = problem(scale=3)\n"
-        "torch.set_default_dtype(torch.float64)\n"
-        "found = trained(*given, EPS, size)[0]\n"
-        "assert error(found, in_torch(*doubles(given), EPS, size)) < TOLERANCE"
-    )
-    in_fresh_process("test_head", code)
+    given, size = problem(scale=3)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = trained(*given, EPS, size)[0]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert error(found, in_torch(*doubles(given), EPS, size)) < TOLERANCE
 
 
 def test_what_the_kernel_takes():

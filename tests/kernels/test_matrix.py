@@ -14,8 +14,8 @@ from c_kernels import (
     NARROWER,
     assert_compiles_to_one_graph,
     assert_same_bits_for_any_number_of_threads,
-    freshly_compiled,
     needs_x86,
+    not_yet_loaded,
 )
 from pamm.kernels import matrix
 from pamm.kernels.matrix import KERNEL, KernelLinear, KernelTaskLinear
@@ -152,14 +152,12 @@ def test_registration_as_an_operator():
 @needs_x86
 @pytest.mark.parametrize("narrower", NARROWER)
 def test_kernel_of_older_processors(narrower, tmp_path):
-    code = (
-        "for case in CASES:\n"
-        "    test_kernel_is_the_product(case)\n"
-        "    test_gradients_are_the_products(case)\n"
-        "test_any_layout_gives_the_same_bits_and_gradients(turned, turned)\n"
-        "test_what_is_not_finite_reaches_its_row_and_column_alone(float('nan'))"
-    )
-    freshly_compiled("test_matrix", code, narrower, tmp_path)
+    with not_yet_loaded(matrix, tmp_path, narrower):
+        for case in CASES:
+            test_kernel_is_the_product(case)
+            test_gradients_are_the_products(case)
+        test_any_layout_gives_the_same_bits_and_gradients(turned, turned)
+        test_what_is_not_finite_reaches_its_row_and_column_alone(float("nan"))
 
 
 @needs_compiler
@@ -262,10 +260,10 @@ def test_derivatives_of_other_kinds_are_torchs(used, kind):
 
 
 @needs_compiler
-def test_compiles_to_one_graph():
-    chosen = "matrix.SLOW_PRODUCTS, matrix.SMALLEST, matrix.SMALLEST_WEIGHT, matrix.FEWEST_ROWS = True, 0, 0, 1"
-    call = "matrix.batched_linear(given[0], given[1].mT, given[2][:, None]) + 1"
-    assert_compiles_to_one_graph("test_matrix", call, before=chosen)
+def test_compiles_to_one_graph(used, monkeypatch, tmp_path):
+    monkeypatch.setattr(matrix, "FEWEST_ROWS", 1)
+    a, b, bias = problem()
+    assert_compiles_to_one_graph(lambda: matrix.batched_linear(a, b.mT, bias[:, None]) + 1, matrix, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["one", "task"])

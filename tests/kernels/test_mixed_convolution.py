@@ -11,8 +11,8 @@ from c_kernels import (
     NARROWER,
     assert_compiles_to_one_graph,
     assert_same_bits_for_any_number_of_threads,
-    freshly_compiled,
     needs_x86,
+    not_yet_loaded,
 )
 from pamm.kernels import mixed_convolution as module
 from pamm.kernels.mixed_convolution import KERNEL, mixed_convolution
@@ -111,17 +111,15 @@ def test_torchs_form_is_the_same(taps, monkeypatch):
 
 
 @needs_compiler
-def test_compiles_to_one_graph():
-    assert_compiles_to_one_graph("test_mixed_convolution", "mixed_convolution(*given) + 1")
+def test_compiles_to_one_graph(tmp_path):
+    given = problem()
+    assert_compiles_to_one_graph(lambda: mixed_convolution(*given) + 1, module, tmp_path)
 
 
 @needs_compiler
 @needs_x86
 @pytest.mark.parametrize("narrower", NARROWER)
 def test_kernel_of_older_processors(narrower, tmp_path):
-    freshly_compiled(
-        "test_mixed_convolution",
-        "for case in CASES: test_kernel_is_a_convolution_with_the_sum(case)",
-        narrower,
-        tmp_path,
-    )
+    with not_yet_loaded(module, tmp_path, narrower):
+        for case in CASES:
+            test_kernel_is_a_convolution_with_the_sum(case)

@@ -11,8 +11,8 @@ from c_kernels import (
     NARROWER,
     assert_compiles_to_one_graph,
     assert_same_bits_for_any_number_of_threads,
-    freshly_compiled,
     needs_x86,
+    not_yet_loaded,
 )
 from pamm.kernels import accelerate
 from pamm.kernels import winograd as module
@@ -115,21 +115,21 @@ def test_registration_as_an_operator():
 
 
 @needs_compiler
-def test_compiles_to_one_graph():
-    chosen = "module.FEWEST_CHANNELS = module.FEWEST_TILES = 1"
-    assert_compiles_to_one_graph("test_winograd", "convolution_3x3(*given) + 1", before=chosen)
+def test_compiles_to_one_graph(monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "FEWEST_CHANNELS", 1)
+    monkeypatch.setattr(module, "FEWEST_TILES", 1)
+    given = problem()
+    assert_compiles_to_one_graph(lambda: convolution_3x3(*given) + 1, module, tmp_path)
 
 
 @needs_compiler
 @needs_x86
 @pytest.mark.parametrize("narrower", NARROWER)
 def test_kernel_of_older_processors(narrower, tmp_path):
-    code = (
-        "for case in CASES:\n"
-        "    test_kernel_is_the_convolution(case)\n"
-        "    test_gradients_are_the_convolutions(case, torch.channels_last)"
-    )
-    freshly_compiled("test_winograd", code, narrower, tmp_path)
+    with not_yet_loaded(module, tmp_path, narrower):
+        for case in CASES:
+            test_kernel_is_the_convolution(case)
+            test_gradients_are_the_convolutions(case, torch.channels_last)
 
 
 @pytest.fixture

@@ -27,19 +27,30 @@ INTERPRETED = {
 """Small: the interpreter takes milliseconds a position."""
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("programs", [1, 2048], ids=["sums-in-place", "copies"])
-@pytest.mark.parametrize("per_order", [False, True], ids=["shared", "per-order"])
-def test_interpreted_kernels_equal_reference(per_order, programs):
-    """With few programs the orders and tiles are added up inside a program, with many each writes a copy."""
+IN_PLACE, COPIES = 1, 2048
+"""Programs: with few the orders and tiles are added up inside a program, with many each writes a copy."""
+RUNS = [("odd", IN_PLACE, False), ("tiles", IN_PLACE, True), ("tiles", COPIES, False), ("two-chunks", COPIES, True)]
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [
+        pytest.param([*RUNS, ("one-state", IN_PLACE, False)], id="each"),
+        pytest.param(
+            [(case, programs, own) for case in INTERPRETED for programs in (IN_PLACE, COPIES) for own in (False, True)],
+            id="all",
+            marks=pytest.mark.exhaustive,
+        ),
+    ],
+)
+def test_interpreted_kernels_equal_reference(runs):
     in_fresh_process(
         "test_selective_scan",
         f"""
 from pamm.ops.selective_scan import triton
-triton.PROGRAMS = {programs}
 assert choose("cpu", torch.float32, "triton") == "triton"
-for case in {list(INTERPRETED.values())}:
-    inputs, orders = problem(**case, per_order={per_order})
+for case, triton.PROGRAMS, per_order in {runs}:
+    inputs, orders = problem(**{INTERPRETED}[case], per_order=per_order)
     expected = run(in_double(inputs), orders, "reference")
     assert_close(run(inputs, orders, "triton"), expected, FLOAT32_TOLERANCE)
     with torch.no_grad():
@@ -49,7 +60,6 @@ for case in {list(INTERPRETED.values())}:
     )
 
 
-@pytest.mark.slow
 def test_interpreted_kernels_in_bfloat16_with_extreme_steps_and_twice_the_same():
     in_fresh_process(
         "test_selective_scan",
@@ -97,7 +107,6 @@ POINTERS = ("x", "dy", "step", "A", "B", "C", "D", "orders", "y", "kept", "scrat
 TYPES = {"x": "*bf16", "dy": "*bf16", "orders": "*i32"}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("kernel", "even"), [("scan_forward", True), ("scan_backward", False)])
 def test_kernels_compile_for_a_gpu_that_is_not_here(kernel, even):
     """What the interpreter cannot tell: that the compiler takes the kernels, and that their tiles fit the registers."""

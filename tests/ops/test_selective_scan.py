@@ -8,8 +8,8 @@ from torch import Tensor
 from c_kernels import (
     NARROWER,
     assert_same_bits_for_any_number_of_threads,
-    freshly_compiled,
     needs_x86,
+    not_yet_loaded,
 )
 from pamm.nn.serialize import row_column_orders, scan_orders
 from pamm.ops.selective_scan import ENGINES, choose, explain, native, selective_scan
@@ -348,14 +348,13 @@ def test_shapes_without_values():
 @pytest.mark.skipif("native" not in RUNNING, reason="no C compiler here")
 @pytest.mark.parametrize("narrower", NARROWER)
 def test_kernel_of_older_processors(narrower, tmp_path):
-    code = (
-        "for per_order in (False, True):\n"
-        "    inputs, orders = problem(**CASES['odd'], per_order=per_order)\n"
-        "    assert_close(run(inputs, orders, 'native'), run(in_double(inputs), orders, 'reference'), FLOAT32_TOLERANCE)\n"
-        "print(explain()[0].reason)\n"
-    )
-    lanes = freshly_compiled("test_selective_scan", code, narrower, tmp_path)
-    assert dict(zip(NARROWER, ("8 channels per vector", "4 channels per vector"), strict=True))[narrower] in lanes
+    with not_yet_loaded(native, tmp_path, narrower):
+        for per_order in (False, True):
+            inputs, orders = problem(**CASES["odd"], per_order=per_order)
+            expected = run(in_double(inputs), orders, "reference")
+            assert_close(run(inputs, orders, "native"), expected, FLOAT32_TOLERANCE)
+        lanes = dict(zip(NARROWER, ("8 channels per vector", "4 channels per vector"), strict=True))
+        assert lanes[narrower] in explain()[0].reason
 
 
 @pytest.mark.skipif("native" not in RUNNING, reason="no C kernel here")
