@@ -142,33 +142,24 @@ def test_the_plain_form_of_a_variant_is_refused():
 
 def test_scan_writes_whole_json_lines(tmp_path, capsys):
     out = tmp_path / "results.jsonl"
-    shape = "8,4,3,5,2"
-    arguments = [
-        "bench",
-        "scan",
-        shape,
-        "--plain",
-        "recurrence",
-        "--engine",
-        "step",
-        "--rounds",
-        "1",
-        "--budget",
-        "0.2",
-    ]
-    assert pamm([*arguments, "--threads", "1", "--out", str(out)]) == 0
+    arguments = ["bench", "scan", "8,4,3,5,2", "--rounds", "1", "--budget", "0.1", "--threads", "1", "--out", out]
+    for more in (
+        ("--what", "forward", "--plain", "recurrence"),
+        ("--what", "backward", "--plain", "recurrence", "--engine", "step", "--no-memory"),
+    ):
+        assert pamm([str(argument) for argument in (*arguments, *more)]) == 0
     printed = capsys.readouterr().out
     lines = [json.loads(line) for line in out.read_text().splitlines()]
-    names = ["pamm", "pamm: step", "recurrence"]
     assert [(line["what"], line["candidate"]) for line in lines] == [
-        (what, name) for what in ("forward", "forward + backward") for name in names
+        ("forward", "pamm"),
+        ("forward", "recurrence"),
+        *(("forward + backward", name) for name in ("pamm", "pamm: step", "recurrence")),
     ]
     for line in lines:
         assert tuple(line) == FIELDS and line["error"] is None
         assert line["shape"] | {"channels": 8, "state": 4, "height": 3, "width": 5, "orders": 2} == line["shape"]
-        seconds, memory = line["seconds"], line["memory"]
+        seconds = line["seconds"]
         assert 0 < seconds["q1"] <= seconds["median"] <= seconds["q3"] and seconds["calls"] >= 1
-        assert memory["peak"] >= memory["before"] > 0 and memory["working"] == memory["peak"] - memory["before"]
         assert line["state_steps_per_second"] == pytest.approx(8 * 4 * 15 * 2 / seconds["median"])
         assert (line["difference"] is None) == (line["candidate"] == "pamm")
         assert line["difference"] is None or line["difference"] < 1e-4
@@ -176,26 +167,15 @@ def test_scan_writes_whole_json_lines(tmp_path, capsys):
         assert line["machine"]["cores"] >= 1 and line["machine"]["torch"] == torch.__version__
         assert line["candidate"] in printed
     assert lines[0]["ratio"] == 1
+    for memory in (line["memory"] for line in lines[:2]):
+        assert memory["peak"] >= memory["before"] > 0 and memory["working"] == memory["peak"] - memory["before"]
 
 
 def test_a_network_is_measured_beside_its_plain_form(tmp_path):
     out = tmp_path / "results.jsonl"
-    arguments = [
-        "--size",
-        "48",
-        "64",
-        "--rounds",
-        "1",
-        "--budget",
-        "1",
-        "--threads",
-        "1",
-        "--no-memory",
-        "--out",
-        str(out),
-    ]
-    assert main(["model", "demo", "--part", "decoder", *arguments]) == 0
-    assert main(["train", "demo", "--grad-checkpointing", *arguments]) == 0
+    measuring = ["--size", "48", "64", "--rounds", "1", "--budget", "0.1", "--threads", "1", "--no-memory"]
+    assert main(["model", "demo", "--part", "decoder", *measuring, "--out", str(out)]) == 0
+    assert main(["train", "demo", "--grad-checkpointing", *measuring, "--out", str(out)]) == 0
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     trained = ["pamm", "pamm, recomputed", "plain, engine"]
     assert [line["candidate"] for line in lines] == ["pamm", "plain, engine", *trained]

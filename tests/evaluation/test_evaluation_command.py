@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -71,17 +72,17 @@ def evaluated(run: Path, out: Path, *more: object) -> dict:
 @pytest.mark.slow
 def test_the_same_json_and_pages_for_any_batch_size_and_number_of_processes(run, tmp_path):
     results, pages = [], []
-    for batch, devices in ((1, 1), (3, 1), (8, 1), (2, 2)):
+    for batch, devices in ((1, 1), (4, 1), (2, 2)):
         place = tmp_path / f"{batch}_{devices}"
         arguments = [run, "--batch", batch, "--devices", devices, "--pictures", 2, "--report", place]
-        done = subprocess.run(
-            [sys.executable, "-m", "pamm", "eval", *map(str, arguments), "--device", "cpu", "--workers", "0"],
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        assert done.returncode == 0, done.stderr
+        given = ["eval", *map(str, arguments), "--device", "cpu", "--workers", "0"]
+        if devices == 1:
+            assert main(given) == 0
+        else:
+            command = [sys.executable, "-m", "pamm", *given]
+            environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+            done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+            assert done.returncode == 0, done.stderr
         results.append(json.loads((place / "results.json").read_text()))
         # the command line, which stands in the page, is all that may differ
         text = "".join((place / name).read_text() for name in ("results.md", "report.html"))

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from command import run_command
 from pamm.training.run import train
 from runs import ENVIRONMENT, children, ended, logged, run, start, wait_until, written
 from tiny import experiment
@@ -42,14 +43,14 @@ def saved_step(folder: Path) -> int:
 
 @pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bits(rooms, tmp_path):
-    given = written(experiment(rooms, steps=30, save_every=7, eval_every=10, workers=1), tmp_path)
+    given = written(experiment(rooms, steps=15, save_every=4, eval_every=5, workers=1), tmp_path)
     whole = run("train", given, "--out", tmp_path / "whole", "--quiet")
     assert whole.returncode == 0, whole.stderr
     killed = start("train", given, "--out", tmp_path / "killed", "--quiet")
-    wait_until(lambda: logged(tmp_path / "killed/log.jsonl", 17), killed)
+    wait_until(lambda: logged(tmp_path / "killed/log.jsonl", 9), killed)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
-    assert 7 <= saved_step(tmp_path / "killed") < 30
+    assert 4 <= saved_step(tmp_path / "killed") < 15
     resumed = run("train", given, "--out", tmp_path / "killed", "--quiet")
     assert resumed.returncode == 0, resumed.stderr
     for part in ("last", "best"):
@@ -59,13 +60,20 @@ def test_a_killed_run_resumes_to_the_same_bits(rooms, tmp_path):
         tmp_path / "killed/results.json"
     ).read_text()
     steps = [json.loads(line) for line in (tmp_path / "killed/log.jsonl").read_text().splitlines()]
-    assert [entry["step"] for entry in steps if entry["kind"] == "train"] == list(range(1, 31))
-    assert [entry["step"] for entry in steps if entry["kind"] == "val"] == [10, 20, 30]
+    assert [entry["step"] for entry in steps if entry["kind"] == "train"] == list(range(1, 16))
+    assert [entry["step"] for entry in steps if entry["kind"] == "val"] == [5, 10, 15]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("whole_group", [False, True], ids=["process", "process group"])
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"])
+@pytest.mark.parametrize(
+    ("number", "code", "whole_group"),
+    [
+        pytest.param(signal.SIGTERM, 143, False, id="SIGTERM to the process"),
+        pytest.param(signal.SIGINT, 130, True, id="Ctrl-C to the group"),
+        pytest.param(signal.SIGTERM, 143, True, id="SIGTERM to the group", marks=pytest.mark.exhaustive),
+        pytest.param(signal.SIGINT, 130, False, id="Ctrl-C to the process", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_a_signal_saves_and_exits(rooms, tmp_path, number, code, whole_group):
     """Schedulers and terminals signal the whole group, the data loading workers included."""
     process, folder, _ = begun(rooms, tmp_path)
@@ -80,14 +88,12 @@ def test_a_signal_saves_and_exits(rooms, tmp_path, number, code, whole_group):
 
 @pytest.mark.slow
 @linux
-def test_one_process_per_run_folder(rooms, tmp_path):
+def test_one_process_per_run_folder(rooms, tmp_path, capsys):
     """The second is refused with the first's process; the first goes on. Killed, it leaves no lock and no worker."""
     process, folder, given = begun(rooms, tmp_path, save_every=1)
-    second = run("train", given, "--out", folder, "--quiet")
-    assert second.returncode == 1 and second.stderr.count("\n") == 1
-    assert f"another process (pid {process.pid} on " in second.stderr and "--out" in second.stderr
-    third = run("demo", "--out", folder, "--quiet")
-    assert third.returncode == 1 and f"another process (pid {process.pid} on " in third.stderr
+    for second in (("train", given), ("demo",)):
+        told = run_command(capsys, *second, "--out", folder, "--quiet", code=1)
+        assert f"another process (pid {process.pid} on " in told and "--out" in told and told.count("\n") == 1
     lines = (folder / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, len(lines) + 1)) and len(lines) >= 3
     workers = children(process.pid)
@@ -106,7 +112,7 @@ def test_one_process_per_run_folder(rooms, tmp_path):
 
 @pytest.mark.slow
 @linux
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGBUS])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGKILL, marks=pytest.mark.exhaustive), signal.SIGBUS])
 def test_a_killed_data_worker_is_told_in_a_line(rooms, tmp_path, number):
     process, folder, _ = begun(rooms, tmp_path, save_every=2)
     worker = next(child for child in children(process.pid))

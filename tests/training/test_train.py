@@ -86,7 +86,7 @@ def test_a_saved_run_is_measured_as_training_measured_it(rooms, tmp_path):
 
 
 def test_training_lowers_every_loss(rooms, tmp_path):
-    settings = experiment(rooms, steps=40, batch=6, warmup=5, lr=3e-3, optimizer="adamw")
+    settings = experiment(rooms, steps=60, batch=8, warmup=5, lr=2e-3, optimizer="adamw")
     train(settings, tmp_path, progress=False)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     losses = [{k: v for k, v in line.items() if k.startswith("loss/")} for line in lines if line["kind"] == "train"]
