@@ -88,12 +88,15 @@ def _create(name: str, options: Mapping[str, Any], weight: float) -> Task:
         raise ConfigError(f"tasks.{name}: {error}") from error
 
 
-def create_model(experiment: Experiment | str, *, pretrained: bool | None = None) -> MultiTaskModel:
+def create_model(
+    experiment: Experiment | str, *, pretrained: bool | None = None, device: str = "cpu"
+) -> MultiTaskModel:
     """Build the network of an experiment.
 
     Args:
         experiment: an experiment, or the name of a recipe, e.g. "nyud-pamm-b+no-experts".
         pretrained: whether to download the backbone's weights; None takes `model.backbone.pretrained`.
+        device: "cpu", or "meta" for weights that have shapes and take no memory.
 
     Returns:
         The network, in training mode.
@@ -107,4 +110,4 @@ def create_model(experiment: Experiment | str, *, pretrained: bool | None = None
     model = experiment.model
     if pretrained is not None:
         model = replace(model, backbone=replace(model.backbone, pretrained=pretrained))
-    return build_model(model, create_tasks(experiment), experiment.data.size)
+    return build_model(model, create_tasks(experiment), experiment.data.size, device)

@@ -74,14 +74,12 @@ def _devices() -> None:
 
 def _kernels() -> None:
     """What stands in for a network's modules here, and how many of a large PAMM's it replaces."""
-    import torch
 
     from pamm.build import create_model
     from pamm.kernels import REWRITES, accelerate
     from pamm.ops import kernel_cache
 
-    with torch.device("meta"):
-        report = accelerate(create_model("nyud-pamm-b", pretrained=False), training=False)
+    report = accelerate(create_model("nyud-pamm-b", pretrained=False, device="meta"), training=False)
     print("  faster modules in the place of a network's own (--kernels off: none; counts: in nyud-pamm-b):")
     for rewrite in REWRITES:
         reason = rewrite.objection() or rewrite.kernel.unavailable()

@@ -249,10 +249,9 @@ def test_delta_starts_log_uniform_and_a_at_minus_one_to_n():
 @pytest.mark.parametrize(("recipe", "width", "state_size"), [("pascal-pamm-l", 1024, 64), ("nyud-pamm-b", 768, 16)])
 def test_the_papers_recipes_build_at_full_size(recipe, width, state_size):
     experiment = get_recipe(recipe)
-    with torch.device("meta"):
-        backbone = replace(experiment.model.backbone, pretrained=False)
-        tasks = {name: create_task(name) for name in experiment.tasks}
-        model = build_model(replace(experiment.model, backbone=backbone), tasks, experiment.data.size)
+    backbone = replace(experiment.model.backbone, pretrained=False)
+    tasks = {name: create_task(name) for name in experiment.tasks}
+    model = build_model(replace(experiment.model, backbone=backbone), tasks, experiment.data.size, "meta")
     assert len(model.decoder.pame) == 4
     assert model.decoder.pame[0].A_log.shape == (len(tasks), 2 * width, state_size)
 

@@ -98,9 +98,8 @@ def test_gradients_are_the_published_ones_under_their_names(published_case, form
 def test_recipes_have_the_published_keys_shapes_and_sizes(recipe, manifest, parameters):
     listed = golden.manifest(f"{manifest}_swinl")
     experiment = get_recipe(recipe)
-    with torch.device("meta"):
-        config = replace(experiment.model, backbone=replace(experiment.model.backbone, pretrained=False))
-        model = build_model(config, create_tasks(experiment), experiment.data.size)
+    config = replace(experiment.model, backbone=replace(experiment.model.backbone, pretrained=False))
+    model = build_model(config, create_tasks(experiment), experiment.data.size, "meta")
     assert sum(p.numel() for p in model.parameters()) == parameters
     state = published(model, config.decoder.system)
     decoder = {key: list(value.shape) for key, value in state.items() if not key.startswith("backbone.")}

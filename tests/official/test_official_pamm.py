@@ -294,8 +294,7 @@ def test_the_real_checkpoints_manifest():
     manifest = golden.manifest("pamm_released_pascal_vitl")
     state = {key: torch.empty(shape, device="meta") for key, shape in manifest["state"].items()}
     loaded = official.load(state)
-    with torch.device("meta"):
-        built = create_model("pascal-pamm-released-l", pretrained=False)
+    built = create_model("pascal-pamm-released-l", pretrained=False, device="meta")
     assert built.settings["model"]["decoder"] == loaded.settings["model"]["decoder"]
     assert built.image_size == loaded.image_size == (512, 512)
     shapes = {name: tuple(value.shape) for name, value in built.state_dict().items()}
@@ -311,8 +310,7 @@ def test_the_real_checkpoints_manifest():
 
 
 def test_a_recipe_for_nyud_builds():
-    with torch.device("meta"):
-        model = create_model("nyud-pamm-released-l", pretrained=False)
+    model = create_model("nyud-pamm-released-l", pretrained=False, device="meta")
     assert sum(p.numel() for p in model.parameters()) == 632_884_125
     assert model.decoder.stages[0].B.routers["depth"].positions.shape == (28, 36)
 
@@ -320,8 +318,7 @@ def test_a_recipe_for_nyud_builds():
 def test_gradients_need_a_report_and_maps_a_decoder_that_hands_them_out():
     with pytest.raises(OfficialError, match=r"was not made by pamm\.official\.load"):
         official.gradients(small())
-    with torch.device("meta"):
-        paper = create_model("demo", pretrained=False)
+    paper = create_model("demo", pretrained=False, device="meta")
     with pytest.raises(OfficialError, match="PAMMDecoder hands out no"), official.intermediates(paper):
         pass
 

@@ -31,8 +31,8 @@ def test_every_recipe_decays_all_but_the_scans_and_the_priors(name):
     """As the published code (protocol §4), norms and biases included; but not what a decay would pull away from its meaning."""
     experiment = RECIPES[name]()
     config = replace(experiment.model, backbone=replace(experiment.model.backbone, pretrained=False))
-    with torch.device("meta"):
-        model = build_model(config, {task: create_task(task) for task in experiment.tasks}, experiment.data.size)
+    tasks = {task: create_task(task) for task in experiment.tasks}
+    model = build_model(config, tasks, experiment.data.size, "meta")
     kinds = {parameter: key.rsplit(".", 1)[-1] for key, parameter in model.named_parameters()}
     decays = {
         kind: {

@@ -44,8 +44,8 @@ def count_cost(experiment: Experiment, tasks: dict[str, Task]) -> Cost:
         The counts.
     """
     model = replace(experiment.model, backbone=replace(experiment.model.backbone, pretrained=False))
+    network = build_model(model, tasks, experiment.data.size, "meta").eval()
     with torch.device("meta"):
-        network = build_model(model, tasks, experiment.data.size).eval()
         for rewrite in (conv_head, mixed_convolution):  # what a prediction computes is counted, in torch
             replace_modules(network, rewrite.replacement)
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.pamm.selective_scan: _scan_flops})
