@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pamm.command_line import parser
 
 EXTRAS = {
-    "train": ["lightning_fabric", "torchmetrics", "scipy", "skimage", "tensorboard"],
+    "train": ["lightning_fabric", "torchmetrics", "scipy", "skimage", "cv2", "tensorboard"],
     "demo": ["trimesh", "embreex", "scipy", "skimage"],
     "plots": ["matplotlib"],
     "bench": ["mambapy", "matplotlib"],

@@ -1,4 +1,4 @@
-"""Transforms against OpenCV and against the definition of each step."""
+"""Transforms against the definition of each step."""
 
 from dataclasses import replace
 
@@ -17,10 +17,8 @@ from pamm.data.transforms import (
     TrainTransform,
     bilinear,
     frame,
-    hsv_to_rgb,
     normalize,
     photometric_distortion,
-    rgb_to_hsv,
     seen,
 )
 from pamm.tasks import create_task
@@ -50,22 +48,6 @@ def denormalize(image):
     return (image * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]) * 255
 
 
-def test_rgb_to_hsv_equals_opencv():
-    image = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
-    expected = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
-    np.testing.assert_array_equal(np.stack(rgb_to_hsv(image.transpose(2, 0, 1)), -1), expected)
-
-
-def test_hsv_to_rgb_is_opencvs_within_one_level():
-    """OpenCV truncates in its vector code and rounds in the rest of a row that fills no vector."""
-    random = np.random.default_rng(0)
-    hsv = np.stack([random.integers(0, high, (300, 256)) for high in (180, 256, 256)], -1).astype(np.uint8)
-    expected = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB).astype(int)
-    difference = hsv_to_rgb(*hsv.transpose(2, 0, 1)).transpose(1, 2, 0) - expected
-    assert np.abs(difference).max() <= 1
-    assert (difference != 0).mean() < 0.001
-
-
 class Script:
     """Stands in for a random generator: hands out the numbers listed."""
 
@@ -80,6 +62,7 @@ class Script:
 
 @pytest.mark.parametrize("contrast_first", [0, 1])
 def test_photometric_distortion_equals_its_definition_in_opencv(contrast_first):
+    """Bit for bit, as MMSegmentation writes it; OpenCV rounds a colour by up to one level differently on another processor."""
     image = np.random.default_rng(0).integers(0, 256, (200, 256, 3), dtype=np.uint8)
 
     def convert(values, alpha=1.0, beta=0.0):
@@ -99,9 +82,7 @@ def test_photometric_distortion_equals_its_definition_in_opencv(contrast_first):
     contrast = [1, 1.3]
     numbers = [1, 20.0, contrast_first, *contrast[: 2 * contrast_first], 1, 0.7, 1, -11, *contrast]
     result = photometric_distortion(image.transpose(2, 0, 1), Script(*numbers)).transpose(1, 2, 0)
-    difference = np.abs(result.astype(int) - expected)
-    assert (difference <= 4).mean() > 0.999
-    assert difference.mean() < 0.02
+    np.testing.assert_array_equal(result, expected)
 
 
 def test_photometric_distortion_without_luck_changes_nothing():
@@ -110,12 +91,17 @@ def test_photometric_distortion_without_luck_changes_nothing():
 
 
 @pytest.mark.parametrize("factor", [0.5, 0.77, 1.0, 1.33, 1.999])
-def test_bilinear_is_opencvs_also_in_a_window(factor):
+def test_zoom_is_bilinear_also_in_a_window(factor):
+    """Position (i + ½)·old/new − ½ of the image, at its edge that of the last pixel; no antialiasing."""
     image = np.random.default_rng(0).integers(0, 256, (75, 101, 3), dtype=np.uint8)
     size = (int(75 * factor), int(101 * factor))
-    expected = cv2.resize(image.astype(np.float32), size[::-1], interpolation=cv2.INTER_LINEAR)
-    window = (5, 9, 20, 30)
-    result = bilinear(image.transpose(2, 0, 1), size, window).transpose(1, 2, 0)
+
+    def weights(new, old):
+        position = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
+        return np.maximum(0, 1 - np.abs(position[:, None] - np.arange(old)))
+
+    expected = np.einsum("yi,xj,ijc->yxc", weights(size[0], 75), weights(size[1], 101), image.astype(float))
+    result = bilinear(image.transpose(2, 0, 1), size, (5, 9, 20, 30)).transpose(1, 2, 0)
     np.testing.assert_allclose(result, expected[5:25, 9:39], atol=1e-3)
 
 

@@ -1,14 +1,15 @@
 """From a sample as read to what the network sees: zoom, crop, mirror, colour, normalise, pad.
 
 The order and the ranges are those of the multi-task benchmarks on NYUD-v2 and PASCAL-Context (ATRC and its successors).
-Every random number comes from a generator seeded by (seed, epoch, index), and all arithmetic on images is elementwise
-NumPy, so that a sample has the same bits in any process, on any number of threads.
+Every random number comes from a generator seeded by (seed, epoch, index), so that a sample has the same bits in any process,
+on any number of threads. On another processor OpenCV's conversion from HSV may round a colour the other way: by one level.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -150,14 +151,10 @@ class TrainTransform:
 
 
 def bilinear(image: np.ndarray, size: tuple[int, int], box: Box) -> np.ndarray:
-    """The window `box` of the (3, H, W) image resized bilinearly to `size`, float32 (OpenCV's INTER_LINEAR)."""
+    """The window `box` of the (3, H, W) image resized bilinearly to `size`, float32."""
     top, left, height, width = box
-    rows, next_rows, row_weight = _neighbours(image.shape[-2], size[0], top, height)
-    columns, next_columns, column_weight = _neighbours(image.shape[-1], size[1], left, width)
-    first = image[:, rows].astype(np.float32)
-    lines = first + (image[:, next_rows] - first) * row_weight[:, None]
-    first = lines.take(columns, axis=-1)
-    return first + (lines.take(next_columns, axis=-1) - first) * column_weight
+    whole = _opencv().resize(_interleaved(image).astype(np.float32), (size[1], size[0]))
+    return whole[top : top + height, left : left + width].transpose(2, 0, 1)
 
 
 def photometric_distortion(image: np.ndarray, random: np.random.Generator) -> np.ndarray:
@@ -166,77 +163,44 @@ def photometric_distortion(image: np.ndarray, random: np.random.Generator) -> np
     Shift of ±32, factors of 0.5 to 1.5, hue shift of -18..17 (steps of 2°); contrast comes before or after the colours.
     Each step clips to 0..255 and truncates to uint8 (PhotoMetricDistortion of MMSegmentation).
     """
+    cv2, image, same = _opencv(), _interleaved(image), np.arange(256, dtype=np.uint8)
+
+    def recoloured(image: np.ndarray, hue: np.ndarray, saturation: np.ndarray) -> np.ndarray:
+        planes = cv2.LUT(cv2.cvtColor(image, cv2.COLOR_RGB2HSV), np.stack([hue, saturation, same], -1)[None])
+        return cv2.cvtColor(planes, cv2.COLOR_HSV2RGB)
+
     if random.integers(2):
-        image = _affine(random.uniform(-32, 32), 1.0)[image]
+        image = cv2.LUT(image, _affine(random.uniform(-32, 32), 1.0))
     contrast_first = bool(random.integers(2))
     if contrast_first and random.integers(2):
-        image = _affine(0.0, random.uniform(0.5, 1.5))[image]
+        image = cv2.LUT(image, _affine(0.0, random.uniform(0.5, 1.5)))
     if random.integers(2):
-        hue, saturation, value = rgb_to_hsv(image)
-        image = hsv_to_rgb(hue, _affine(0.0, random.uniform(0.5, 1.5))[saturation], value)
+        image = recoloured(image, same, _affine(0.0, random.uniform(0.5, 1.5)))
     if random.integers(2):
-        hue, saturation, value = rgb_to_hsv(image)
         shift = int(random.integers(-18, 18))
-        image = hsv_to_rgb(((hue.astype(np.int16) + shift) % 180).astype(np.uint8), saturation, value)
+        image = recoloured(image, ((np.arange(256) + shift) % 180).astype(np.uint8), same)
     if not contrast_first and random.integers(2):
-        image = _affine(0.0, random.uniform(0.5, 1.5))[image]
-    return image
+        image = cv2.LUT(image, _affine(0.0, random.uniform(0.5, 1.5)))
+    return image.transpose(2, 0, 1)
 
 
-def rgb_to_hsv(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(3, H, W) uint8 RGB → hue 0..179, saturation and value 0..255, each (H, W) uint8: OpenCV's 8-bit convention."""
-    red, green, blue = image.astype(np.int16)
-    value = np.maximum(np.maximum(red, green), blue)
-    chroma = value - np.minimum(np.minimum(red, green), blue)
-    hue = np.where(
-        value == red, green - blue, np.where(value == green, blue - red + 2 * chroma, red - green + 4 * chroma)
-    )
-    saturation = (chroma * _SATURATION[value] + 2048) >> 12
-    hue = (hue * _HUE[chroma] + 2048) >> 12
-    hue += 180 * (hue < 0)
-    return hue.astype(np.uint8), saturation.astype(np.uint8), value.astype(np.uint8)
+def _opencv() -> ModuleType:
+    """OpenCV without threads of its own, which a forked process would wait for."""
+    import cv2
+
+    cv2.setNumThreads(0)
+    return cv2
 
 
-def hsv_to_rgb(hue: np.ndarray, saturation: np.ndarray, value: np.ndarray) -> np.ndarray:
-    """Inverse of `rgb_to_hsv`, truncated to (3, H, W) uint8 (as OpenCV's vector code does)."""
-    sextant = hue // 30
-    fraction = hue.astype(np.float32) * np.float32(1 / 30) - sextant
-    saturation, light = (plane.astype(np.float32) * np.float32(1 / 255) for plane in (saturation, value))
-    low = light * (1 - saturation) * 255
-    falling = light * (1 - saturation * fraction) * 255
-    rising = light * (1 - saturation * (1 - fraction)) * 255
-    planes = np.stack([value, *(plane.astype(np.uint8) for plane in (low, falling, rising))])
-    pixels = np.arange(hue.size).reshape(hue.shape)
-    return np.stack([planes.take(order[sextant] * hue.size + pixels) for order in _SEXTANTS])
-
-
-_SEXTANTS = np.array([[0, 2, 1, 1, 3, 0], [3, 0, 0, 2, 1, 1], [1, 1, 3, 0, 0, 2]])
-"""Red, green, blue in each sixth of the hue circle: 0 the value, 1 the lowest, 2 falling, 3 rising."""
-
-
-def _reciprocals(numerator: float) -> np.ndarray:
-    """round(numerator · 2¹² / i) for i in 0..255, with 0 at 0: OpenCV's fixed-point division table."""
-    table = np.zeros(256, np.int32)
-    table[1:] = np.rint(numerator * 4096 / np.arange(1, 256))
-    return table
-
-
-_SATURATION = _reciprocals(255)
-_HUE = _reciprocals(30)
+def _interleaved(image: np.ndarray) -> np.ndarray:
+    """(3, H, W) → (H, W, 3), contiguous, as OpenCV takes pictures."""
+    return np.ascontiguousarray(image.transpose(1, 2, 0))
 
 
 def _affine(shift: float, factor: float) -> np.ndarray:
     """Table of the 256 values v·factor + shift, clipped and truncated to uint8."""
     values = np.arange(256, dtype=np.float32) * np.float32(factor) + np.float32(shift)
     return np.clip(values, 0, 255).astype(np.uint8)
-
-
-def _neighbours(old: int, new: int, start: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Source indices on both sides of the resized positions start..start+count-1, and the weight of the second."""
-    position = (np.arange(start, start + count) + 0.5) * (old / new) - 0.5
-    position = np.clip(position, 0, old - 1)
-    first = position.astype(np.intp)
-    return first, np.minimum(first + 1, old - 1), (position - first).astype(np.float32)
 
 
 def _fitting(size: tuple[int, int], limit: tuple[int, int]) -> tuple[int, int]:
@@ -258,7 +222,7 @@ def _shrink(
 
 def _resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """(3, H, W) values in 0..255 → (3, *size) uint8, antialiased bilinear (Pillow's)."""
-    picture = Image.fromarray(np.ascontiguousarray(np.rint(image).astype(np.uint8).transpose(1, 2, 0)))
+    picture = Image.fromarray(_interleaved(np.rint(image).astype(np.uint8)))
     return np.asarray(picture.resize((size[1], size[0]), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
 
 
