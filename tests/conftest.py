@@ -41,21 +41,19 @@ def form(request, monkeypatch) -> Iterator[Form]:
     """Runs a test with a network as it is, as users run a small one, and with the C kernels that only large layers use."""
     import torch
 
-    from pamm.kernels import attention, matrix, winograd
+    from pamm.kernels import matrix, winograd
 
     found = Form(request.param)
     if request.param == "every kernel":
         monkeypatch.setattr(matrix, "SLOW_PRODUCTS", True)
         for module, limits in (
             (matrix, ("SMALLEST", "SMALLEST_WEIGHT", "FEWEST_ROWS")),
-            (attention, ("SMALLEST", "FEWEST_QUERIES")),
             (winograd, ("FEWEST_CHANNELS", "FEWEST_TILES")),
         ):
             for limit in limits:
                 monkeypatch.setattr(module, limit, 1)
     operators = {
         "convolution_3x3": winograd.kernel_convolution,
-        "attention": attention.kernel_attention,
         "product": matrix.kernel_product,
     }
     for name, own in operators.items():

@@ -203,8 +203,8 @@ def test_layers_compute_what_torchs_forms_do(case, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["layers", "attention-x"], "found 'attention-x', expected layers among attention-b"),
-        (["layers", "attention-b", "--dtype", "bf16"], "on the CPU in float32"),
+        (["layers", "product-x"], "found 'product-x', expected layers among convolution-b"),
+        (["layers", "product-b", "--dtype", "bf16"], "on the CPU in float32"),
         (["layers", "experts-b", "--what", "backward"], "no backward pass; measure --what forward"),
         (["scan", "64,4"], "shape '64,4': expected one of nyud-b"),
         (["scan", "8,4,3,5,9"], "1 to 8 orders"),
@@ -309,10 +309,6 @@ def test_operations_of_the_c_kernels_are_those_they_carry_out():
     with operations() as counter:
         torch.ops.pamm.convolution_3x3(x.requires_grad_(), weight.requires_grad_(), bias).sum().backward()
     assert counter.get_total_flops() == 3 * 2 * 36 * tiles * pairs
-    q, k = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 7, 8)
-    with operations() as counter:
-        torch.ops.pamm.attention(q.requires_grad_(), k, k)[0].sum().backward()
-    assert counter.get_total_flops() == (2 + 5) * 2 * (2 * 3 * 5 * 7 * 8)
     with operations() as counter:
         kernels = torch.randn(6, 4, 9, 9), [torch.randn(2, 4, 9, 9)], torch.randn(6, 2)
         torch.ops.pamm.mixed_convolution(torch.randn(9, 20, 4), *kernels)

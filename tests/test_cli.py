@@ -81,7 +81,7 @@ def test_recipes_are_listed_and_printed(capsys):
 
 def test_doctor_explains_the_engines(capsys):
     text = told(capsys, "doctor", code=0)
-    for part in ("torch ", "reference", "step", "native", "ready", "3×3 convolutions", "attention"):
+    for part in ("torch ", "reference", "step", "native", "ready", "3×3 convolutions", "matrix products"):
         assert part in text
 
 

@@ -70,7 +70,7 @@ def arguments_parser() -> argparse.ArgumentParser:
     _scan_options(_kind(kinds, "scan", "the selective scan: engines, the published recurrence, mamba.py"))
     layers = _kind(kinds, "layers", "layers with C kernels of this package on a CPU, and torch's forms of them")
     layers.add_argument(
-        "layers", nargs="*", metavar="LAYER", help="attention-b, convolution-l, experts-b, ... (default: all)"
+        "layers", nargs="*", metavar="LAYER", help="convolution-l, experts-b, ... (default: all)"
     )
     layers.add_argument(
         "--what",

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pamm.kernels import accelerate, attention, matrix, mixed_convolution, winograd
+from pamm.kernels import accelerate, matrix, mixed_convolution, winograd
 from pamm.kernels.conv_head import SmallMapHead
 from pamm.models.pamm import ConvHead
 from pamm.nn.replace import taking_over
@@ -17,8 +17,6 @@ from speed import BenchError
 from speed.measure import Candidate, Workload
 
 CASES: dict[str, dict[str, int]] = {
-    "attention-b": {"heads": 12, "tokens": 1025, "width": 64},
-    "attention-l": {"heads": 16, "tokens": 1025, "width": 64},
     "convolution-b": {"channels": 768, "outputs": 768, "height": 32, "width": 32},
     "convolution-b-tasks": {"channels": 768, "outputs": 3840, "height": 32, "width": 32},
     "convolution-l": {"channels": 1024, "outputs": 1024, "height": 32, "width": 32},
@@ -29,7 +27,7 @@ CASES: dict[str, dict[str, int]] = {
     "product-b-tasks": {"tasks": 5, "rows": 1024, "inputs": 768, "outputs": 1536},
     "product-l": {"tasks": 1, "rows": 1025, "inputs": 1024, "outputs": 4096},
 }
-"""Attention of ViT-B and ViT-L at 512²; PAMM's 3×3 convolutions, the second of them of five tasks at once, and a head of 21
+"""PAMM's 3×3 convolutions, the second of them of five tasks at once, and a head of 21
 classes; one task's parameter B or C of one stage of the released PAMM, NYUD-v2's ViT-B and PASCAL-Context's ViT-L; the first layer
 of the ViTs' MLPs and the layer in front of PAMM's scan, of five tasks at once."""
 
@@ -52,13 +50,6 @@ def workload(settings: Mapping[str, Any], only: str | None = None) -> Workload:
     runs = LEARNING[kind](backward, **shape) if kind in LEARNING else _experts(**shape)
     chosen = [only] if only else list(runs)
     return Workload({candidate: Candidate(runs[candidate]) for candidate in chosen}, shape | {"layer": name})
-
-
-def _attention(backward: bool, *, heads: int, tokens: int, width: int) -> dict[str, Run]:
-    parts = torch.randn(1, tokens, 3, heads, width).permute(2, 0, 3, 1, 4)
-    dy = torch.randn(1, tokens, heads, width).transpose(1, 2)
-    forms = {"pamm": attention.attention, "torch": F.scaled_dot_product_attention}
-    return _forms(forms, dict(zip("qkv", parts.unbind(), strict=True)), dy, backward)
 
 
 def _convolution(backward: bool, *, channels: int, outputs: int, height: int, width: int) -> dict[str, Run]:
@@ -115,7 +106,7 @@ def _forms(
     return {name: lambda form=form: form(*inputs.values()) for name, form in forms.items()}
 
 
-LEARNING = {"attention": _attention, "convolution": _convolution, "head": _head, "product": _product}
+LEARNING = {"convolution": _convolution, "head": _head, "product": _product}
 """Kinds of layers whose kernels have a backward pass, and what makes their forms."""
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pamm.kernels import attention, head, matrix, mixed_convolution, winograd
+from pamm.kernels import head, matrix, mixed_convolution, winograd
 
 Shape = Sequence[int]
 
@@ -18,8 +18,6 @@ def operations() -> Any:
     from torch.utils.flop_counter import FlopCounterMode
 
     own = {
-        attention.kernel_attention: _attention,
-        attention.kernel_gradients: _attention_gradients,
         head.kernel_head: _head,
         head.head_logits: _head,
         head.head_backward: _head_backward,
@@ -39,15 +37,6 @@ def _convolution_backward(gradient: Shape, x: Shape, weight: Shape, *options: An
     transposed, wanted = options[4], options[7][:2]
     positions = (x if transposed else gradient)[2:]
     return sum(wanted) * 2 * x[0] * math.prod(positions) * math.prod(weight)
-
-
-def _attention(q: Shape, k: Shape, v: Shape, **_) -> int:
-    return 4 * math.prod(q) * k[2]
-
-
-def _attention_gradients(dy: Shape, q: Shape, k: Shape, *others: Any, **_) -> int:
-    """Five products: the scores are made again."""
-    return 5 * 2 * math.prod(q) * k[2]
 
 
 def _head(small: Shape, factor: Shape, shift: Shape, predict: Shape, *others: Any, **_) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pamm.kernels import attention, head, matrix, mixed_convolution, winograd
+from pamm.kernels import head, matrix, mixed_convolution, winograd
 from pamm.ops.compiled import Kernel
 from pamm.ops.selective_scan import choose, explain, native
 
@@ -35,6 +35,6 @@ def test_without_a_compiler_the_step_engine_runs(compiler, reason, in_new_proces
 
 def test_kernels_can_be_switched_off(in_new_process, monkeypatch):
     monkeypatch.setenv("PAMM_KERNELS", "off")
-    for module in (attention, head, matrix, mixed_convolution, winograd):
+    for module in (head, matrix, mixed_convolution, winograd):
         assert module.KERNEL.unavailable() == "switched off by PAMM_KERNELS=off"
     assert choose("cpu", torch.float32) == "step"

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from torch import nn
 
 from pamm.config.strict import ConfigError
-from pamm.kernels import attention, conv_head, head, matrix, mixed_convolution, winograd
+from pamm.kernels import conv_head, head, matrix, mixed_convolution, winograd
 from pamm.nn.replace import replace_modules
 from pamm.ops.compiled import VARIABLE, Kernel
 
@@ -58,13 +58,6 @@ REWRITES = (
         winograd.replacement,
         winograd.objection,
         winograd.KERNEL,
-    ),
-    Rewrite(
-        "attention",
-        "C kernel; CPU, float32 and bfloat16, without mask",
-        attention.replacement,
-        attention.objection,
-        attention.KERNEL,
     ),
     Rewrite(
         "matrix products",
