@@ -13,7 +13,7 @@ from pamm.ops.selective_scan import choose, explain, native
 @pytest.fixture
 def in_new_process(monkeypatch, tmp_path) -> None:
     """Every kernel as one that was not asked for yet, with an empty cache."""
-    for module in (native, attention, head, matrix, mixed_convolution, winograd):
+    for module in (native, head, matrix, mixed_convolution, winograd):
         monkeypatch.setattr(module, "KERNEL", Kernel(module.KERNEL.source, module.KERNEL.declare))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PAMM_KERNELS", "on")
