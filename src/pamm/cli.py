@@ -19,7 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         try:
             return run(sys.argv[1:] if arguments is None else arguments)
-        finally:  # here, not when Python ends: there a closed pipe or a full disk would be told in its own words
+        finally:  # here, because Python itself reports a closed pipe or a full disk at its end in other words
             for stream in (sys.stdout, sys.stderr):
                 if stream is not None:
                     stream.flush()
@@ -56,7 +56,7 @@ def run(arguments: list[str]) -> int:
 
 
 def told(error: Exception) -> str | None:
-    """What to say of an error: of one of this package's own, a missing extra, a file's error, a lack of memory; else None."""
+    """The message for an error of this package, a missing extra, an error of a file, or a lack of memory; else None."""
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("pamm"):
         return f"{error}. Install the missing extra: pip install 'pamm[train,demo]'"
     if isinstance(error, OSError) and error.filename is not None:
@@ -77,7 +77,7 @@ def usage() -> str:
     return (
         "usage: pamm COMMAND ...\n\n"
         "Multi-task dense prediction: one image in; segmentation, human parts, depth, surface normals, saliency and object\n"
-        f"boundaries out.\n\ncommands:\n{lines}\n\n`pamm COMMAND --help` tells a command's arguments."
+        f"boundaries out.\n\ncommands:\n{lines}\n\n`pamm COMMAND --help` lists a command's arguments."
     )
 
 

@@ -1,4 +1,4 @@
-"""What the commands share: their table, their parsers, experiments from arguments, and printing.
+"""Parts that all commands share: their table, their parsers, experiments from arguments, and printing.
 
 Nothing heavy is imported before a command needs it, so that `pamm --help` is instant.
 """
@@ -46,7 +46,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "look": ("look inside: predictions side by side, features, router weights, scan orders", "pamm.look.command:main"),
     "ablate": ("train the rows of a paper's table, or go on with them, and print it", "pamm.ablate.command:main"),
     "recipes": ("list the recipes, or print one", "pamm.config.recipes.command:main"),
-    "doctor": ("tell what runs on this machine and what does not, with the remedy", "pamm.doctor:main"),
+    "doctor": ("list the engines, kernels and extras of this machine, with remedies", "pamm.doctor:main"),
 }
 """Command → its help line and the function of its arguments that runs it, imported when it is called."""
 
@@ -132,7 +132,7 @@ def parse_experiment(name: str, arguments: list[str]) -> tuple[Experiment, argpa
 
 
 def with_tasks_of_folder(experiment: Experiment) -> Experiment:
-    """A recipe for anybody's folder with those of its tasks that the folder has labels for; tells which. Raises DataError."""
+    """A recipe for a folder, with those of its tasks that the folder has labels for; prints which. Raises DataError."""
     from pamm.build import label_options
     from pamm.runtime.distributed import is_first_process
 

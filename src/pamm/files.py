@@ -37,7 +37,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def usual_mode(path: Path) -> None:
-    """Give `path`, which a library wrote for its owner alone, the mode of any new file there (by the umask or the folder)."""
+    """Give `path`, which a library wrote readable only for its owner, the mode of any new file there (umask or folder)."""
     probe = path.with_name(f".pamm-{os.urandom(6).hex()}.new")
     try:
         probe.touch(exist_ok=False)
@@ -63,7 +63,7 @@ def shown(text: object, most: int = 80) -> str:
     """Text from outside (a file's name, a value of a configuration) as one harmless line of at most `most` characters.
 
     What a terminal would obey or hide (escape and control characters, line ends, marks of writing direction) and bytes that
-    are no text are written as escapes: `\\x1b`, `\\n`, `\\u202e`, `\\xff`. A longer text loses its middle, since a path's end tells
+    are no text are written as escapes: `\\x1b`, `\\n`, `\\u202e`, `\\xff`. A longer text loses its middle, since a path's end says
     as much as its start.
     """
     whole = str(text)
@@ -101,7 +101,7 @@ def cache_folder(name: str) -> Path:
             continue
         folder = Path(base) / "pamm" / name
         try:
-            for part in (folder.parents[1], folder.parent, folder):  # new ones are the user's alone
+            for part in (folder.parents[1], folder.parent, folder):  # only the user can read new ones
                 part.mkdir(0o700, parents=True, exist_ok=True)
         except OSError:
             continue

@@ -26,7 +26,7 @@ PER_STATE_STEP = 9
 
 
 class Cost(NamedTuple):
-    """What a network holds, and what one image costs it."""
+    """The parameters of a network, and its multiply-adds for one image."""
 
     parameters: int
     multiply_adds: int

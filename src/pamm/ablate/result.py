@@ -162,7 +162,7 @@ def _column(values: Sequence[Sequence[float]], task: str) -> list[str]:
 
 
 def _shown(values: Sequence[float], digits: int, sign: str = "") -> str:
-    """Mean ± sample standard deviation; the mean alone of a single value, a dash of none."""
+    """Mean ± sample standard deviation; only the mean for a single value, a dash for none."""
     if not values:
         return MISSING
     mean, spread = mean_and_spread(values)
@@ -195,7 +195,7 @@ def paper_figures(table: AblationTable, printed: PaperTable) -> Table:
 
 
 def notes(plan: Plan, results: Sequence[RowResult], protocol: str) -> list[str]:
-    """What a reader of the table must know."""
+    """Notes for the readers of the table."""
     said = [protocol] if protocol else []
     if any(len(result.scores) > 1 for result in results):
         said.append("± is the sample standard deviation over seeds.")

@@ -50,7 +50,7 @@ class Run:
         return FINISHED if (self.folder / "results.json").exists() else BEGUN
 
     def content(self) -> dict[str, Any] | None:
-        """What results.json of a finished run holds, else None. Raises GainError for a file that is not one of results."""
+        """Content of results.json of a finished run, else None. Raises GainError for a file that is not one of results."""
         if self.state() != FINISHED:
             return None
         path = self.folder / "results.json"

@@ -1,1 +1,1 @@
-"""What an experiment is: its options and their limits, recipes, strict reading of YAML. Nothing here needs torch."""
+"""Experiments: their options and limits, recipes, strict reading of YAML. Nothing here needs torch."""

@@ -58,7 +58,7 @@ class DataConfig:
     seed: int = 0
     """Synthetic data: seed of the scenes."""
     val_fraction: float = 0.0
-    """Folder data without val/: share of train's images that is the validation split, chosen by their names alone."""
+    """Folder data without val/: share of train's images that is the validation split, chosen only by their names."""
 
     @property
     def frame(self) -> tuple[int, int]:
@@ -102,9 +102,9 @@ class ExpertsConfig:
     """Parameter Experts (paper eq. 11-15)."""
 
     B: bool = True
-    """Experts on the parameter B; off: its linear projection alone (Table III)."""
+    """Experts on the parameter B; off: only its linear projection (Table III)."""
     C: bool = True
-    """Experts on the parameter C; off: its linear projection alone (Table III)."""
+    """Experts on the parameter C; off: only its linear projection (Table III)."""
     count: int = 15
     """Number of experts shared by the tasks."""
     top_k: int = 9
@@ -148,15 +148,15 @@ class MTMambaConfig:
     stm: int = 2
     """STM blocks per stage (Table 2)."""
     block: Literal["stm", "swin"] = "stm"
-    """What the stm blocks of a stage are: STM, or standard Swin blocks (Table 2)."""
+    """Kind of the STM blocks of a stage: STM, or standard Swin blocks (Table 2)."""
     ctm: bool = True
     """Cross-task block (Table 2)."""
     ctm_gate: float | None = None
     """MTMamba: fixed gate g of the CTM block, 0 for the task's own feature, 1 for the shared one (Table 5); None: learned."""
     extractor: Literal["mamba", "attention"] = "mamba"
-    """What extracts features in all blocks: the Mamba-based MFE, or attention in windows (Table 3)."""
+    """Feature extractor of all blocks: the Mamba-based MFE, or attention in windows (Table 3)."""
     gate: Literal["linear", "attention"] = "linear"
-    """What makes the gates of all blocks (Table 4)."""
+    """Kind of the gates of all blocks (Table 4)."""
     window_size: int = 8
     """Side of the windows of Tables 3 and 4, positions."""
     expand: int = 2
@@ -206,7 +206,7 @@ class ModelConfig:
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     """Image encoder."""
     decoder: PAMMConfig | ReleasedConfig | MTMambaConfig = field(default_factory=PAMMConfig)
-    """Multi-task decoder; the field `system` tells which."""
+    """Multi-task decoder; the field `system` selects it."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What an experiment's numbers and names may be, checked before anything is built. This file imports no torch."""
+"""Limits of an experiment's numbers and names, checked before anything is built. This file imports no torch."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def check(experiment: Experiment) -> None:
 
 
 def check_values(experiment: Experiment) -> None:
-    """As `check`, of names and numbers alone: a file of settings that others may complete or correct."""
+    """As `check`, but only for names and numbers: other settings of the file may be completed or corrected later."""
     check_name(experiment.name)
     check_ranges(to_dict(experiment), LIMITS | {f"tasks.{name}.weight": (0, 1e9) for name in experiment.tasks})
 

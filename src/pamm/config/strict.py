@@ -143,7 +143,7 @@ def _plain(value: Any, where: str) -> Any:
 def _member(members: list[Any], value: Any, where: str) -> Any:
     """The member of a union that a value is meant for, or ConfigError.
 
-    A list is meant for a tuple. Dataclasses share a field of literals, such as `system`, whose values tell them apart; a
+    A list is meant for a tuple. Dataclasses share a field of literals, such as `system`, whose values identify them; a
     mapping without that field means the first member.
     """
     if not dataclasses.is_dataclass(members[0]) or len(members) == 1:

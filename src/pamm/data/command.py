@@ -18,7 +18,9 @@ def main(arguments: list[str]) -> int:
         help="a folder data set, a recipe's name or an experiment.yaml; of equal names the recipe's is meant, ./NAME the folder",
     )
     own.add_argument("--root", help="with a recipe: folder of the data set, in place of the configured one")
-    own.add_argument("--deep", action="store_true", help="read every file; tell what labels hold and all that is wrong")
+    own.add_argument(
+        "--deep", action="store_true", help="read every file; report the content of the labels and every error"
+    )
     own.add_argument(
         "--val-fraction", type=float, help="as data.val_fraction: share of train that is the validation split"
     )

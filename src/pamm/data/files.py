@@ -1,4 +1,4 @@
-"""What data sets of files have in common: finding and checking files."""
+"""Common parts of data sets of files: finding and checking files."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@
 <root>/<split>/images/<id>.jpg           or .png, .webp, ...; <split> is train or val
 <root>/<split>/<task>/<id>.png           or .npy for depth; any subset of the images, for any subset of the tasks
 
-With `data.val_fraction`, the validation split is a part of train's images, chosen by their ids alone.
+With `data.val_fraction`, the validation split is a part of train's images, chosen only by their ids.
 """
 
 from __future__ import annotations
@@ -230,7 +230,7 @@ class FolderDataset(FileDataset):
 
 
 def position(id: str) -> float:
-    """Place of an image in [0, 1), by its id alone: those below `data.val_fraction` are the validation split.
+    """Place of an image in [0, 1), only from its id: those below `data.val_fraction` are the validation split.
 
     The first 8 bytes of the SHA-256 of the id in UTF-8, over 2^64: the same on every machine, whatever else is there.
     """
@@ -325,7 +325,7 @@ def _check_name(root: Path) -> bool:
 
 
 def _describe(root: Path) -> Description:
-    """dataset.yaml, or what the folder names tell. Raises DataError."""
+    """dataset.yaml, or a description derived from the folder names. Raises DataError."""
     path = root / "dataset.yaml"
     if not _check_name(root):
         folders = {name for split in _SPLITS for name in names_in(root / split)}

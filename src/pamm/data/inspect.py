@@ -1,4 +1,4 @@
-"""What a data set holds, and what is wrong or doubtful with it: the content of `pamm data`, and the notes before training."""
+"""Content of a data set, errors and doubtful values: for `pamm data`, and for the notes before training."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class SplitReport:
     largest: tuple[int, int] | None = None
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    """What is worth knowing and no mistake, e.g. fewer images than published, a class that no label holds."""
+    """Notes that are no mistakes, e.g. fewer images than published, a class that no label holds."""
     contents: dict[str, str] = field(default_factory=dict)
     """Task → what its labels hold, in words; where they were read."""
 
@@ -91,7 +91,7 @@ def _readers(config: DataConfig, options: Mapping[str, Mapping[str, Any]]) -> di
 def _further_problems(
     config: DataConfig, options: Mapping[str, Mapping[str, Any]], split: str, first: str
 ) -> list[str]:
-    """What is wrong with the labels of every task, where opening all of them ended with the first mistake."""
+    """Errors in the labels of every task, if opening all of them ended with the first error."""
     kind, found = DATASETS[config.name], [first]
     try:
         tasks = _readers(config, options)
@@ -107,7 +107,7 @@ def _further_problems(
 
 
 def _mistake(message: object) -> str:
-    """What a message says is wrong; the remedy, which may name the tasks that were asked for, comes after it."""
+    """The error in a message, without the remedy, which may name the requested tasks."""
     return str(message).partition(": ")[0]
 
 
@@ -144,7 +144,7 @@ def format_inspection(reports: Iterable[SplitReport], *, most: int = 20) -> str:
 
 
 def notes_before_training(datasets: Sequence[Dataset], *, most: int = SAMPLED) -> list[str]:
-    """What a user should know of the splits before the first step; nothing where all is well.
+    """Notes on the splits before the first step; empty if all is well.
 
     Read are at most `most` labels of each task and split, evenly spread over those there are (`RARE` times as many while a
     class occurs in none), and the headers of their images. Data that is made here is not looked at. Raises DataError for a
@@ -182,7 +182,7 @@ def spread(indices: Sequence[int], most: int) -> Sequence[int]:
 
 
 class Contents:
-    """What the labels that were read hold, summed over a split."""
+    """Counts of the labels that were read, summed over a split."""
 
     def __init__(self, tasks: Mapping[str, Task]):
         self.tasks = tasks
@@ -209,7 +209,7 @@ class Contents:
         return {name: task.describe(self.found[name]) for name, task in self.tasks.items() if self.found[name].labels}
 
     def notes(self, labelled: Mapping[str, int]) -> list[str]:
-        """What is doubtful. labelled: task → labels there are, of which those added may be a part."""
+        """Doubtful values. labelled: task → number of labels; those that were added may be a part of them."""
         notes = []
         for name, task in self.tasks.items():
             read, empty = self.found[name].labels, self.empty[name]
@@ -221,7 +221,7 @@ class Contents:
         if self.turned:
             notes.append(
                 f"{len(self.turned)} of {self.images} labelled images are shown turned by their EXIF orientation at the size "
-                f"they are stored at, so that the size does not tell on which side a label was drawn: {preview(self.turned)}. "
+                f"they are stored at, so the size does not show which of the two a label was drawn on: {preview(self.turned)}. "
                 "Labels are taken to fit the image as shown. If they were drawn on the stored pixels, remove the tag from the "
                 "images (exiftool -Orientation= FILES)"
             )

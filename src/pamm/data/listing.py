@@ -34,7 +34,7 @@ _DOCUMENTS = frozenset(("readme", "license", "licence", "copying", "notice", "ch
 
 @dataclass(frozen=True)
 class Listing:
-    """What a folder holds, hidden files and those that systems leave everywhere apart.
+    """The content of a folder, without hidden files and those that systems leave everywhere.
 
     files: id → file, sorted, of the suffixes asked for. An id is the file's name without suffix in Unicode's composed form
     (NFC): systems write the same accent as one character or as two.
@@ -88,9 +88,9 @@ def _add(files: dict[str, Path], id: str, path: Path) -> None:
 
 
 def kind_of(name: str, entry: os.DirEntry[str] | Path, suffixes: Collection[str]) -> str:
-    """What lies in a folder under a name: "read", "companion" (no data), "folder", or "unread" (all else).
+    """The kind of an entry of a folder: "read", "companion" (no data), "folder", or "unread" (all else).
 
-    A link that leads nowhere counts by its name: whoever reads it tells.
+    A link that leads nowhere counts by its name: the code that reads it reports the error.
     """
     suffix = Path(name).suffix.lower()
     try:
@@ -99,7 +99,7 @@ def kind_of(name: str, entry: os.DirEntry[str] | Path, suffixes: Collection[str]
         if not entry.is_file() and os.path.exists(entry):  # a pipe, a socket, a device: opening it might wait for ever
             return "unread"
     except OSError:
-        pass  # told by whoever reads it
+        pass  # reported by the code that reads it
     if suffix in suffixes:
         return "read"
     is_document = suffix in _COMPANIONS or (not suffix and name.lower() in _DOCUMENTS)
@@ -131,11 +131,11 @@ def check_all_read(listing: Listing, what: str, suffixes: Iterable[str], remedy:
 
 
 NO_FILE = "which is a pipe, a socket or a device, and no file"
-"""What is said of a name that would be read if a file bore it."""
+"""The message for a name that could be read if it were a file's."""
 
 
 def conversion(names: Iterable[str]) -> str:
-    """What makes pictures of these names readable."""
+    """The remedy that makes pictures of these names readable."""
     heif = any(name.lower().endswith((".heic", ".heif")) for name in names)
     return "convert to PNG or JPEG" + (", or pip install 'pamm[heif]' to read .heic" if heif else "")
 
@@ -211,7 +211,7 @@ def preview(names: Iterable[str], count: int = 5) -> str:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a folder is there. Raises DataError where that cannot be told: a forbidden path, an over-long name."""
+    """Whether a folder is there. Raises DataError if that cannot be determined: a forbidden path, an over-long name."""
     try:
         return stat.S_ISDIR(os.stat(path).st_mode)
     except (FileNotFoundError, NotADirectoryError):

@@ -101,7 +101,7 @@ def train_loader(
 ) -> TrainLoader:
     """Batches of the steps `start_step` to `config.steps` for process `rank` of `world`.
 
-    What step t yields depends on (config.seed, config.batch, world, rank, t) and the data alone: not on where training
+    Step t depends only on (config.seed, config.batch, world, rank, t) and the data: not on where training
     was resumed, nor on the number of workers. Raises ConfigError for a batch that cannot be shared equally; iterating
     raises DataError for data that cannot be read, also from inside a worker.
     """
@@ -165,7 +165,7 @@ def _collate(samples: Sequence[Sample | str], tasks: Mapping[str, Task]) -> dict
 
 
 def _batches(loader: DataLoader) -> Iterator[dict[str, Any] | str]:
-    """What the loader yields. Raises WorkerError where a process ended while it handed a batch over.
+    """The loader's batches. Raises WorkerError if a process ended while it handed a batch over.
 
     A process that ended otherwise is torch's RuntimeError, see `pamm.runtime.workers.exhausted`.
     """
@@ -190,7 +190,7 @@ def _checked(loaded: dict[str, Any] | str) -> Batch:
 
 
 def _loader(dataset: torch.utils.data.Dataset, tasks: Mapping[str, Task], workers: int, **options: Any) -> DataLoader:
-    """A DataLoader that draws its (unused) worker seeds from its own generator, leaving torch's global one alone."""
+    """A DataLoader that draws its (unused) worker seeds from its own generator, not from torch's global one."""
     return DataLoader(
         dataset,
         num_workers=workers,

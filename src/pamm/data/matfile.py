@@ -36,7 +36,7 @@ COMPLEX = 0x08
 
 
 class MatError(PammError, ValueError):
-    """A file that is no MATLAB file of plain arrays; the message tells what was found."""
+    """A file that is no MATLAB file of plain arrays; the message says what was found."""
 
 
 def read_mat(path: Path, names: tuple[str, ...]) -> dict[str, Any]:
@@ -82,7 +82,7 @@ class _Reader:
         return found
 
     def unpacked(self, part: memoryview) -> bytes:
-        """A compressed part, which may be no larger than what is left; the name alone of a variable that is not asked for."""
+        """A compressed part, no larger than the remaining limit; only the name of a variable that is not requested."""
         unpacker = zlib.decompressobj()
         content = unpacker.decompress(part, self.left_bytes + 1)
         if len(content) > self.left_bytes:

@@ -146,7 +146,7 @@ class Dataset(ABC, torch.utils.data.Dataset):
 
     name: ClassVar[str]
     label_sizes: ClassVar[str] = "labels as stored"
-    """What was done to labels whose file has another size than the image, in words."""
+    """The treatment of labels whose file has another size than the image, in words."""
     split: str
     tasks: Mapping[str, Task]
     ids: Sequence[str]

@@ -1,6 +1,6 @@
 """Synthetic rooms: furniture, people and one salient object, ray-cast with exact labels for all six tasks.
 
-Nothing is downloaded. A sample is a function of (seed, split, index, size) alone; it is computed when first asked for and
+Nothing is downloaded. A sample depends only on (seed, split, index, size). It is computed when it is first read and
 kept in a cache.
 """
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from pamm.config.experiment import DataConfig
 
 VERSION = 1
-"""Version of the scenes. Raise it with every change of them: a cache of another version is left alone and not read."""
+"""Version of the scenes. Raise it with every change of them: a cache of another version is neither read nor changed."""
 
 SPLITS = ("train", "val")
 
@@ -49,7 +49,7 @@ LAYOUT: dict[str, tuple[int, type[np.generic]]] = {
 
 @dataclass(frozen=True)
 class _Key:
-    """What determines a sample but its index, and where its split is cached."""
+    """The settings that determine a sample, without its index, and the place of its split in the cache."""
 
     root: Path
     seed: int

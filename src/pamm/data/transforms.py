@@ -128,7 +128,7 @@ class TrainTransform:
         return _finish(sample, image, labels, self.tasks, config)
 
     def _draw_box(self, size: tuple[int, int], labels: Mapping[str, Tensor], random: np.random.Generator) -> Box:
-        """A crop in which no class dominates, if a label tells and ten redraws find one; else the last one drawn."""
+        """A crop in which no class dominates; the last one drawn if ten redraws find none."""
         limits = [max(size[i] - self.config.frame[i], 0) for i in (0, 1)]
         height, width = (min(size[i], self.config.frame[i]) for i in (0, 1))
 

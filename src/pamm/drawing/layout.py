@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 Colour = tuple[int, int, int]
 
 Meaning = str | Mapping[str, Colour]
-"""What colours mean: words, or names with a colour each."""
+"""The meaning of colours: words, or names with a colour each."""
 
 TILE = 240
 """Longer side of a picture, pixels, unless another is asked for."""
@@ -50,7 +50,7 @@ class Scale:
         self.gap = max(3, round(tile / 30))
 
     def shorten(self, text: str, width: int, *, small: bool = False) -> str:
-        """The end of a text that is wider than `width`: a path's end tells more than its start."""
+        """The end of a text that is wider than `width`: the end of a path is more informative than its start."""
         size = self.small if small else self.text
         ends = (text, *("…" + text[i:] for i in range(1, len(text))))
         return next((end for end in ends if text_width(end, size) <= width), "")

@@ -103,7 +103,7 @@ def compose_sheet(rows: Sequence[SheetRow], *, caption: str = "", tile: int = TI
 def contact_sheet(items: Iterable[tuple[str, Maps]], *, tile: int = TILE) -> Image.Image:
     """One row per (name, maps): the image and each task's picture side by side, with captions and what the colours mean.
 
-    Colours that follow the range of a map are those of that map alone: each has a bar of its own.
+    Colours that follow the range of a map belong only to that map: each has a bar of its own.
     """
     rows = [sheet_row(Subject(name, maps.image), {"": maps}, tile=tile) for name, maps in items]
     return compose_sheet(rows, tile=tile)

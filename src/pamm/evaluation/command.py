@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
     from pamm.runtime.distributed import is_first_process, launch
 
     if plain.baseline:
-        baseline_scores(plain.baseline)  # told now, not after hours of evaluating
+        baseline_scores(plain.baseline)  # an error now, not after hours of evaluating
     if is_first_process():
         check_outputs(plain.out, plain.report)
     named, tasks = evaluate_saved(
@@ -65,7 +65,7 @@ def tell(
     comparisons, incomparable = {}, None
     try:
         comparisons = compare_with(plain.baseline, result) if plain.baseline else {}
-    except GainError as error:  # told at the end, when the results are kept
+    except GainError as error:  # reported at the end, when the results are saved
         incomparable = error
     if comparisons:
         gain = {resolution: comparison.summary() for resolution, comparison in comparisons.items()}

@@ -213,7 +213,7 @@ def evaluate(
 
 
 def show(model: nn.Module, batch: Batch, device: torch.device) -> Iterator[Shown]:
-    """Run a batch, whole or image by image on a CPU, and tell its images apart."""
+    """Run a batch, image by image on a CPU, and yield its images separately."""
     step = 1 if device.type == "cpu" else len(batch.ids)
     for start in range(0, len(batch.ids), step):
         logits = model(batch.image[start : start + step].to(device), batch.label_size)
@@ -237,9 +237,9 @@ def _rank(ranking: Ranking, task: Task, one: Shown, draw: Draw | None, device: t
 
 
 def draw_shown(task: Task, one: Shown, config: DataConfig) -> dict[str, str]:
-    """What the network saw of an image, its prediction and the truth, as data URIs of small pictures without the padding.
+    """The network's view of an image, its prediction and the truth, as data URIs of small pictures without the padding.
 
-    Where colours follow a range, prediction and truth share it, and a bar tells it.
+    If colours follow a range, prediction and truth share it, and a bar shows it.
     """
 
     def crop(picture: Any, box: tuple[int, int, int, int]) -> Any:
@@ -328,7 +328,7 @@ def evaluate_split(
 
 
 def _protocols(config: DataConfig, split: str, data: Dataset, resized: int, edge: Task | None) -> tuple[str, str]:
-    """What was measured, in words: at the frame's resolution, and at the images' own size. edge: the task, if measured."""
+    """The measurements in words: at the frame's resolution, and at the images' own size. edge: the task, if measured."""
     lines = ""
     if edge:
         lines = "; boundaries by '{protocol}', within {max_distance:g} of the diagonal".format(**edge.options())

@@ -18,12 +18,12 @@ from pamm.files import shown
 
 
 class GainError(PammError, ValueError):
-    """A gain that cannot be computed; the message tells what is absent and what there is."""
+    """A gain that cannot be computed; the message names what is missing and what exists."""
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """What scores were measured on, as far as it decides whether they may stand beside others."""
+    """The conditions of a measurement that decide whether its scores are comparable with others."""
 
     data: str
     """Kind of data set, as `data.name` of an experiment."""
@@ -71,10 +71,10 @@ class PaperRow:
     """One row of a published table."""
 
     method: str
-    """What the row is, as the table names it."""
+    """The row's label in the table."""
     scores: Mapping[str, float]
     """Task → its score: mIoU, maxF and odsF in percent, RMSE in metres, mErr in degrees; tasks not reported are absent.
-    What is computed under these names is told by the table's `evaluation`."""
+    The table's `evaluation` says how they are computed."""
     details: Mapping[str, Any]
     """The row's other columns and, under `note`, what a reader must know; `parameters` in millions, `flops` in 10⁹."""
     gain: float | None = None
@@ -182,7 +182,7 @@ class Comparison:
 
     baseline: str
     source: str
-    """What the baseline's scores were measured on, or where they stand, in words."""
+    """The data of the baseline's scores, or their source, in words."""
     scores: Mapping[str, float]
     """Task → the baseline's score, of the tasks that are compared."""
     gains: Mapping[str, float]

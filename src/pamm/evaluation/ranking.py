@@ -21,7 +21,7 @@ class Ranked:
 class Ranking:
     """The `count` best and the `count` worst images by one score; ties are ordered by id. score: what it is, in words.
 
-    Which they are depends on ids and scores alone, not on the order in which they come or on the process that saw them. No
+    The choice depends only on ids and scores, not on the order of the images or on the process that saw them. No
     image is in both lists: of fewer than 2 · `count` images the better half counts as best.
     """
 
@@ -53,7 +53,7 @@ class Ranking:
         return self.kept[len(self.kept) // 2 :][::-1]
 
     def gather(self) -> None:
-        """Join the rankings of all processes: afterwards each has the whole. Pictures travel of the kept images alone."""
+        """Join the rankings of all processes; each has the whole afterwards. Only pictures of kept images are sent."""
         orders = sorted(order for share in gathered([self._order(one) for one in self.kept]) for order in share)
         ends = {*orders[: self.count], *orders[max(0, len(orders) - self.count) :]}
         shares = gathered([one for one in self.kept if self._order(one) in ends])

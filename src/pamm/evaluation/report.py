@@ -137,7 +137,7 @@ def _metrics(task: Task, sections: Sequence[Section]) -> Table:
 
 
 def _shown(ranking: Ranking, task: Task) -> dict[str, Any]:
-    """What orders the images, with its unit, and both ends: id, score as text, pictures by name."""
+    """The score that orders the images, with its unit, and both ends: id, score as text, pictures by name."""
     unit = task.units.get(task.quick_score or task.score)
     ends = {
         end: [(one.id, number(one.score), one.pictures) for one in images]

@@ -1,4 +1,4 @@
-"""What one task's maps of a split amount to: metrics at the frame's and at the images' own size, and the validation loss."""
+"""Scores of one task on a split: metrics at the frame's and at the images' own size, and the validation loss."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class TaskScores:
             self._update_original(one)
 
     def _update_original(self, one: Shown) -> None:
-        """The logits of the image alone, without padding, resized to its own size (as `Predictor` does) and measured there."""
+        """The logits of the image without padding, resized to its own size (as `Predictor` does) and measured there."""
         assert one.original is not None and one.box is not None  # `EvalTransform` sets them where `original` is on
         label = one.original.get(self.task.name)
         if label is None:

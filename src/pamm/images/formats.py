@@ -50,7 +50,7 @@ class ImageError(PammError, ValueError):
 
 
 HEAD = 64
-"""Bytes that tell a format."""
+"""Bytes that identify a format."""
 
 _MAGIC = {
     b"\xff\xd8\xff": "JPEG",
@@ -103,7 +103,7 @@ _REMEDIES = {
     b"<": "Download the picture again, which a server may have answered with a page; convert a drawing to PNG.",
     b"{": "Download the picture again, which a server may have answered with an error.",
 }
-"""What to do about foreign contents that cannot be converted."""
+"""Remedies for foreign contents that cannot be converted."""
 
 _HEIF_BRANDS = frozenset((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"))
 

@@ -13,7 +13,7 @@ from typing import BinaryIO
 from pamm.images.formats import ImageError
 
 NOTE = "pamm"
-"""Keyword of the text chunk in which a label PNG of this library tells what its values mean (`LabelPicture.note`)."""
+"""Keyword of the text chunk in which a label PNG of this library describes its values (`LabelPicture.note`)."""
 
 _MOST_CHUNKS = 1_000_000
 _MOST_TEXT = 2**20
@@ -32,7 +32,7 @@ _TELLING = {
     (b"iTXt", b"XML:com.adobe.xmp"),
     (b"tEXt", NOTE.encode()),
 }
-"""Metadata, by chunk and keyword, that tell how the picture is turned or what its values mean."""
+"""Metadata, by chunk and keyword, that describe the orientation or the values."""
 
 
 def pixels_of_png(file: BinaryIO, most: int) -> _Parts:
@@ -83,7 +83,7 @@ def _check_length(file: BinaryIO, packed: int, most: int) -> None:
 
 
 def _tells(file: BinaryIO, kind: bytes, length: int, seen: set[object]) -> bool:
-    """Whether a metadata chunk tells what `_TELLING` says, for the first time, and unpacks to a sane size."""
+    """Whether a metadata chunk is one of `_TELLING`, the first of its kind, and unpacks to a reasonable size."""
     if kind not in (b"eXIf", b"tEXt", b"zTXt", b"iTXt") or length > _MOST_TEXT:
         return False
     keyword, _, rest = (b"", b"", b"") if kind == b"eXIf" else file.read(length).partition(b"\0")

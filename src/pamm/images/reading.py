@@ -211,7 +211,9 @@ def _rgb(picture: Image.Image, name: str, exif: bool) -> np.ndarray:
         if low < 0 or high > 65535:
             raise ImageError(f"{name} has values from {low} to {high}, expected 8 or 16 bits. Convert it to RGB.")
     if picture.mode.startswith("I") and _is_negative(picture):
-        raise ImageError(f"{name} stores white as 0, which is read of 8 bits alone. Convert it to 8-bit grey or RGB.")
+        raise ImageError(
+            f"{name} stores white as 0, which is only supported for 8 bits. Convert it to 8-bit grey or RGB."
+        )
     height, width = picture.height, picture.width
     pixels = np.empty((height, width, 3), np.uint8)
     rows = max(1, _STRIP_PIXELS // width)
@@ -239,7 +241,7 @@ def _rgb_strip(strip: Image.Image) -> Image.Image:
 
 
 def _orientation(picture: Image.Image) -> int:
-    """1 where the EXIF data tell none, or are damaged: the picture itself is whole without them."""
+    """1 if the EXIF data have none or are damaged: the picture itself is whole without them."""
     with quiet():
         try:
             found = picture.getexif().get(ExifTags.Base.Orientation, 1)
@@ -258,7 +260,7 @@ def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def name_of(source: Source) -> str:
-    """What messages call a picture."""
+    """The name of a picture in messages."""
     if isinstance(source, (str, os.PathLike)):
         return os.fspath(source)
     return str(getattr(source, "name", "the image"))

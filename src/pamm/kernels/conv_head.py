@@ -96,7 +96,7 @@ def replacement(module: nn.Module) -> nn.Module | None:
 
 
 def factor_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """What a BatchNorm computes in eval mode is factor · x + shift: (C,) each, float32, from its running statistics."""
+    """In eval mode a BatchNorm is factor · x + shift: (C,) each, float32, from its running statistics."""
     assert norm.running_mean is not None and norm.running_var is not None
     factor = norm.weight.float() * torch.rsqrt(norm.running_var.float() + norm.eps)
     return factor, norm.bias.float() - norm.running_mean.float() * factor

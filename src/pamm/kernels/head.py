@@ -25,7 +25,7 @@ TERMS = 6
 """Small positions and taps that a large position is the sum of, along one axis."""
 
 PASSES = ("statistics", "logits", "sums", "products")
-"""What `head_run` computes, in the order of its enumeration."""
+"""Results of `head_run`, in the order of its enumeration."""
 
 
 class _Head(ctypes.Structure):

@@ -34,7 +34,7 @@ WIDEST = 384
 """Columns of a job's block of the result, at most: what they are multiplied with stays in the second cache."""
 
 STEP_ROWS, STEP_COLUMNS = 12, 32
-"""What the rows and columns of blocks are multiples of."""
+"""Rows and columns of blocks are multiples of these."""
 
 COPYING_ROWS, COPYING_COLUMNS = 24, 16
 """A block's copies of its operands take as long as multiplying this many rows and columns more."""
@@ -74,7 +74,7 @@ def multiplies_slowly() -> bool:
 
 
 def _maker() -> str:
-    """Who made the processor, e.g. "AuthenticAMD"; "Intel" where the system does not tell."""
+    """Who made the processor, e.g. "AuthenticAMD"; "Intel" if the system does not say."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

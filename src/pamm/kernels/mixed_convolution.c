@@ -3,7 +3,7 @@
  * Output squares of HALF × HALF positions see SIDE × SIDE positions of the input. For CHANNELS input channels at a time the
  * squares' spectra are made, then for LANES outputs the kernels are summed and their spectra made, and both are multiplied and
  * added to the outputs' spectra. So no kernel is ever written to memory. A slice of the channels is one job with sums of its own;
- * the split depends on the shapes alone: the result has the same bits for any number of threads.
+ * the split depends only on the shapes: the result has the same bits for any number of threads.
  */
 #include "../ops/jobs.h"
 #include "../ops/vector.h"

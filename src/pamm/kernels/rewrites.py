@@ -23,7 +23,7 @@ class Rewrite:
     """One kind of module and what is faster."""
 
     name: str
-    """What is computed."""
+    """The computation."""
     how: str
     """How, and for which inputs. Others are left to torch, call by call."""
     replacement: Callable[[nn.Module], nn.Module | None]
@@ -72,7 +72,7 @@ REWRITES = (
 
 @dataclass
 class Report:
-    """What `accelerate` did."""
+    """The replacements that `accelerate` made."""
 
     replaced: dict[str, list[str]] = field(default_factory=dict)
     """Name of the rewrite → names of the modules that were replaced."""
@@ -88,7 +88,7 @@ def accelerate(model: nn.Module, *, training: bool, rewrites: Sequence[Rewrite] 
     """Replace modules inside `model` by faster ones that hold the same parameters under the same names.
 
     The state dict, the optimizer's parameters and hooks stay as they are; results differ by rounding. A module of a
-    subclass, which may compute something else, is left alone. Call it before `model.compile()`. With PAMM_KERNELS=off it
+    subclass, which may compute something else, is not replaced. Call it before `model.compile()`. With PAMM_KERNELS=off it
     replaces nothing.
 
     Args:

@@ -6,7 +6,7 @@
  *
  * Tiles are taken in runs of at most RUN, so that what a job adds to stays in its core's cache, and channels in chunks of at most
  * CHUNK, so that a run's transformed tiles, which every job reads, stay in the cache of all cores, and sums do not lose digits. A
- * sum's order depends on the shapes alone: the result has the same bits for any number of threads.
+ * sum's order depends only on the shapes: the result has the same bits for any number of threads.
  */
 #include "../ops/jobs.h"
 #include "../ops/vector.h"

@@ -8,4 +8,4 @@ from pamm import PammError
 
 
 class LookError(PammError, ValueError):
-    """What cannot be looked at; the message tells what was found and the remedy."""
+    """A network or image that cannot be shown; the message gives the cause and the remedy."""

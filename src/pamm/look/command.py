@@ -239,7 +239,7 @@ VIEWS = {
 def _facts(
     plain: argparse.Namespace, models: Mapping[str, Predictor], subjects: Subjects, tasks: Sequence[str]
 ) -> dict[str, Any]:
-    """What a figure shows."""
+    """The content of a figure."""
     sources = plain.source if isinstance(plain.source, list) else [plain.source]
     return {
         "models": dict(zip(models, sources, strict=True)),
@@ -249,7 +249,7 @@ def _facts(
 
 
 def _progress(items: Iterable[Any], name: str) -> Iterable[Any]:
-    """A bar, on a terminal alone."""
+    """A progress bar, only on a terminal."""
     return tqdm(items, name, unit="image", leave=False, disable=None)
 
 

@@ -256,7 +256,7 @@ def shares_text(components: Components) -> str:
 
 
 def caption(looks: Mapping[str, Look], images: int, sharing: Sharing) -> str:
-    """What the colours mean."""
+    """The meaning of the colours."""
     over = "this image" if images == 1 else f"{images} images"
     models = "model, " if len(looks) > 1 else ""
     text = (

@@ -28,7 +28,7 @@ PARAMETERS = ("B", "C")
 
 @dataclass
 class Readout:
-    """What the last forward pass computed on the way.
+    """Intermediate results of the last forward pass.
 
     backbone: the stage maps (B, C, h, w), first to last. stages: per decoder stage, in the order they run, (T, B, d, h, w)
     task features as they leave it. fused: task → (B, d, h, w), what the heads receive. weights: (parameter, decoder stage)

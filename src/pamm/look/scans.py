@@ -37,7 +37,7 @@ NAMES = {
     "morton-released": TURNS,
     CROSS: LINES,
 }
-"""What each order of a curve is; turns are counter-clockwise."""
+"""Name of each order of a curve; turns are counter-clockwise."""
 
 SMALLEST_CELL = 4
 """Pixels of a token at least, however many tokens a grid has."""
@@ -74,7 +74,7 @@ def orders_of(curve: str, height: int, width: int, count: int = 4) -> np.ndarray
 
 
 def name_of(curve: str, number: int) -> str:
-    """What order `number` (from 0) of a curve is, e.g. "90°"."""
+    """Name of order `number` (from 0) of a curve, e.g. "90°"."""
     names = NAMES.get(curve, ())
     return names[number] if number < len(names) else f"order {number + 1}"
 

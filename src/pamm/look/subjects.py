@@ -1,4 +1,4 @@
-"""What is looked at: images from files or from a data set, there with their truths; and the models that look."""
+"""The images to show, from files or from a data set with their truths, and the models."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class _ContiguousGradient(torch.autograd.Function):
 
 
 class BatchError(PammError, ValueError):
-    """A batch that cannot be normalised; the message tells what it holds and the remedy."""
+    """A batch that cannot be normalised; the message gives its size and the remedy."""
 
 
 class JoinedBatchNorm2d(nn.BatchNorm2d):

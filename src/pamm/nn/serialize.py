@@ -1,4 +1,4 @@
-"""Scan orders: the ways in which a two-dimensional map is laid out as a sequence.
+"""Scan orders: the orders in which the positions of a two-dimensional map form a sequence.
 
 An order lists the row-major positions i·W + j of an H×W map as they are visited.
 """

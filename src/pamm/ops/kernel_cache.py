@@ -3,7 +3,7 @@
 A library is loaded only from a folder that belongs to this process's user and that no other may write, and only while it is
 the file whose digest stands beside it. Whatever is wrong with the compiler or the cache ends in a reason, not in an error.
 
-The first compilation of a process is told in one line on stderr, by the logger of this module: `logging` silences it.
+The first compilation of a process is reported in one line on stderr by the logger of this module; `logging` can silence it.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _tell(message: str) -> None:
 
 @contextmanager
 def _place() -> Iterator[tuple[str | None, str | None]]:
-    """A folder that is this user's alone, or None and why there is none.
+    """A folder that only this user can write, or None and the reason.
 
     Where the system allows it the folder is named by an open file, so that it cannot be exchanged after it was examined.
     """
@@ -177,7 +177,7 @@ def _prune(folder: Path) -> None:
 
 
 def _sound(folder: str, name: str) -> bool:
-    """Whether the folder holds this library as it was compiled, by its digest, and as a file of this user alone."""
+    """Whether the folder holds this library as it was compiled, by its digest, and as a file that only this user can write."""
     try:
         content, digest = (_read(f"{folder}/{file}") for file in (name, _digest_name(name)))
     except OSError:
@@ -186,7 +186,7 @@ def _sound(folder: str, name: str) -> bool:
 
 
 def _read(path: str) -> bytes | None:
-    """A file's content; None for one that is no plain file of this user alone. Raises OSError."""
+    """A file's content; None unless it is a plain file that only this user can write. Raises OSError."""
     handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     with open(handle, "rb") as file:
         status = os.fstat(handle)
@@ -255,7 +255,7 @@ def _version(compiler: tuple[str, ...]) -> bytes:
 def _target(compiler: tuple[str, ...]) -> tuple[tuple[str, ...], bytes]:
     """The compiler's flags for this processor, and the instructions that it then uses.
 
-    These are the macros that it defines: they tell processors apart on every system, where a home folder serves several.
+    These are the macros that it defines. They identify the processor on every system if several share a home folder.
     """
     for native in NATIVE:
         status, macros = _run([*compiler, native, "-dM", "-E", "-xc", os.devnull], PATIENCE_VERSION)
@@ -311,7 +311,7 @@ def _run(command: list[str], patience: float) -> tuple[int, bytes]:
 
 
 def _printed(process: subprocess.Popen, patience: float) -> bytes | None:
-    """What a process prints until it ends; None where that takes too long or is too much."""
+    """The output of a process until its end; None if it takes too long or prints too much."""
     printed, deadline, output = b"", time.monotonic() + patience, process.stdout
     assert output is not None
     with selectors.DefaultSelector() as selector:

@@ -1,4 +1,4 @@
-"""What can be predicted: an image in any form; files, folders and globs of images, and names for what is made of them."""
+"""Inputs of predictions: images in any form, files, folders and globs of images, and names for the files of their maps."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LONGEST = 200
 
 
 class PredictError(PammError, ValueError):
-    """An input or an output of a prediction that cannot be used; the message tells what was found and the remedy."""
+    """An input or an output of a prediction that cannot be used; the message gives the cause and the remedy."""
 
 
 def to_array(image: ImageLike) -> np.ndarray:
@@ -86,7 +86,7 @@ def _from_picture(picture: Image.Image) -> np.ndarray:
 
 @dataclass
 class Inputs:
-    """What files, folders and globs mean: each file once, in the order given."""
+    """The files that files, folders and globs mean, each once, in the order given."""
 
     images: list[Path] = field(default_factory=list)
     unread: list[Path] = field(default_factory=list)
@@ -101,7 +101,7 @@ class Inputs:
         return [(path, _unread_remedy(path)) for path in self.unread]
 
     def notes(self) -> list[str]:
-        """What was passed over though it is no picture, in words."""
+        """The other files that were skipped, in words."""
         inside = f"folders, in which nothing is read (write '{self.folders[0]}/*.jpg')" if self.folders else ""
         passed_over = ((self.folders, inside), (self.companions, "files that are no pictures"))
         return [f"passed over {what}: {preview(map(str, paths))}" for paths, what in passed_over if paths]

@@ -1,1 +1,1 @@
-"""What this process runs on: memory, arithmetic, worker processes and the other processes of a run."""
+"""The resources of this process: memory, arithmetic, worker processes and the other processes of a run."""

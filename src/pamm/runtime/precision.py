@@ -12,7 +12,7 @@ Precision = Literal["auto", "float32", "bfloat16"]
 
 
 def bfloat16_units() -> str | None:
-    """What multiplies bfloat16 matrices on this CPU, or None where nothing does and float32 is the faster one."""
+    """The units of this CPU that multiply bfloat16 matrices; None without any, where float32 is faster."""
     for name, probe in (("AMX", "_is_amx_tile_supported"), ("AVX-512 BF16", "_is_avx512_bf16_supported")):
         if getattr(torch.cpu, probe, lambda: False)():
             return name

@@ -1,4 +1,4 @@
-"""Worker processes: they leave signals to the process that started them, end with it, and their death is told in one line."""
+"""Worker processes: they leave signals to the process that started them, end with it, and their death is reported in one line."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class WorkerError(PammError, RuntimeError):
 
 
 def data_worker_ended(reason: str) -> str:
-    """What to do about a data loading process that ended, in a line."""
+    """The remedy for a data loading process that ended, in one line."""
     return (
         f"a data loading process ended before its work was done ({reason}): most likely the memory or the shared memory "
         "(/dev/shm) is full. Load with fewer processes or none (--train.workers 0; of pamm eval: --workers 0), or give it "
@@ -51,7 +51,7 @@ def data_worker_ended(reason: str) -> str:
 
 
 def exhausted(error: BaseException) -> str | None:
-    """What to do about an error by which a worker process died or memory was used up; None for other errors."""
+    """The remedy for an error by which a worker process died or memory was used up; None for other errors."""
     if isinstance(error, WorkerError):
         return str(error)
     if type(error).__module__.startswith("pamm."):

@@ -63,7 +63,7 @@ def counts(
     nms: int | bool = False,
     smoothing: int = 0,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """What the boundary benchmark counts on one image (protocol §5.6).
+    """Counts of the boundary benchmark on one image (protocol §5.6).
 
     At every threshold t the map probability ≥ t is thinned to lines one pixel wide. Its pixels are paired one to one with
     those of each annotator's map, so that as many as possible have a partner within reach.
@@ -120,7 +120,7 @@ def protocol_counts(
     suppressed: bool = False,
     valid: np.ndarray | None = None,
 ) -> np.ndarray:
-    """What a named protocol counts on one image.
+    """Counts of a named protocol on one image.
 
     Args:
         probability: (H, W) in [0, 1], as the benchmark reads it: 8-bit maps divided by 255.

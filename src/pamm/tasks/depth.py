@@ -185,7 +185,7 @@ class Depth(Task):
         return f"{found.lowest:.4g} to {found.highest:.4g} {unit}; {percent(found.ignored_share)} of the pixels unknown"
 
     def remarks(self, found: LabelStatistics) -> list[str]:
-        """Of the range alone: a sky's value in place of a distance, another unit. Sparse labels are common."""
+        """Only of the range: a sky's value in place of a distance, another unit. Sparse labels are common."""
         if found.lowest > found.highest:
             return []
         is_disparity = self.unit == "disparity"
@@ -193,7 +193,7 @@ class Depth(Task):
         spread = f"{what} are from {found.lowest:.4g} to {found.highest:.4g} {self.map_unit}"
         unit = (
             "the values look like another unit. A .npy holds metres (of millimetres: divide by 1000); a PNG has the unit that "
-            "dataset.yaml tells, e.g. 'depth: {unit: millimetre}', 'depth: {unit: metre}' or 'depth: {unit: 256}'"
+            "dataset.yaml states it, e.g. 'depth: {unit: millimetre}', 'depth: {unit: metre}' or 'depth: {unit: 256}'"
         )
         if found.lowest >= DISTANT and not is_disparity:
             return [f"{spread}, nothing nearer than {DISTANT} m: {unit}"]

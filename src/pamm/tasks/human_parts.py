@@ -20,7 +20,7 @@ class HumanParts(ClassMap):
     default_classes = ("background", "head", "torso", "upper_arm", "lower_arm", "upper_leg", "lower_leg")
 
     def finish(self, label: Tensor) -> Tensor:
-        """A label of background and ignored pixels alone becomes all ignored."""
+        """A label that has only background and ignored pixels becomes all ignored."""
         if torch.any((label != 0) & (label != self.ignore)):
             return label
         return torch.full_like(label, self.ignore)

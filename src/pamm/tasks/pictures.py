@@ -63,7 +63,7 @@ def _check_label(label: LabelPicture, kinds: Mapping[str, Sequence[int]], expect
 
 
 def check_readable(path: Path, remedy: str) -> None:
-    """Raise LabelError unless the file can be opened; the message tells what is in the way."""
+    """Raise LabelError unless the file can be opened; the message gives the reason."""
     try:
         with open(path, "rb"):
             return
@@ -119,7 +119,7 @@ def mask_pixels(label: torch.Tensor) -> dict[str, int]:
 
 
 def png_bytes(values: np.ndarray, note: str = "") -> bytes:
-    """(H, W) uint8 or uint16 or (H, W, 3) uint8 → a PNG file; `note` tells what its values mean."""
+    """(H, W) uint8 or uint16 or (H, W, 3) uint8 → a PNG file; `note` describes its values."""
     text = PngInfo()
     if note:
         text.add_text(NOTE, note)

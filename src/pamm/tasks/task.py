@@ -122,15 +122,15 @@ class Task(ABC):
     units: Mapping[str, str] = {}
     """Metric → its unit, e.g. "%", of those that have one; of metrics named "metric/class" under "metric"."""
     meaning: str = ""
-    """What a value of a prediction is, with its unit and range, in words."""
+    """Meaning of a prediction's value, with its unit and range, in words."""
     map_unit: str = ""
     """Unit of a prediction's values."""
     colours: ClassVar[str] = ""
-    """What the colours of `draw` mean, in words, where they do not stand for classes."""
+    """Meaning of the colours of `draw`, in words, if they do not stand for classes."""
     label_channels: ClassVar[int] = 1
     label_dtype: ClassVar[torch.dtype] = torch.uint8
     ignored_remedy: ClassVar[str] = ""
-    """What to do where ignored pixels may be meant as a class that no label holds."""
+    """Remedy if ignored pixels may be meant as a class that no label holds."""
 
     channels: int
     """Number of maps the network outputs for this task."""
@@ -354,7 +354,7 @@ class Task(ABC):
 
     @property
     def image_score(self) -> str:
-        """What `score_image` computes, in words."""
+        """Description of `score_image`, in words."""
         return self.quick_score or self.score
 
     def score_image(self, logits: Tensor, label: Tensor) -> float:
@@ -433,7 +433,7 @@ class Task(ABC):
 
 
 MOSTLY = 0.9
-"""Share of ignored pixels from which on a note tells it."""
+"""A larger share of ignored pixels is reported in a note."""
 
 
 def percent(share: float) -> str:
@@ -472,7 +472,7 @@ def create_task(name: str, **options: Any) -> Task:
         raise ValueError(f"unknown task '{name}'; known tasks: {', '.join(sorted(TASKS))}")
     known = option_defaults(name)
     hints: dict[str, Any] = {}
-    with suppress(NameError):  # a task from elsewhere may name a type that it imports for type checkers alone
+    with suppress(NameError):  # a task from elsewhere may name a type that it imports only for type checkers
         hints = typing.get_type_hints(TASKS[name].__init__)
     for option in options:
         if option not in known:

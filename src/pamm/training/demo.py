@@ -47,7 +47,7 @@ def run_demo(experiment: Experiment, out: Path, *, progress: bool = True, kernel
             "pamm demo shows the synthetic rooms; for your own images: pamm train folder-pamm --data.root FOLDER"
         )
     out.mkdir(parents=True, exist_ok=True)
-    FolderLock(out).release()  # another process in the folder is told now, not after the rooms are made
+    FolderLock(out).release()  # an error now if another process uses the folder, not after the rooms are made
     started = time.perf_counter()
     tasks = create_tasks(experiment)
     for split in ("train", "val"):

@@ -37,7 +37,7 @@ Pairs = tuple[list[int], list[int]]
 
 @dataclass
 class Fit:
-    """What a network took over, by parameter name."""
+    """The weights that a network took over, by parameter name."""
 
     source: str
     taken: dict[str, int] = field(default_factory=dict)
@@ -221,7 +221,7 @@ def _class_pairs(here: Task | None, there: Task | None) -> tuple[Pairs, str | No
         if len(own) == len(given):
             return (
                 everything,
-                f"its {len(own)} classes have numbers alone: taken in their order, which must be the same",
+                f"its {len(own)} classes have only numbers: taken in their order, which must be the same",
             )
         return ([], []), f"{len(given)} classes without names there, {len(own)} here"
     shared = [name for name in own if name in given]

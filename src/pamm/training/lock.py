@@ -16,7 +16,7 @@ from pamm.files import shown
 LOCK_FILE = ".lock"
 
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-"""What file systems without locks answer."""
+"""Error numbers of file systems without locks."""
 
 MOST = 4096
 """Bytes read of a lock file."""
@@ -35,7 +35,7 @@ class FolderInUseError(PammError, RuntimeError):
 class FolderLock:
     """Held from its creation until `release`, or until the process ends.
 
-    A POSIX lock, which belongs to this process alone: forked data loading processes do not keep it when this one is killed. On
+    A POSIX lock, which belongs only to this process: forked data loading processes do not keep it when this one is killed. On
     a file system without locks, the process id written in the file stands in, for processes of this machine. Raises
     FolderInUseError, and OSError where the file cannot be written.
     """

@@ -177,7 +177,7 @@ class Loop:
             self.save()
 
     def _asked(self) -> list[bool]:
-        """What this process asks of all: to stop by SIGTERM, by SIGINT, to save since the last checkpoint is long ago."""
+        """Requests of this process to all: stop by SIGTERM, stop by SIGINT, save because the last checkpoint is old."""
         limit = 60 * self.config.save_minutes
         late = self.fabric.is_global_zero and 0 < limit <= time.monotonic() - self.saved_at
         return [self.signals.told == signal.SIGTERM, self.signals.told == signal.SIGINT, late]

@@ -115,7 +115,7 @@ def _create_loop(
     if resumes:
         check_tasks(out, tasks)
     data = open_dataset(experiment.data, "train", tasks)
-    validation = open_dataset(experiment.data, "val", tasks)  # if there is none, that is told now and not after hours
+    validation = open_dataset(experiment.data, "val", tasks)  # an error now if there is none, not after hours
     tell_unmeasured(fabric, validation, tasks)
     for note in () if resumes else notes_before_training((data, validation)):
         tell(fabric, f"note: {note}")
@@ -191,7 +191,7 @@ def create_network(
         if fabric.is_global_zero:
             replace_text(out / "init.txt", f"{fit}\n")
     if config.freeze and config.init is None and not (model.backbone.pretrained or resumes):
-        tell(fabric, "train.freeze without --init or pretrained weights: what is frozen keeps its random weights")
+        tell(fabric, "train.freeze without --init or pretrained weights: frozen layers keep their random weights")
     network.settings["model"] = to_dict(model)
     freeze(network, config.freeze)
     network.set_grad_checkpointing(config.grad_checkpointing)
@@ -228,7 +228,7 @@ def check_tasks(out: Path, tasks: Mapping[str, Task]) -> None:
         for key in sorted(own.keys() | there.get(name, {}).keys())
         if own.get(key) != there.get(name, {}).get(key)
     ]
-    different += [f"task {name}: there alone" for name in there.keys() - here.keys()]
+    different += [f"task {name}: only there" for name in there.keys() - here.keys()]
     if different or list(here) != list(there):
         raise ConfigError(
             f"{out} holds another experiment ({'; '.join(different[:4]) or 'the tasks have another order'}): its data set was "

@@ -1,4 +1,4 @@
-"""What a user names: a recipe, a recipe with variants, a file of an experiment, a folder of images and labels."""
+"""Names that a user gives: a recipe, a recipe with variants, a file of an experiment, a folder of images and labels."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def named_data(name: str, root: str | None = None) -> Experiment:
 
 
 def _unknown(name: str) -> str:
-    """What is said of a name that is no recipe's."""
+    """The message for a name that is no recipe's."""
     if name in RENAMED:
         return f"the recipe '{name}' is called '{RENAMED[name]}' now; give its data with --data.root FOLDER"
     text = f"unknown recipe '{name}'.{nearest(name, RECIPES)}"

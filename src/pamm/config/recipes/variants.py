@@ -36,14 +36,14 @@ def _swin(name: str) -> Callable[[Experiment], Experiment]:
 Variants = dict[str, tuple[str, Callable[[Experiment], Experiment]]]
 
 VARIANTS: Variants = {
-    "baseline": ("backbone and Task Decoder alone (Table II)", _decoder(task_conv=False, pame=False)),
+    "baseline": ("only backbone and Task Decoder (Table II)", _decoder(task_conv=False, pame=False)),
     "task-conv": ("Task Convolution without PAME (Table II)", _decoder(pame=False)),
     "pame": ("PAME without Task Convolution", _decoder(task_conv=False)),
-    "experts-b": ("Parameter Experts on B alone (Table III)", _experts(C=False)),
-    "experts-c": ("Parameter Experts on C alone (Table III)", _experts(B=False)),
+    "experts-b": ("Parameter Experts only on B (Table III)", _experts(C=False)),
+    "experts-c": ("Parameter Experts only on C (Table III)", _experts(B=False)),
     "no-experts": ("linear projections in place of the experts (Table III)", _experts(B=False, C=False)),
-    "prior-b": ("Parameter Prior on B alone (Table IV)", _decoder(prior_C=False)),
-    "prior-c": ("Parameter Prior on C alone (Table IV)", _decoder(prior_B=False)),
+    "prior-b": ("Parameter Prior only on B (Table IV)", _decoder(prior_C=False)),
+    "prior-c": ("Parameter Prior only on C (Table IV)", _decoder(prior_B=False)),
     "no-priors": ("no Parameter Priors (Table IV)", _decoder(prior_B=False, prior_C=False)),
     **{f"top-{k}": (f"{k} of 15 experts (Table V)", _experts(top_k=k)) for k in (1, 3, 5, 7, 11, 13, 15)},
     "s-scan": ("snake scan (Table VI)", _decoder(scan="snake")),

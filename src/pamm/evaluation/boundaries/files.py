@@ -18,7 +18,7 @@ from pamm.tasks.pictures import INDICES, open_png, read_png
 
 MAPS = (".png", ".npy")
 TRUTHS = (".mat", ".png", ".npy")
-"""What MATLAB 7.3 writes as the version of a file, which scipy does not read."""
+"""The version in a file of MATLAB 7.3, which scipy does not read."""
 
 
 def pair_files(predictions: Path, truths: Path, ids: Path | None = None) -> dict[str, tuple[Path, Path]]:
@@ -181,7 +181,7 @@ def _read_bsds(path: Path) -> list[np.ndarray]:
 
 
 def _reading(path: Path, kind: str, read: Callable[[], Any]) -> Any:
-    """What `read` returns; whatever a reader raises on a damaged or foreign file becomes a BoundaryError."""
+    """The result of `read`. Any error of a reader on a damaged or foreign file becomes a BoundaryError."""
     try:
         return read()
     except PermissionError:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Inputs(NamedTuple):
-    """The inputs of `pamm.ops.selective_scan`, of the shapes told there, with zeros where no bias was given.
+    """The inputs of `pamm.ops.selective_scan`, of the shapes given there, with zeros where no bias was given.
 
     Engines get them checked and as `prepared` leaves them. These are methods without arguments, not properties: older
     versions of torch.compile do not follow a named tuple's properties.

@@ -4,7 +4,7 @@
  * channels and states, E[l, n] = exp(delta[l] A[n]) is computed once per position and read by every order through the order's
  * index, so nothing is permuted.
  *
- * Jobs write to places of their own. The backward pass's split into jobs depends on the shapes alone, and in the forward pass a
+ * Jobs write to places of their own. The backward pass's split into jobs depends only on the shapes, and in the forward pass a
  * vector of channels is computed alike in any job: the result has the same bits for any number of threads.
  */
 #include "scan_forward.h"

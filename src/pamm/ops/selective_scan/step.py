@@ -139,7 +139,7 @@ class _Sequences:
         )
 
     def take(self, values: Tensor, steps: slice) -> Tensor:
-        """What the orders meet at these steps: (T, K, G, B, c)."""
+        """The values that the orders visit at these steps: (T, K, G, B, c)."""
         index = self.orders[steps]
         return values[index] if values.dim() == 4 else values[index, self.columns]
 

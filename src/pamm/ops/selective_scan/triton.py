@@ -156,7 +156,7 @@ def _power_of_two(size: int) -> int:
 
 
 def _read(inputs: Inputs) -> tuple[Tensor, ...]:
-    """What both kernels read. Δ is made here: in the kernels every lane of a channel would repeat the softplus, and every
+    """The inputs of both kernels. Δ is made here: in the kernels every lane of a channel would repeat the softplus, and every
     order again, which costs more instructions than it saves in memory traffic."""
     A = inputs.A.transpose(-1, -2) * LOG2E
     tensors = (inputs.x, inputs.steps(), A, inputs.B, inputs.C, inputs.D, inputs.orders.int())
