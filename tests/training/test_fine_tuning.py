@@ -109,7 +109,7 @@ def test_the_same_classes_in_another_order_are_never_mixed():
     assert "another order" in str(fit)
 
 
-@pytest.mark.parametrize(("count", "told"), [(4, "numbers alone"), (6, "6 classes without names there, 4 here")])
+@pytest.mark.parametrize(("count", "told"), [(4, "only numbers"), (6, "6 classes without names there, 4 here")])
 def test_classes_without_names(count, told):
     """Published checkpoints tell how many classes there are, not which."""
     source = build(["semseg"], classes=[f"class {index}" for index in range(count)], seed=1)

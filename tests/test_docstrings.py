@@ -1,0 +1,118 @@
+"""Docstrings of public names: every parameter stands under Args, every result under Returns or Yields."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import re
+import textwrap
+from collections.abc import Callable, Iterator
+
+import pytest
+
+ROOMS = ("pamm", "pamm.data", "pamm.images", "pamm.official", "pamm.ops", "pamm.prediction", "pamm.tasks")
+"""Modules whose `__all__` is public."""
+
+ENTRY_POINTS = {
+    "pamm.ablate.cost": ("count_cost",),
+    "pamm.ablate.runs": ("make_plan", "train_all"),
+    "pamm.ablate.tables": ("get_table",),
+    "pamm.build": ("create_model", "create_tasks"),
+    "pamm.config.experiment": ("Experiment", "check", "dump", "load"),
+    "pamm.config.recipes": ("get_recipe",),
+    "pamm.evaluation.boundaries.measure": ("BoundaryScores", "measure_folders", "measure_image"),
+    "pamm.evaluation.evaluate": ("Evaluation", "evaluate", "evaluate_saved", "evaluate_split"),
+    "pamm.evaluation.gain": ("compare", "multi_task_gain"),
+    "pamm.look.features": ("look_at_features", "principal_components", "read_features"),
+    "pamm.look.predictions": ("compare",),
+    "pamm.look.readout": ("reading",),
+    "pamm.look.router": ("RouterWeights", "router_weights"),
+    "pamm.look.scans": ("draw_scan", "orders_of", "scan_figure"),
+    "pamm.models.backbone": ("Swin", "ViT", "create_backbone"),
+    "pamm.models.registry": ("build_model",),
+    "pamm.nn.serialize": ("curve", "scan_orders"),
+    "pamm.ops.selective_scan": ("choose", "explain"),
+    "pamm.tasks.metrics": ("image_metric", "sum_metric"),
+    "pamm.training.demo": ("run_demo",),
+    "pamm.training.run": ("train",),
+}
+"""Module → more names that users and authors of plug-ins call."""
+
+SECTION = re.compile(r"^(Args|Attributes|Returns|Yields|Raises):$", re.M)
+
+
+def sections(thing: object) -> dict[str, str]:
+    """The sections of a docstring by name; what stands before the first is under ""."""
+    first, *parts = SECTION.split(inspect.cleandoc(thing.__doc__ or ""))
+    return {"": first} | dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def documented(text: str) -> set[str]:
+    """Names at the beginning of a section's entries."""
+    return {name for names in re.findall(r"^    (\*{0,2}\w+(?:, \*{0,2}\w+)*):", text, re.M) for name in names.replace("*", "").split(", ")}
+
+
+def parameters(function: Callable) -> list[str]:
+    return [name for name in inspect.signature(function).parameters if name not in ("self", "cls")]
+
+
+def fields_with_a_text(kind: type) -> set[str]:
+    """Fields of a dataclass that are followed by a string, which `--help` shows."""
+    found = set()
+    for base in kind.__mro__:
+        if not base.__module__.startswith("pamm"):
+            continue
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body
+        for field, text in zip(body, body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                found.add(field.target.id)
+    return found
+
+
+def public() -> Iterator[tuple[str, object]]:
+    """Every public function and class by its name, each once, and the methods that a class of this package defines."""
+    seen = set()
+    for room, names in [(room, importlib.import_module(room).__all__) for room in ROOMS] + list(ENTRY_POINTS.items()):
+        for name in names:
+            thing = getattr(importlib.import_module(room), name)
+            if not (inspect.isclass(thing) or inspect.isroutine(thing)) or not thing.__module__.startswith("pamm") or id(thing) in seen:
+                continue
+            seen.add(id(thing))
+            yield f"{room}.{name}", thing
+            if inspect.isclass(thing):
+                yield from methods(f"{room}.{name}", thing)
+
+
+def methods(path: str, kind: type) -> Iterator[tuple[str, object]]:
+    """Methods of a class but for those that a base class documents."""
+    for name, value in vars(kind).items():
+        own = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
+        shown = name == "__call__" or not name.startswith("_")
+        if inspect.isfunction(own) and shown and not any(hasattr(base, name) for base in kind.__mro__[1:]):
+            yield f"{path}.{name}", own
+
+
+PUBLIC = dict(public())
+
+
+def missing(thing: object) -> list[str]:
+    text = sections(thing)
+    if inspect.isclass(thing):
+        if issubclass(thing, Exception):
+            return [] if text[""] else ["a docstring"]
+        names = documented(text.get("Args", "")) | documented(text.get("Attributes", ""))
+        if dataclasses.is_dataclass(thing):
+            names |= fields_with_a_text(thing)
+        return [name for name in parameters(thing) if name not in names]
+    lacking = [name for name in parameters(thing) if name not in documented(text.get("Args", ""))]
+    returned = inspect.signature(thing).return_annotation
+    if returned not in (None, "None", "NoReturn", inspect.Signature.empty) and not {"Returns", "Yields"} & text.keys():
+        lacking.append(f"Returns ({returned})")
+    return lacking if text[""] else ["a docstring", *lacking]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_parameters_and_results_are_described(name):
+    assert not missing(PUBLIC[name])
