@@ -9,6 +9,8 @@ import inspect
 import re
 import textwrap
 from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any
 
 import pytest
 
@@ -43,7 +45,7 @@ ENTRY_POINTS = {
 SECTION = re.compile(r"^(Args|Attributes|Returns|Yields|Raises):$", re.M)
 
 
-def sections(thing: object) -> dict[str, str]:
+def sections(thing: Any) -> dict[str, str]:
     """The sections of a docstring by name; what stands before the first is under ""."""
     first, *parts = SECTION.split(inspect.cleandoc(thing.__doc__ or ""))
     return {"": first} | dict(zip(parts[::2], parts[1::2], strict=True))
@@ -51,7 +53,8 @@ def sections(thing: object) -> dict[str, str]:
 
 def documented(text: str) -> set[str]:
     """Names at the beginning of a section's entries."""
-    return {name for names in re.findall(r"^    (\*{0,2}\w+(?:, \*{0,2}\w+)*):", text, re.M) for name in names.replace("*", "").split(", ")}
+    entries = re.findall(r"^    (\*{0,2}\w+(?:, \*{0,2}\w+)*):", text, re.M)
+    return {name.strip("*") for names in entries for name in names.split(", ")}
 
 
 def parameters(function: Callable) -> list[str]:
@@ -65,27 +68,26 @@ def fields_with_a_text(kind: type) -> set[str]:
         if not base.__module__.startswith("pamm"):
             continue
         body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body
-        for field, text in zip(body, body[1:], strict=False):
+        for field, text in pairwise(body):
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
                 found.add(field.target.id)
     return found
 
 
-def public() -> Iterator[tuple[str, object]]:
+def public() -> Iterator[tuple[str, Any]]:
     """Every public function and class by its name, each once, and the methods that a class of this package defines."""
     seen = set()
-    for room, names in [(room, importlib.import_module(room).__all__) for room in ROOMS] + list(ENTRY_POINTS.items()):
+    for room, names in [*((room, importlib.import_module(room).__all__) for room in ROOMS), *ENTRY_POINTS.items()]:
         for name in names:
             thing = getattr(importlib.import_module(room), name)
-            if not (inspect.isclass(thing) or inspect.isroutine(thing)) or not thing.__module__.startswith("pamm") or id(thing) in seen:
-                continue
-            seen.add(id(thing))
-            yield f"{room}.{name}", thing
-            if inspect.isclass(thing):
-                yield from methods(f"{room}.{name}", thing)
+            known = inspect.isclass(thing) or inspect.isroutine(thing)
+            if known and thing.__module__.startswith("pamm") and thing not in seen:
+                seen.add(thing)
+                yield f"{room}.{name}", thing
+                yield from methods(f"{room}.{name}", thing) if inspect.isclass(thing) else ()
 
 
-def methods(path: str, kind: type) -> Iterator[tuple[str, object]]:
+def methods(path: str, kind: type) -> Iterator[tuple[str, Any]]:
     """Methods of a class but for those that a base class documents."""
     for name, value in vars(kind).items():
         own = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
@@ -97,7 +99,7 @@ def methods(path: str, kind: type) -> Iterator[tuple[str, object]]:
 PUBLIC = dict(public())
 
 
-def missing(thing: object) -> list[str]:
+def missing(thing: Any) -> list[str]:
     text = sections(thing)
     if inspect.isclass(thing):
         if issubclass(thing, Exception):
