@@ -73,7 +73,7 @@ def _devices() -> None:
 
 
 def _kernels() -> None:
-    """What stands in for a network's modules here, and how many of a large PAMM's it replaces."""
+    """The kernels that replace a network's modules here, and how many of a large PAMM's modules each replaces."""
 
     from pamm.build import create_model
     from pamm.kernels import REWRITES, accelerate
