@@ -16,7 +16,7 @@ DPI = 100
 
 
 class PlotError(PammError, ImportError):
-    """No plot can be drawn; the message tells the remedy."""
+    """No plot can be drawn; the message gives the remedy."""
 
 
 def check_plots() -> None:

@@ -70,7 +70,7 @@ def score_table(
 
     Args:
         gains: the multi-task gain Δ of each row, percent, as a last column.
-        columns: task → the metrics of its columns, where they are not its score alone.
+        columns: task → the metrics of its columns, if they are not only its score.
     """
     header, found = [""], [([name for name, _ in rows], frozenset[int]())]
     for name, task in tasks.items():

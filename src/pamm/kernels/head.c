@@ -2,8 +2,8 @@
  *
  * `small` holds the nine taps' products per position of the small map. A row of the large map is a sum of TERMS of its rows and
  * taps, first down, then across; it is made in the cache whenever it is needed: for the statistics, for the logits, and twice for
- * the gradients. Channels are taken LANES at a time. Jobs write to places of their own and their split depends on the shapes
- * alone: the result has the same bits for any number of threads.
+ * the gradients. Channels are taken LANES at a time. Each job writes to its own part of the result, and their split depends only
+ * on the shapes: the result has the same bits for any number of threads.
  */
 #include "../ops/jobs.h"
 #include "../ops/vector.h"

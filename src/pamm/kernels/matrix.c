@@ -2,8 +2,8 @@
  *
  * A job makes a block of C. It takes the sums DEPTH terms at a time: the block's columns of B are copied into panels of COLUMNS
  * columns, which stay in the second cache, then its rows of A into panels of ROWS rows, one after the other (several at a time
- * where rows lie side by side: whole cache lines once). Copying absorbs how the matrices lie in memory. The order of a sum depends
- * on its length alone: the result has the same bits for any number of threads and any division into jobs.
+ * where rows lie side by side: whole cache lines once). Copying absorbs how the matrices lie in memory. The order of a sum
+ * depends only on its length: the result has the same bits for any number of threads and any division into jobs.
  */
 #include "../ops/jobs.h"
 #include "../ops/vector.h"

@@ -15,7 +15,7 @@ from pamm.nn.replace import replace_modules
 from pamm.ops.compiled import VARIABLE, Kernel
 
 Choice = Literal["auto", "off"]
-"""What `--kernels` takes: every rewrite that is worth while on this machine, or none."""
+"""Values of `--kernels`: every rewrite that is worthwhile on this machine, or none."""
 
 
 @dataclass(frozen=True)

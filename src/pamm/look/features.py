@@ -263,7 +263,7 @@ def caption(looks: Mapping[str, Look], images: int, sharing: Sharing) -> str:
         "First three principal components of the features as red, green and blue; below, their shares of the variance. "
     )
     if sharing == "per-task":
-        text += f"One PCA per {models}stage and task over {over}: colours tell regions of a tile apart and "
+        text += f"One PCA per {models}stage and task over {over}: colours distinguish regions of a tile and "
         text += "do not compare between tiles" + (" of one figure." if images > 1 else ".")
     else:
         text += f"One PCA per {models}stage for all tasks together over {over}, one for the backbone: in a row, tasks of one "

@@ -47,5 +47,5 @@ def compare(
     caption = "Predictions at the image's own size. "
     if any(task.map_unit for row in rows for task in row.tasks.values()):
         shared = "the ground truth, or else of all models together" if has_truth else "all models together"
-        caption += f"Colours that follow a range take that of {shared}; a bar tells it, and values beyond have its ends' colours. "
+        caption += f"Colours that follow a range use that of {shared}. A bar shows it; values beyond have the colours of its ends. "
     return compose_sheet(rows, caption=caption + "Grey: no label." * has_gaps, tile=tile)

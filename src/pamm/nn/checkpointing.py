@@ -22,7 +22,7 @@ def call(function: Callable[..., Any], *inputs: Any) -> Any:
 def checkpointed(function: Callable[..., Any], *inputs: Any) -> Any:
     """function(*inputs), keeping only its inputs for the backward pass.
 
-    Random draws and the autocast are the same the second time, and running statistics take part in the first alone.
+    The second pass repeats the random draws and the autocast. Running statistics are updated only in the first pass.
     """
     if not torch.is_grad_enabled():
         return function(*inputs)

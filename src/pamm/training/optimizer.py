@@ -15,13 +15,12 @@ OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """Adam or AdamW over the parameters that are not frozen (`requires_grad`).
 
-    No weight decay for parameters marked `_no_weight_decay` (A_log, D, Δ's bias, priors). Where `backbone_lr_scale` is not 1, the
-    backbone's parameters are groups of their own, with that `lr_scale`.
+    Parameters marked `_no_weight_decay` (A_log, D, Δ's bias, priors) have no weight decay. If `backbone_lr_scale` is not 1, the
+    backbone's parameters are separate groups with that `lr_scale`.
 
-    Fused: a parameter is read and written once a step, without temporary copies. On a CPU torch's fused kernels (2.15) take a
-    parameter, its gradient and its states for one piece of memory each, in the same order. So a parameter with gaps, or with
-    elements that share a place, is laid out anew here, and a gradient or a state in another order than its parameter before
-    it is used.
+    The optimizer is fused: each step reads and writes a parameter once, without temporary copies. On a CPU, torch's fused
+    kernels (2.15) expect a parameter, its gradient and its states to be contiguous in the same order. This function therefore
+    makes parameters contiguous, and a hook does the same with gradients and states before they are used.
     """
     groups: dict[tuple[bool, float], dict[str, Any]] = {}
     for scale in dict.fromkeys((1.0, config.backbone_lr_scale)):
