@@ -74,7 +74,7 @@ def add_kernels(parser: argparse.ArgumentParser) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Create the folder and try to write in it, before hours are spent; raises OSError."""
+    """Create the folder and check that files can be written into it, before any work. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / f".writable.{os.getpid()}"
     probe.touch()
@@ -270,7 +270,7 @@ def print_any_character() -> None:
 
 
 def leave_lost_output() -> bool:
-    """Whether standard output or error cannot be written, tried with a line end; what waits to be written is then dropped."""
+    """Whether standard output or error cannot be written (tested with a line end); pending output is then dropped."""
     streams = [stream for stream in (sys.stdout, sys.stderr) if stream is not None and hasattr(stream, "buffer")]
     for stream in streams:
         try:

@@ -1,4 +1,4 @@
-"""`pamm doctor`: what runs on this machine, what does not, why, and the remedy."""
+"""`pamm doctor`: the engines, kernels and extras of this machine, with reasons and remedies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files for users: written whole or not at all, with names made of what they hold; and how outside text is shown."""
+"""Writing files completely or not at all, names of files, and the safe display of text from outside."""
 
 import atexit
 import os
@@ -47,7 +47,7 @@ def usual_mode(path: Path) -> None:
 
 
 def keep(path: Path, content: bytes) -> None:
-    """Write a cache's file whole or not at all; one that cannot be written is no error."""
+    """Write a cache's file completely or not at all; a failure is no error."""
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as new:

@@ -32,7 +32,7 @@ class TaskConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where images and labels come from and the frame the network sees."""
+    """The source of images and labels, and the size of the network's input."""
 
     name: Literal["nyud", "pascal", "cityscapes", "folder", "synthetic"] = "folder"
     """Kind of data set."""
@@ -239,7 +239,7 @@ class TrainConfig:
     save_every: int = 500
     """Steps between checkpoints."""
     save_minutes: float = 5.0
-    """Minutes after which a checkpoint is saved although `save_every` steps are not done; 0: only by steps."""
+    """Largest age of the last checkpoint, minutes; then one is saved between `save_every` steps. 0: only by steps."""
     log_every: int = 20
     """Steps between lines of log.jsonl."""
     workers: int = 2
@@ -256,7 +256,7 @@ class TrainConfig:
     init: str | None = None
     """Fine-tuning: start from the weights of this run folder, saved model, imported checkpoint or Hub repository."""
     freeze: str | None = None
-    """Fine-tuning: what is not trained, "backbone", or "backbone:N" for what comes before its block N + 1."""
+    """Fine-tuning: frozen parts, "backbone", or "backbone:N" for the patch embedding and the first N blocks."""
     backbone_lr_scale: float = 1.0
     """Learning rate of the backbone per learning rate of the rest."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"

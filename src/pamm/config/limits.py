@@ -126,7 +126,7 @@ def check_ranges(tree: dict[str, Any], limits: dict[str, tuple[float, float]]) -
 
 
 def check_name(name: str) -> None:
-    """Raises ConfigError for an experiment's name that would lead its run folder, runs/NAME, elsewhere."""
+    """Raises ConfigError for a name that would put the run folder, runs/NAME, elsewhere."""
     if (
         not name.isprintable()
         or re.search(r'[/\\:*?"<>|]', name)

@@ -1,4 +1,4 @@
-"""A tree of frozen dataclasses ↔ plain values, and JSON, strictly: an unknown key and a value of another type are errors."""
+"""Strict conversion of a tree of frozen dataclasses from and to plain values: unknown keys and wrong types are errors."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 
 def _plain(value: Any, where: str) -> Any:
-    """A value whose meaning is judged elsewhere: a scalar or a list of scalars."""
+    """A value that is checked elsewhere: a scalar or a list of scalars."""
     if isinstance(value, (list, tuple)):
         return [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
     if isinstance(value, float) and not math.isfinite(value):

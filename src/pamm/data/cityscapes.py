@@ -46,7 +46,7 @@ LAST_ID = 33
 """The largest label id."""
 
 LIMIT = 80.0
-"""Disparity, pixels, from which on the published metric leaves pixels out."""
+"""Disparity, pixels; the published metric leaves out pixels of this value and more."""
 
 _LABEL_IDS = ("gtFine", "_gtFine_labelIds.png")
 _FILES = {"semseg": (*_LABEL_IDS,), "depth": ("disparity", "_disparity.png")}

@@ -66,7 +66,7 @@ class PackagedDataset(FileDataset):
 
     @property
     def source(self) -> str:
-        """Where the ids come from, inside the root."""
+        """The file of ids, relative to the root."""
         return f"{self.lists}/{self.split}.txt"
 
     def list_ids(self) -> list[str]:
@@ -147,7 +147,7 @@ class PackagedDataset(FileDataset):
 
 @contextmanager
 def reading() -> Iterator[None]:
-    """Files that are no images or labels become one kind of error."""
+    """Context manager: errors of reading images and labels become DataErrors."""
     try:
         yield
     except (ImageError, LabelError) as error:

@@ -90,7 +90,7 @@ class FolderDataset(FileDataset):
         self.ids = list(self._images)
 
     def _keep(self, ids: set[str], val_fraction: float) -> None:
-        """Leave out all other images and their labels. Raises DataError where none is left."""
+        """Keep only these images and their labels. Raises DataError if none remains."""
         if self._images and not ids:
             places = [math.floor(1000 * position(id)) for id in self._images]
             bound = (
@@ -274,7 +274,7 @@ def _no_images(root: Path, folder: Path, split: str) -> DataError:
 
 
 def _check_division(root: Path, val_fraction: float) -> None:
-    """Raise DataError where validation images would come from two places."""
+    """Raise DataError if validation images would come from two places."""
     filled = [name for name in names_in(root / "val") if names_in(root / "val" / name)] if val_fraction > 0 else []
     if filled:
         raise DataError(
@@ -305,7 +305,7 @@ def _unused_folders(folder: Path, tasks: Mapping[str, Any], *, described: bool) 
 _NAMED_LIKE = re.compile(r"dataset[ _-]?\.ya?ml(\.txt|\.ya?ml)?|dataset\.txt", re.IGNORECASE)
 
 _MEANT = re.compile(r"dataset(\.ya?ml.*|\.json|\.toml)?", re.IGNORECASE)
-"""Names of files that were meant as the description where there is no other, copies and backups among them."""
+"""Names of files that were probably meant as the description, such as copies and backups."""
 
 
 def _check_name(root: Path) -> bool:
@@ -381,7 +381,7 @@ def _check_keys(path: Path, content: dict[str, Any]) -> None:
 
 
 def _check_counted(path: Path, content: dict[str, Any]) -> None:
-    """Raise DataError for numbers of splits and tasks that are not there: nothing would be compared with them."""
+    """Raise DataError for numbers of splits and tasks that do not exist: they could not be compared with anything."""
     splits = {*_SPLITS, *names_in(path.parent)}
     labelled = content.get("labelled") or {}
     places = [(key, name, splits) for key in ("splits", "labelled") for name in content.get(key) or {}]

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from pamm.config.experiment import DataConfig
 
 SAMPLED = 50
-"""Labels of each task and split, at most, that are read before training ..."""
+"""Largest number of labels of each task and split that are read before training."""
 
 RARE = 10
-"""... and as many times more while a class is in none of them."""
+"""Factor by which this number grows while a class is in none of the labels."""
 
 
 @dataclass
@@ -39,7 +39,7 @@ class SplitReport:
     notes: list[str] = field(default_factory=list)
     """Notes that are no mistakes, e.g. fewer images than published, a class that no label holds."""
     contents: dict[str, str] = field(default_factory=dict)
-    """Task → what its labels hold, in words; where they were read."""
+    """Task → content of its labels, in words, if they were read."""
 
 
 def inspect_dataset(
@@ -205,7 +205,7 @@ class Contents:
             self.turned.append(id)
 
     def described(self) -> dict[str, str]:
-        """Task → what its labels hold, in words."""
+        """Task → content of its labels, in words."""
         return {name: task.describe(self.found[name]) for name, task in self.tasks.items() if self.found[name].labels}
 
     def notes(self, labelled: Mapping[str, int]) -> list[str]:
@@ -239,7 +239,7 @@ class _Look:
 
 
 class _Looks(torch.utils.data.Dataset):
-    """Number of a present sample → what it holds, or the message of the error."""
+    """Index of a sample → its content, or the message of the error."""
 
     def __init__(self, dataset: Dataset, present: Sequence[int]):
         self.dataset, self.present = dataset, present

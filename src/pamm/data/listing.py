@@ -1,4 +1,4 @@
-"""One place lists folders and reads lists of names: what lies in a folder is read, or named, or known to be no data."""
+"""Listing folders and reading lists of names. Every file in a folder is read, reported, or known to be no data."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _COMPANIONS = frozenset(
         *(".mov", ".mp4", ".m4v", ".avi", ".mkv", ".webm", ".mp3", ".wav", ".m4a"),
     )
 )
-"""Suffixes of what people keep beside pictures: notes, annotations of other tools, films."""
+"""Suffixes of other files beside pictures: notes, annotations of other tools, films."""
 
 _DOCUMENTS = frozenset(("readme", "license", "licence", "copying", "notice", "changelog"))
 """Names without suffix of documents."""

@@ -1,4 +1,4 @@
-"""Batches as a function of the step: the same bits on any number of workers, and after any resumption."""
+"""Batches as a function of the step: the same bits for any number of workers, and in a resumed run."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ class Batch:
 
     @property
     def label_size(self) -> tuple[int, int]:
-        """Height and width of the labels, which the network's output is brought to; mostly the image's."""
+        """Height and width of the labels, to which the network's output is resized; mostly the image's."""
         height, width = next(iter(self.labels.values()), self.image).shape[-2:]
         return height, width
 

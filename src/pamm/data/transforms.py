@@ -1,4 +1,4 @@
-"""From a sample as read to what the network sees: zoom, crop, mirror, colour, normalise, pad.
+"""Transforms from a sample as read to the input of the network: zoom, crop, mirror, colour, normalise, pad.
 
 The order and the ranges are those of the multi-task benchmarks on NYUD-v2 and PASCAL-Context (ATRC and its successors).
 Every random number comes from a generator seeded by (seed, epoch, index), so that a sample has the same bits in any process,
@@ -62,7 +62,7 @@ def denormalize(image: Tensor) -> np.ndarray:
 
 
 def seen(box: Box, config: DataConfig) -> Box:
-    """Where what lies at `box` of the frame lies in the image that the network sees."""
+    """`box` of the frame → the same box in the network's input, in its pixels."""
     height, width = _seen_size(box[2:], config)
     return (config.size[0] - height) // 2, (config.size[1] - width) // 2, height, width
 
@@ -233,7 +233,7 @@ def _finish(
     tasks: Mapping[str, Task],
     config: DataConfig,
 ) -> Sample:
-    """Normalise, pad with the image in the centre, and apply each task's last rule."""
+    """Normalise, centre and pad the image, and apply each task's `finish`."""
     frame, size = config.frame, config.size
     labels = {name: tasks[name].finish(_pad(label, frame, tasks[name].ignore)) for name, label in labels.items()}
     if frame != size:

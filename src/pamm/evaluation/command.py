@@ -119,7 +119,7 @@ def arguments_parser() -> argparse.ArgumentParser:
 
 
 def check_outputs(out: Path | None, report: Path | None) -> None:
-    """Try the places of the results before hours are spent; raises OSError."""
+    """Check that the results can be written, before any evaluation. Raises OSError."""
     if out and out.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(out))
     for folder in ([out.parent] if out else []) + ([report] if report else []):

@@ -62,7 +62,7 @@ class Evaluation:
     protocol: str
     """Split, number of images, frame and treatment of padding, in words."""
     model: dict[str, Any] = field(default_factory=dict)
-    """Where the weights came from."""
+    """Source of the weights."""
     split: str = "val"
     """Name of the split."""
     original: OriginalResults | None = None
@@ -141,7 +141,7 @@ class OriginalResults:
     row: Row
     protocol: str
     resized: int
-    """Images that the frame holds at another size than their own: 0 means that both resolutions give the same numbers."""
+    """Number of images whose size in the frame is not their own; with 0, both resolutions give the same numbers."""
 
 
 def _finite(row: Row) -> dict[str, dict[str, float | None]]:

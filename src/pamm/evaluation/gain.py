@@ -1,4 +1,4 @@
-"""The multi-task gain Δ, the baselines it is measured against, and the published tables it is known from."""
+"""The multi-task gain Δ, its baselines, and the papers' tables."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ class Conditions:
 
 @dataclass(frozen=True)
 class PublishedEvaluation:
-    """How a line of papers measured what it prints."""
+    """The measuring conditions of a line of papers."""
 
     metrics: Mapping[str, str]
-    """Task → the metric of this package that computes what they print."""
+    """Task → the metric of this package that is the same as theirs."""
     boundaries: str
     """Protocol of the boundary benchmark."""
     split: str
@@ -192,7 +192,7 @@ class Comparison:
     metrics: Mapping[str, str]
     """Task → the metric compared."""
     differences: Sequence[str] = ()
-    """In what the two were measured differently, in words."""
+    """Differences between the measuring conditions of the two, in words."""
 
     @property
     def mean(self) -> float:
@@ -269,7 +269,7 @@ def metrics_over(baseline: str) -> dict[str, str]:
 def _differences(
     baseline: str, source: str, tasks: Iterable[str], own: Conditions | None, protocol: str | None
 ) -> list[str]:
-    """In what an evaluation and a baseline were measured differently, as far as it is known."""
+    """Known differences between the measuring conditions of an evaluation and a baseline."""
     if baseline in baselines():
         known = baselines()[baseline]
         return evaluations()[known.evaluation].differences(known.dataset, tasks, own) if own else []
@@ -279,7 +279,7 @@ def _differences(
 
 
 def _why_not(score: str, own: float | None, other: float | None) -> str:
-    """Why two scores of a task cannot be compared; empty where they can."""
+    """The reason why two scores of a task cannot be compared; empty if they can."""
     if own is None or not math.isfinite(own):
         return f"no {score} was measured"
     if other is None:

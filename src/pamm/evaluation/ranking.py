@@ -1,4 +1,4 @@
-"""The images of a split on which a task scores best and worst, found in one pass and in little memory."""
+"""The best and worst images of a split for one task, found in one pass with little memory."""
 
 from __future__ import annotations
 

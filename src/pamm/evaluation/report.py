@@ -1,4 +1,4 @@
-"""An evaluation as people read it: lines for a terminal, and a folder with JSON, Markdown and one page that holds its pictures."""
+"""Reports of an evaluation: text for a terminal, and a folder with JSON, Markdown and one page with its pictures."""
 
 from __future__ import annotations
 

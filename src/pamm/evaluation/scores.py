@@ -19,13 +19,13 @@ Row = dict[str, dict[str, float]]
 """Task name → metric name → value. Percent where the field prints percent, NaN where no image has the label."""
 
 Resolution = Literal["frame", "original"]
-"""Where maps are compared: in the padded frame, as the papers do, or at every image's own size."""
+"""Resolution of the comparison: the padded frame, as in the papers, or every image's own size."""
 
 RESOLUTIONS: tuple[Resolution, ...] = ("frame", "original")
 
 SIGNIFICANT_DIGITS = 6
 STRIP_VALUES = 2**24
-"""Logits that are brought to an image's own size at once."""
+"""Number of logits that are resized to an image's own size at once."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Picture files and arrays in, and only in: this room uses no other of the package.
+"""Reading of picture files and arrays. This room imports no other room of the package.
 
 Every picture file is opened here, by its content and as one of `FORMATS`, whatever its name says. Pillow's other plugins,
 some of which start programs, are never reached.

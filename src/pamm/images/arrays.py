@@ -1,4 +1,4 @@
-"""Arrays of NumPy's files, mapped into memory only after their header was judged."""
+"""Arrays of NumPy's files, mapped into memory only after their header was checked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The formats of pictures that are read, and what a file is by its first bytes."""
+"""The formats of pictures that are read, and the detection of a format from a file's first bytes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _SUFFIXES = {
 }
 
 IMAGE_SUFFIXES = tuple(suffix for name, suffixes in _SUFFIXES.items() if name in FORMATS for suffix in suffixes)
-"""Ends of file names, in lower case, that folders take for photographs."""
+"""Suffixes of photographs in folders, in lower case."""
 
 
 class ImageError(PammError, ValueError):

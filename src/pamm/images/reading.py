@@ -33,7 +33,7 @@ _NO_FILE = (errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 """Of the system's errors, those that a path causes, not the content of its file."""
 
 _STRIP_PIXELS = 2**22
-"""Pixels that are converted at once: what bounds the memory beside a large picture."""
+"""Number of pixels that are converted at once. It limits the memory beside a large picture."""
 
 _KINDS = {0: "grey", 2: "RGB", 3: "palette", 4: "grey and alpha", 6: "RGBA"}
 """PNG's colour types."""

@@ -114,7 +114,7 @@ def _model_options(view: argparse.ArgumentParser, several: str | None, *, count:
 
 
 def _open(plain: argparse.Namespace) -> tuple[dict[str, Predictor], Subjects, list[str]]:
-    """The models, what they look at, and the tasks to show."""
+    """The models, the images, and the tasks to show."""
     from pamm.look.subjects import choose_tasks, open_models, subjects_for
 
     sources = plain.source if isinstance(plain.source, list) else [plain.source]

@@ -142,7 +142,7 @@ def _is_done(tasks: Mapping[str, Task], out: Path, name: str, formats: Sequence[
 
 
 def _places(task: Task, name: str, stem: str, kind: str) -> list[Path]:
-    """Where a map's file may lie: a label's has one of several suffixes."""
+    """The possible files of a map: a label has one of several suffixes."""
     place = Path(FORMATS[kind].format(task=name, stem=stem))
     return [place.with_name(stem + suffix) for suffix in task.suffixes] if kind == "png" else [place]
 
@@ -175,7 +175,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _check_sheet(out: Path, paths: Iterable[Path]) -> None:
-    """Raise PredictError where the contact sheet would come among the images, or in place of one."""
+    """Raise PredictError if the contact sheet would be written among the images, or replace one."""
     inside = next((path for path in paths if os.path.realpath(path.parent) == os.path.realpath(out)), None)
     if inside is not None:
         raise PredictError(

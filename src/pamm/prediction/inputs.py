@@ -92,7 +92,7 @@ class Inputs:
     unread: list[Path] = field(default_factory=list)
     """Files that may be pictures, of suffixes that are not read."""
     folders: list[Path] = field(default_factory=list)
-    """Folders in the folders given, in which nothing is read."""
+    """Subfolders of the given folders; their files are not read."""
     companions: list[Path] = field(default_factory=list)
     """Files that are no pictures: notes, films."""
 

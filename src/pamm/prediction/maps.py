@@ -22,10 +22,10 @@ DEFAULT_FORMATS = ("picture", "png")
 """Not npy: the arrays of a photograph of 12 megapixels take 300 MB."""
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-"""Errors of writing that the next file would meet as well."""
+"""Errors of writing that would also occur for the next file."""
 
 STRIP_VALUES = 2**24
-"""Values that are resized and decoded, or drawn, at once: what bounds the memory for a large image."""
+"""Number of values that are resized and decoded, or drawn, at once. It limits the memory for a large image."""
 
 
 class FolderError(PredictError):
@@ -148,7 +148,7 @@ class Maps(Mapping[str, np.ndarray]):
         return path
 
     def _write_label(self, task: str, path: Path) -> Path:
-        """The label file, in place of an earlier one of whatever suffix: two of one stem are no data set."""
+        """Write the label file and remove earlier ones of other suffixes: a data set has one file per stem."""
         suffix, content = self.tasks[task].label_file(self[task])
         written = path.with_name(path.name.removesuffix(path.suffix) + suffix)
         with replacing(written) as new:
@@ -200,7 +200,7 @@ def try_folder(folder: Path) -> None:
 
 
 def check_folder(folder: Path, formats: Sequence[str]) -> None:
-    """Raise PredictError where `folder` is no place for predictions."""
+    """Raise PredictError if predictions must not be written into `folder`."""
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise PredictError(f"{folder} is a file; give a folder for the predictions")
     if "png" in formats and os.path.isdir(folder / "images"):

@@ -192,7 +192,7 @@ def _copy_of(model: MultiTaskModel, device: torch.device, *, tensors: bool) -> M
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for the time of a prediction, so that a model can be looked at in the middle of its training."""
+    """Context manager: eval mode during a prediction, also in the middle of training."""
     was_training = model.training
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""The processes of a run, one per device: which one this is, what they share, and how they start."""
+"""The processes of a run, one per device: their ranks, their communication and their start."""
 
 from __future__ import annotations
 

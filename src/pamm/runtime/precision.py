@@ -1,4 +1,4 @@
-"""Which arithmetic a prediction or an evaluation runs in: float32, or bfloat16 where the processor multiplies it faster."""
+"""Arithmetic of predictions and evaluations: float32, or bfloat16 if the processor multiplies it faster."""
 
 from __future__ import annotations
 

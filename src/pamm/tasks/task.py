@@ -437,7 +437,7 @@ MOSTLY = 0.9
 
 
 def percent(share: float) -> str:
-    """0 to 1 → "12.3 %"; what is little and not nothing does not become 0."""
+    """0 to 1 → "12.3 %"; a small share above 0 does not become 0."""
     return "less than 0.1 %" if 0 < share < 0.001 else f"{100 * share:.3g} %"
 
 
@@ -499,7 +499,7 @@ _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 
 
 def _option(task: str, name: str, value: Any, hint: Any) -> Any:
-    """The value, as one of the plain kinds that `hint` allows; a hint that allows others leaves it to the task to judge.
+    """The value, as one of the plain kinds that `hint` allows; with other hints, the task itself checks it.
 
     A number that YAML takes for text, as it does with 1e-3, is read as one. Raises ValueError.
     """

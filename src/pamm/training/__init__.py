@@ -1,1 +1,1 @@
-"""Training: a run's folder, its steps, and the files from which it goes on."""
+"""Training: a run's folder, its steps, and its checkpoints."""

@@ -28,12 +28,12 @@ TRAINING_FILE = "training.pt"
 
 
 def real_place(target: Path) -> Path:
-    """Where a folder is: `last/` and `best/` may be symbolic links, which stay so."""
+    """The folder behind a symbolic link; `last/` and `best/` may be links, and stay links."""
     return Path(os.path.realpath(target)) if target.is_symlink() else target
 
 
 def holds_files(folder: Path) -> bool:
-    """Whether a folder is there with anything in it: an empty one may be prepared for a link to it."""
+    """Whether a folder exists and is not empty: an empty one may be the prepared target of a link."""
     return folder.is_dir() and any(folder.iterdir())
 
 
@@ -125,7 +125,7 @@ def load_training(target: Path, model: MultiTaskModel, optimizer: Any, state: di
 
 
 def _check_archive(path: Path) -> None:
-    """Raise ValueError for a file that would take more memory than it has bytes."""
+    """Raise ValueError for a file whose content would take more memory than the file has bytes."""
     with zipfile.ZipFile(path) as archive:
         packed = [entry for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
         if packed or sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:

@@ -1,4 +1,4 @@
-"""`pamm demo`: the whole way from synthetic rooms to a report, on a CPU in minutes."""
+"""`pamm demo`: synthetic rooms, training, evaluation and a report, in minutes on a CPU."""
 
 from __future__ import annotations
 

@@ -27,12 +27,12 @@ from pamm.tasks import Task
 from pamm.tasks.segmentation import numbered_classes
 
 LEAST = 0.01
-"""Share of the parameters that a source must fill: less is chance."""
+"""Smallest share of the parameters that a source must fill; less would be a coincidence."""
 
 OTHER_TASK = "one_more"
 
 Pairs = tuple[list[int], list[int]]
-"""Places along an axis, here and there."""
+"""Positions along an axis, in this network and in the source."""
 
 
 @dataclass
@@ -45,9 +45,9 @@ class Fit:
     sizes: dict[str, int] = field(default_factory=dict)
     """Name → number of elements."""
     reasons: dict[str, str] = field(default_factory=dict)
-    """Name → why not all of it was taken, or how it was changed."""
+    """Name → why some elements were not taken, or how they were changed."""
     unused: list[str] = field(default_factory=list)
-    """Names in the source that have no place here."""
+    """Names in the source that this network does not have."""
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -56,7 +56,7 @@ class Fit:
         return sum(self.taken.values()) / max(1, sum(self.sizes.values()))
 
     def incomplete(self) -> list[str]:
-        """Names of which something is new."""
+        """Names with new elements."""
         return [name for name, size in self.sizes.items() if self.taken[name] < size]
 
     def __str__(self) -> str:
@@ -151,7 +151,7 @@ def _shapes(network: MultiTaskModel, tasks: Mapping[str, Task]) -> dict[str, tup
 
 
 def _grown(shape: tuple[int, ...], grown: tuple[int, ...]) -> dict[int, int]:
-    """Axis → by how much it is longer."""
+    """Axis → number of additional elements."""
     return {axis: b - a for axis, (a, b) in enumerate(zip(shape, grown, strict=True)) if b != a}
 
 
@@ -183,7 +183,7 @@ def _fit(
 def _pairs(
     here: _Layout, key: str, axis: int, size: int, there: _Layout, twin: str, length: int
 ) -> tuple[Pairs, str | None] | None:
-    """Which places of an axis are the same, and why not all are; None for axes that do not fit."""
+    """Matching positions of an axis, and why some do not match; None for axes that do not fit."""
     block, other = here.stacked[key].get(axis), there.stacked[twin].get(axis)
     if block is not None or other is not None:
         if block is None or block != other or size != block * len(here.tasks) or length != block * len(there.tasks):
@@ -204,7 +204,7 @@ SOURCE_LACKS_TASK = "tasks that the source lacks"
 
 
 def _class_pairs(here: Task | None, there: Task | None) -> tuple[Pairs, str | None] | None:
-    """The outputs of two heads of one task that mean the same."""
+    """The outputs of two heads of one task that have the same meaning."""
     if here is None or there is None:
         return None
     own, given = here.options().get("classes"), there.options().get("classes")
@@ -267,7 +267,7 @@ def _resized(here: _Layout, key: str, value: Tensor, there: _Layout, given: Tens
 
 
 def _absent(key: str, network: MultiTaskModel, source: MultiTaskModel) -> str:
-    """Why the source has no such tensor."""
+    """The reason why the source has no such tensor."""
     parts = set(key.split("."))
     new = [task for task in network.tasks if task in parts and task not in source.tasks]
     return f"the source has no task {new[0]}" if new else "the source has no such tensor"
@@ -295,7 +295,7 @@ def _leaves(tree: object, prefix: str = "") -> dict[str, object]:
 
 
 def freeze(network: MultiTaskModel, what: str | None) -> None:
-    """Exclude from training what `train.freeze` names. Raises ConfigError."""
+    """Freeze the parts that `train.freeze` names. Raises ConfigError."""
     if what is None:
         return
     found = re.fullmatch(r"backbone(?::([0-9]{1,6}))?", what)

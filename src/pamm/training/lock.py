@@ -1,4 +1,4 @@
-"""One process per run folder: a lock that the operating system keeps, and releases when its process ends in any way."""
+"""One process per run folder: a lock of the operating system, which releases it when the process ends."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class FolderLock:
             ) from None
 
     def release(self) -> None:
-        """Give the folder up. A second call does nothing."""
+        """Release the folder. A second call does nothing."""
         if self.file < 0:
             return
         file, self.file = self.file, -1

@@ -91,7 +91,7 @@ class Log:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """A full disk names no file: its error does so after this."""
+    """Context manager: the error of a full disk, which names no file, names the log."""
     try:
         yield
     except OSError as error:

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 UNMEASURED = "no task of weight above 0 has a label in the validation split"
-"""Why no evaluation is better than another."""
+"""The message if no evaluation can be compared with another."""
 
 
 class TrainingError(PammError, RuntimeError):
@@ -131,7 +131,7 @@ class Loop:
         return self._finish()
 
     def close(self) -> None:
-        """Close the log and the progress bar, and give the run folder up."""
+        """Close the log and the progress bar, and release the run folder."""
         self.bar.close()
         if self.log:
             self.log.close()
@@ -143,7 +143,7 @@ class Loop:
         return self.saved == self.state["step"] and (self.fabric.world_size == 1 or self.evaluating)
 
     def _stop(self, number: int) -> None:
-        """End by a signal, naming what is kept."""
+        """End by a signal; the message names the last checkpoint."""
         where = f"stopped after step {self.state['step']} of {self.config.steps}. {self._kept()}"
         exit_with(number, where if self.fabric.is_global_zero else "")
 
@@ -154,7 +154,7 @@ class Loop:
         return f"{self.out / 'last'} holds step {self.saved}: run the same command again to go on from there"
 
     def _due(self, step: int) -> bool:
-        """Whether the weights of this step are to be evaluated and are not yet."""
+        """Whether the weights of this step still have to be evaluated."""
         every = self.config.eval_every
         regular = every > 0 and step > 0 and step % every == 0
         return (regular or step == self.config.steps) and self.state["evaluated"] < step

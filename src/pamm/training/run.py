@@ -1,4 +1,4 @@
-"""A run: its folder is started, or found and gone on with; everything that its loop needs is created."""
+"""A run: its folder is created or resumed, and everything that its loop needs is built."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def lock_folder(fabric: Fabric, out: Path) -> FolderLock | None:
 
 
 def with_recorded_source(experiment: Experiment, out: Path) -> Experiment:
-    """A run that began from given weights goes on without naming them again: they are in its own."""
+    """A resumed run keeps the `train.init` that it was started with; its weights are in the run folder."""
     path = out / "experiment.yaml"
     if experiment.train.init is not None or not (path.exists() and holds_files(out / "last")):
         return experiment
@@ -202,7 +202,7 @@ def create_network(
 
 
 def check_source(source: str | None, out: Path) -> None:
-    """Raise ConfigError where fine-tuning would start from the run folder itself."""
+    """Raise ConfigError if fine-tuning would start from the run folder itself."""
     if source is None:
         return
     path, folder = (Path(os.path.realpath(Path(place).expanduser())) for place in (source, out))
@@ -249,7 +249,7 @@ def _both(there: Any, here: Any) -> str:
 
 
 def tell_unmeasured(fabric: Fabric, data: Dataset, tasks: Mapping[str, Task]) -> None:
-    """Say which tasks the validation split cannot measure, and what that does to best/."""
+    """Print which tasks the validation split cannot measure, and the consequence for best/."""
     counts = data.labelled()
     absent = [name for name in tasks if not counts.get(name, 0)]
     if not absent or data.absent():  # rooms that are not made yet have all labels

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT (Ctrl-C) while a run goes on: it is saved after the step under way, then ends."""
+"""SIGTERM and SIGINT (Ctrl-C) during a run: it is saved after the current step, then ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The boundary benchmark on folders of maps and truths: what its MATLAB code prints, without MATLAB."""
+"""The boundary benchmark on folders of maps and truths, without MATLAB."""
 
 from pamm import PammError
 

@@ -200,7 +200,7 @@ def _collect(pool: ProcessPoolExecutor, running: dict[Future, str]) -> Iterator[
 
 
 LIGHT = 0.75
-"""A map whose median is higher is one of boundaries dark on light; the median of HED's 200 maps of BSDS is 0 everywhere."""
+"""A map with a higher median has dark boundaries on light; the median of each of HED's 200 maps of BSDS is 0."""
 
 
 def light_maps(maps: Mapping[str, Path], invert: bool) -> list[str]:
