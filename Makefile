@@ -1,4 +1,4 @@
-# make demo: a network learns six maps from one image, in minutes on a CPU.   make test: the test suite (test-all: with tests of minutes).
+# make demo: a network learns six maps from one image, in minutes on a CPU.   make test: the test suite (test-fast: without its slow tests; test-all: with tests of minutes).
 # make lint: style, types, spelling, large files.   make format: the linter's repairs.   make hooks: the same checks before every commit.
 # make sanitize, make test-clang: the C kernels' tests with sanitizers, and with clang.   make test-oldest: the oldest torch, timm and numpy.
 # make fuzz: 12 000 damaged files for all readers of foreign files, some minutes.
@@ -11,7 +11,7 @@ PYTHON_FILES := src tests benchmarks
 KERNEL_TESTS := tests/ops tests/kernels
 ASAN = $(shell gcc -print-file-name=libasan.so) $(shell gcc -print-file-name=libubsan.so)
 
-.PHONY: demo test test-all fuzz lint format hooks sanitize test-clang test-oldest bench clean
+.PHONY: demo test test-fast test-all fuzz lint format hooks sanitize test-clang test-oldest bench clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -22,7 +22,10 @@ demo: $(VENV)/ready
 	$(BIN)/pamm demo
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not exhaustive" --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not exhaustive" --numprocesses 2 --dist worksteal
+
+test-fast: $(VENV)/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not exhaustive" --numprocesses 2 --dist worksteal
 
 test-all: $(VENV)/ready
 	$(BIN)/python -m pytest

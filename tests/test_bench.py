@@ -140,6 +140,7 @@ def test_the_plain_form_of_a_variant_is_refused():
         PlainPAMM(model, replace(DECODER, prior_B=False), SCANS["engine"])
 
 
+@pytest.mark.slow
 def test_scan_writes_whole_json_lines(tmp_path, capsys):
     out = tmp_path / "results.jsonl"
     arguments = ["bench", "scan", "8,4,3,5,2", "--rounds", "1", "--budget", "0.1", "--threads", "1", "--out", out]
@@ -171,6 +172,7 @@ def test_scan_writes_whole_json_lines(tmp_path, capsys):
         assert memory["peak"] >= memory["before"] > 0 and memory["working"] == memory["peak"] - memory["before"]
 
 
+@pytest.mark.slow
 def test_a_network_is_measured_beside_its_plain_form(tmp_path):
     out = tmp_path / "results.jsonl"
     measuring = ["--size", "48", "64", "--rounds", "1", "--budget", "0.1", "--threads", "1", "--no-memory"]
@@ -271,6 +273,7 @@ def test_a_candidate_whose_process_is_killed_is_reported(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc to look for the process")
+@pytest.mark.slow
 def test_a_benchmark_that_is_ended_ends_the_process_of_its_case(tmp_path):
     told = tmp_path / "pid"
     sleeper = f"import os, pathlib, time; pathlib.Path({str(told)!r}).write_text(str(os.getpid())); time.sleep(600)"
@@ -284,6 +287,7 @@ def test_a_benchmark_that_is_ended_ends_the_process_of_its_case(tmp_path):
     assert not Path("/proc", told.read_text()).exists()
 
 
+@pytest.mark.slow
 def test_an_allocation_beyond_the_free_memory_fails_in_its_own_process(monkeypatch):
     shape = {"channels": 1 << 13, "state": 1 << 13, "height": 64, "width": 64, "orders": 1}  # decays of 1.1 TB
     settings = shape | {"batch": 1, "per_order": False, "backward": False, "candidates": ["recurrence"]}

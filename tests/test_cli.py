@@ -93,6 +93,7 @@ def test_a_folder_of_photographs_trains_and_evaluates(photographs, tmp_path, cap
     assert set(json.loads(out.read_text())["results"]) == {"semseg", "depth"}
 
 
+@pytest.mark.slow
 def test_boundaries_are_measured_on_the_benchmarks_own_list(shared, tmp_path, capsys):
     parts, ids = shared / "data" / "pascal_part", ["2008_000652", "2008_001978", "2008_005643"]
     make_pascal(tmp_path / "PASCALContext", parts, ids, lambda id: image_size(parts / f"{id}.jpg"))

@@ -58,6 +58,7 @@ def run_pamm(*arguments: object, code: int = 0, **environment: str) -> tuple[byt
     return done.stdout, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", of_these(["cp1252", "C"]))
 def test_predictions_are_kept_and_told_in_any_encoding(trained, tmp_path, encoding):
     photos = tmp_path / "photos"
@@ -74,6 +75,7 @@ def test_predictions_are_kept_and_told_in_any_encoding(trained, tmp_path, encodi
     assert len(list(out.rglob("caf*.png"))) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", of_these(["C"]))
 def test_results_are_kept_and_printed_in_any_encoding(trained, tmp_path, encoding):
     scores = tmp_path / "scores.json"
@@ -81,6 +83,7 @@ def test_results_are_kept_and_printed_in_any_encoding(trained, tmp_path, encodin
     assert json.loads(scores.read_text())["results"] and b"mIoU" in said[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", of_these(["strict"]))
 def test_boundaries_of_any_name_are_kept_and_printed(tmp_path, encoding):
     line = np.zeros((30, 40), np.uint8)
@@ -96,6 +99,7 @@ def test_boundaries_of_any_name_are_kept_and_printed(tmp_path, encoding):
 HELP = [(*command.split(), "--help") for command in ("", *COMMANDS, "train demo")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "environment"),
     [
@@ -117,6 +121,7 @@ def test_a_reader_that_has_enough_is_no_error(arguments, environment):
     assert process.wait(timeout=120) in (0, 141) and said == b""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
 @pytest.mark.parametrize("environment", [{}, {"PYTHONUNBUFFERED": "1"}], ids=str)
 def test_an_output_that_cannot_be_written_is_one_line(environment):

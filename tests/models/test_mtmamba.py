@@ -393,6 +393,7 @@ def test_stage_maps_of_other_shapes_are_told():
         decoder([torch.zeros(1, 8, 5, 6), torch.zeros(1, 16, 2, 3)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_a_short_training_lowers_every_loss(system, tmp_path):
     scheme = {"mtmamba": "log_sum", "mtmamba++": "sum"}[system]

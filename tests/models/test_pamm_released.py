@@ -66,6 +66,7 @@ def test_every_parameter_gets_a_gradient_and_the_constants_are_listed(switch):
     assert constants == {f"decoder.stages.{s}.{name}" for s in range(len(model.decoder.stages)) for name in names}
 
 
+@pytest.mark.slow
 def test_training_lowers_every_loss(tmp_path):
     base = experiment(str(tmp_path / "rooms"), steps=40, batch=8, warmup=5, lr=2e-3, optimizer="adamw")
     model = ModelConfig(replace(BACKBONE, class_token=False), DECODER)

@@ -135,6 +135,7 @@ def loading(folder: Path, environment: dict[str, str], *names: str) -> list[str]
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_a_name_of_the_hub_is_fetched_and_a_mistyped_path_asks_nobody(saved, tmp_path):
     (tmp_path / "runs" / "demo").mkdir(parents=True)
     (tmp_path / "other").mkdir()
@@ -158,6 +159,7 @@ def test_a_name_of_the_hub_is_fetched_and_a_mistyped_path_asks_nobody(saved, tmp
     assert gone.startswith("told 'tester/absent' is no folder here")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="a place where not even root can write: /proc")
 def test_without_a_home_the_hubs_models_are_kept_in_a_temporary_folder(saved, tmp_path):
     (tmp_path / "file").touch()
@@ -178,6 +180,7 @@ with WithoutDraws():
 """
 
 
+@pytest.mark.slow
 def test_a_build_without_draws_ends_whatever_fresh_memory_holds():
     """`trunc_normal_` draws again until all values lie within its bounds."""
     command = [sys.executable, "-c", DRAW_WITHOUT]

@@ -244,7 +244,7 @@ def test_constants_that_are_not_given_take_their_values():
 
 def test_a_pruned_or_extended_checkpoint_is_refused_with_examples():
     state, constants = published(small())
-    for key in list(state)[::11]:
+    for key in list(state)[::31]:
         if ".conv2d0." not in key:
             with pytest.raises(OfficialError, match=r"missing|unknown|holds no task|no published system"):
                 load({name: value for name, value in state.items() if name != key})

@@ -7,7 +7,6 @@ import hashlib
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ import pytest
 from c_kernels import needs_x86
 from pamm.ops import kernel_cache
 from pamm.ops.compiled import Kernel
+from runs import wait_until
 
 SOURCE = """
 void use_large_pages(void *memory, long bytes) {}
@@ -181,6 +181,15 @@ def test_the_planted_library_would_have_told(folder):
     assert ran(folder)
 
 
+def is_group(number: int) -> bool:
+    """Whether a process group has processes."""
+    try:
+        os.killpg(number, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 def script(folder: Path, text: str) -> str:
     path = folder / "compiler"
     path.write_text(f"#!/bin/sh\n{text}\n")
@@ -231,24 +240,16 @@ def test_a_file_that_cannot_be_run_gives_a_reason(folder, tmp_path, monkeypatch)
     assert "cannot be run" in kernel(folder).unavailable()
 
 
-@pytest.mark.slow
-def test_a_hanging_compiler_and_its_children_are_ended_once_for_all_kernels(folder, tmp_path):
-    compiler = script(tmp_path, f"echo $$ >> {tmp_path}/started; sleep 1000 & sleep 1000")
-    begin = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-m", "pamm", "doctor"],
-        env={**os.environ, "CC": compiler},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert time.monotonic() - begin < 60  # ten seconds of patience once, not once for each of six kernels
-    assert "did not end within 10 seconds" in done.stdout and done.stdout.rstrip().endswith("ready")
+def test_a_hanging_compiler_and_its_children_are_ended_once_for_all_kernels(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(kernel_cache, "PATIENCE_VERSION", 1.0)
+    monkeypatch.setenv("CC", script(tmp_path, f"echo $$ >> {tmp_path}/started; sleep 1000 & sleep 1000"))
+    assert "did not end within 1 seconds" in kernel(folder).unavailable()
+    assert "did not end" in kernel(folder).unavailable()
     (started,) = (tmp_path / "started").read_text().split()
-    with pytest.raises(ProcessLookupError):
-        os.killpg(int(started), 0)
+    wait_until(lambda: not is_group(int(started)))
 
 
+@pytest.mark.slow
 def test_the_doctor_tells_that_kernels_are_not_kept(folder):
     folder.mkdir(parents=True)
     folder.parent.chmod(0o777)
@@ -259,13 +260,14 @@ def test_the_doctor_tells_that_kernels_are_not_kept(folder):
     assert f"compiled anew by every process: {folder.parent} may be written by other users" in done.stdout
 
 
+@pytest.mark.slow
 def test_processes_that_compile_at_once_leave_one_sound_library(folder, tmp_path):
     code = (
         f"from pathlib import Path; from pamm.ops import kernel_cache\n"
         f"assert kernel_cache.load(Path({str(tmp_path / 'kernel.c')!r})).answer() == 42"
     )
-    started = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(3)]
-    assert [process.wait() for process in started] == [0] * 3
+    started = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
+    assert [process.wait() for process in started] == [0] * 2
     (library,) = folder.glob("*.so")
     assert sorted(folder.iterdir()) == [library, folder / f"{library.name}.sha256"]
     before = library.stat().st_ino

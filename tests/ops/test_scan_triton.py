@@ -32,6 +32,7 @@ IN_PLACE, COPIES = 1, 2048
 RUNS = [("odd", IN_PLACE, False), ("tiles", IN_PLACE, True), ("tiles", COPIES, False), ("two-chunks", COPIES, True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "runs",
     [
@@ -60,6 +61,7 @@ for case, triton.PROGRAMS, per_order in {runs}:
     )
 
 
+@pytest.mark.slow
 def test_interpreted_kernels_in_bfloat16_with_extreme_steps_and_twice_the_same():
     in_fresh_process(
         "test_selective_scan",
@@ -107,6 +109,7 @@ POINTERS = ("x", "dy", "step", "A", "B", "C", "D", "orders", "y", "kept", "scrat
 TYPES = {"x": "*bf16", "dy": "*bf16", "orders": "*i32"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kernel", "even"), [("scan_forward", True), ("scan_backward", False)])
 def test_kernels_compile_for_a_gpu_that_is_not_here(kernel, even):
     """What the interpreter cannot tell: that the compiler takes the kernels, and that their tiles fit the registers."""

@@ -85,6 +85,7 @@ def test_a_saved_run_is_measured_as_training_measured_it(rooms, tmp_path):
         assert metrics == {key: value for key, value in trained["results"][name].items() if key != "loss"}
 
 
+@pytest.mark.slow
 def test_training_lowers_every_loss(rooms, tmp_path):
     settings = experiment(rooms, steps=60, batch=8, warmup=5, lr=2e-3, optimizer="adamw")
     train(settings, tmp_path, progress=False)
