@@ -23,7 +23,7 @@ MAY_USE = {
     "data": {"config", "files", "images", "runtime", "tasks"},
     "models": {"config", "drawing", "files", "nn", "ops", "runtime", "tasks"},
     "kernels": {"config", "models", "nn", "ops", "runtime"},
-    "build": {"config", "data", "models", "tasks"},
+    "build": {"config", "data", "models", "nn", "tasks"},
     "official": {"config", "data", "files", "models", "nn", "tasks"},
     "drawing": {"data", "files", "tasks"},
     "evaluation": {"build", "config", "data", "drawing", "files", "images", "kernels", "models", "runtime", "tasks"},

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import pamm
 from command import run_command
 from data.packages import write_ids
+from pamm.cli import main
 from pamm.command_line import parse_experiment
 from pamm.config.experiment import dump
 from pamm.config.recipes import RECIPES, get_recipe
@@ -115,7 +118,7 @@ def test_tasks_that_are_asked_for_are_not_left_out(mine, tmp_path, capsys):
     assert "no labels for the task 'sal'" in run_command(capsys, "train", *asked, code=1)
     dump(parse_experiment("train", ["demo"])[0], tmp_path / "six.yaml")
     given = ["six.yaml", "--data.name", "folder", "--data.root", "mine", "--out", tmp_path / "run"]
-    assert "leave it out with --tasks semseg,depth" in run_command(capsys, "train", *given, code=1)
+    assert "leave it out with --tasks semseg depth" in run_command(capsys, "train", *given, code=1)
 
 
 def test_a_folder_without_a_description_has_the_tasks_of_its_folders(mine):
@@ -157,3 +160,33 @@ def test_a_run_under_a_recipes_earlier_name_goes_on(mine, tmp_path, capsys):
     assert loaded.name == "mosaic-pamm" and loaded.model == parsed.model and loaded.tasks == parsed.tasks
     with pytest.raises(ConfigError, match="called 'folder-pamm' now"):
         get_recipe("mosaic-pamm+no-priors")
+
+
+def test_the_public_lists():
+    assert pamm.__version__ == version("pamm")
+    assert pamm.list_recipes() == list(RECIPES)
+    assert pamm.list_recipes("mtmamba-plus") == pamm.list_recipes("*-mtmamba-plus")
+    assert "nyud-mtmamba-plus" in pamm.list_recipes("mtmamba") and "demo" not in pamm.list_recipes("mtmamba")
+    assert pamm.list_recipes("nothing of this name") == []
+    assert pamm.list_tasks() == ["depth", "edge", "human_parts", "normals", "sal", "semseg"]
+
+
+@pytest.mark.parametrize("given", [["semseg", "depth"], ["semseg,depth"], ["semseg,", "depth"]])
+def test_tasks_are_separated_by_spaces_or_commas(given):
+    chosen, _ = parse_experiment("train", ["demo", "--tasks", *given, "--train.steps", "5"])
+    assert list(chosen.tasks) == ["semseg", "depth"] and chosen.train.steps == 5
+
+
+@pytest.mark.parametrize("option", ["--root", "--data.root"])
+def test_the_folder_of_the_data_is_given_in_one_way_everywhere(option, mine, capsys):
+    chosen, _ = parse_experiment("train", ["folder-pamm", option, str(mine)])
+    assert chosen.data.root == str(mine)
+    assert main(["data", "folder-pamm", option, str(mine)]) == 0
+    assert "train: 1 images" in capsys.readouterr().out
+
+
+def test_a_model_has_random_weights_unless_asked():
+    """As timm's create_model: nothing is fetched by default, whatever the recipe says of training."""
+    assert get_recipe("nyud-pamm-b").model.backbone.pretrained
+    model = pamm.create_model("nyud-pamm-b+baseline+stages-1", device="meta")
+    assert model.settings["model"]["backbone"]["pretrained"] is False

@@ -9,13 +9,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pamm.command_line import add_root, precision
 from speed import BenchError
 from speed.record import append, complete, table
 
 Cases = Iterable[list[dict[str, Any]]]
 """Records, case by case, as they are measured."""
 
-DTYPES = {"float32": "float32", "bf16": "bfloat16", "float16": "float16"}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""Precision → its name in records, which is torch's."""
 
 
 def main(arguments: list[str]) -> int:
@@ -69,9 +71,7 @@ def arguments_parser() -> argparse.ArgumentParser:
     )
     _scan_options(_kind(kinds, "scan", "the selective scan: engines, the published recurrence, mamba.py"))
     layers = _kind(kinds, "layers", "layers with C kernels of this package on a CPU, and torch's forms of them")
-    layers.add_argument(
-        "layers", nargs="*", metavar="LAYER", help="convolution-l, experts-b, ... (default: all)"
-    )
+    layers.add_argument("layers", nargs="*", metavar="LAYER", help="convolution-l, experts-b, ... (default: all)")
     layers.add_argument(
         "--what",
         choices=["forward", "backward"],
@@ -84,7 +84,7 @@ def arguments_parser() -> argparse.ArgumentParser:
     train.add_argument("--grad-checkpointing", action="store_true", help="also with train.grad_checkpointing")
     data = _kind(kinds, "data", "the training loader's throughput", timed=False)
     data.add_argument("recipe", help="a recipe's name: its data set is read")
-    data.add_argument("--root", help="folder of the data set, in place of the configured one")
+    add_root(data)
     data.add_argument("--batch", type=int, help="images per batch (default: the recipe's)")
     data.add_argument("--images", type=int, default=64, help="synthetic data: number of images")
     data.add_argument("--batches", type=int, default=16, help="batches timed, after the first")
@@ -111,8 +111,8 @@ def _kind(kinds: Any, name: str, text: str, *, timed: bool = True) -> argparse.A
     own = kinds.add_parser(name, help=text, description=text, allow_abbrev=False)
     own.add_argument("--out", type=Path, help="append the results to this file as JSON lines")
     if timed:
-        own.add_argument("--dtype", choices=list(DTYPES), default="float32")
-        own.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+        own.add_argument("--precision", "--dtype", type=precision, choices=list(DTYPES), default="fp32")
+        own.add_argument("--device", choices=["auto", "cpu", "cuda"], default="cpu")
         kept = "keep: on a CPU, freed memory stays with the process, as in this package's training; for every candidate"
         own.add_argument("--allocator", choices=["system", "keep"], default="keep", help=kept)
         own.add_argument("--threads", type=int, help="threads of torch (default: torch's own choice)")
@@ -165,12 +165,15 @@ def _network_options(own: argparse.ArgumentParser) -> None:
 
 
 def _job(plain: argparse.Namespace, work: str, settings: dict[str, Any]) -> dict[str, Any]:
-    if plain.device == "cuda":
+    device = plain.device
+    if device != "cpu":
         import torch
 
-        if not torch.cuda.is_available():
+        there = torch.cuda.is_available()
+        device = "cuda" if there or device == "cuda" else "cpu"
+        if device == "cuda" and not there:
             raise BenchError("--device cuda: torch finds no CUDA device here; `pamm doctor` lists the devices")
-    common = {"dtype": DTYPES[plain.dtype], "device": plain.device, "allocator": plain.allocator}
+    common = {"dtype": DTYPES[plain.precision], "device": device, "allocator": plain.allocator}
     timing = {"rounds": plain.rounds, "budget": plain.budget, "threads": plain.threads}
     return {"work": work, "settings": common | settings, **timing}
 

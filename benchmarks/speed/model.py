@@ -44,7 +44,7 @@ def workload(settings: Mapping[str, Any], only: str | None = None) -> Workload:
     """
     experiment = experiment_of(settings)
     device, decoder_only = settings["device"], settings["part"] == "decoder"
-    model = create_model(experiment, pretrained=False).to(device).eval()
+    model = create_model(experiment).to(device).eval()
     names = [only] if only else settings["candidates"]
     own = prepared(model, names, settings["dtype"])
     size = experiment.data.size

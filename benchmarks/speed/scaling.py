@@ -37,7 +37,7 @@ class Unlike(NamedTuple):
 def workload(settings: Mapping[str, Any], only: str | None = None) -> Workload:
     """Candidates "decoder and heads" and, where asked for, "backbone". settings: recipe, axis, value, dtype, device, candidates."""
     experiment = varied(get_recipe(settings["recipe"]), settings["axis"], settings["value"])
-    model = create_model(experiment, pretrained=False).to(settings["device"]).eval()
+    model = create_model(experiment).to(settings["device"]).eval()
     accelerate(model, training=False)
     size = experiment.data.size
     image = torch.randn(1, 3, *size, device=settings["device"])

@@ -32,7 +32,7 @@ def workload(settings: Mapping[str, Any], only: str | None = None) -> Workload:
     """
     experiment = experiment_of(settings)
     size, frame = experiment.data.size, experiment.data.label_size or experiment.data.size
-    model = create_model(experiment, pretrained=False).to(settings["device"]).train()
+    model = create_model(experiment).to(settings["device"]).train()
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(settings["batch"], 3, *size, generator=generator).to(settings["device"])
     labels = {

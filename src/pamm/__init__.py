@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pamm.build import create_model
     from pamm.config.experiment import Experiment
-    from pamm.config.recipes import get_recipe
+    from pamm.config.recipes import get_recipe, list_recipes
     from pamm.kernels import accelerate
     from pamm.models.model import MultiTaskModel
     from pamm.models.saved import load_model
     from pamm.ops import selective_scan
     from pamm.prediction import Predictor
-    from pamm.tasks import Task, create_task
+    from pamm.tasks import Task, create_task, list_tasks
 
 _HOME = {
     "Experiment": "pamm.config.experiment",
@@ -26,6 +26,8 @@ _HOME = {
     "create_model": "pamm.build",
     "create_task": "pamm.tasks",
     "get_recipe": "pamm.config.recipes",
+    "list_recipes": "pamm.config.recipes",
+    "list_tasks": "pamm.tasks",
     "load_model": "pamm.models.saved",
     "selective_scan": "pamm.ops",
 }
@@ -40,6 +42,8 @@ __all__ = [
     "create_model",
     "create_task",
     "get_recipe",
+    "list_recipes",
+    "list_tasks",
     "load_model",
     "selective_scan",
 ]
@@ -50,6 +54,8 @@ class PammError(Exception):
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("pamm")
     if name == "official":
         return importlib.import_module("pamm.official")
     if name in _HOME:

@@ -8,10 +8,11 @@ from typing import Any
 
 from pamm.config.experiment import Experiment
 from pamm.config.recipes import get_recipe
-from pamm.config.strict import ConfigError
-from pamm.data import dataset_options
+from pamm.config.strict import ConfigError, check_choice
+from pamm.data import dataset_class, dataset_options
 from pamm.models.model import MultiTaskModel
 from pamm.models.registry import build_model
+from pamm.nn.serialize import CURVES
 from pamm.tasks import TASKS, Task, create_task, option_defaults
 
 
@@ -34,7 +35,7 @@ def create_tasks(experiment: Experiment) -> dict[str, Task]:
     described = label_options(experiment)
     absent = [name for name in experiment.tasks if name not in described]
     if absent:
-        present = ",".join(name for name in experiment.tasks if name in described)
+        present = " ".join(name for name in experiment.tasks if name in described)
         remedy = f"; leave it out with --tasks {present}" if present else ""
         raise ConfigError(
             f"the data set '{experiment.data.name}' has no labels for the task '{absent[0]}'; it has: "
@@ -54,7 +55,11 @@ def label_options(experiment: Experiment) -> dict[str, dict[str, Any]]:
 
 
 def check_options(experiment: Experiment) -> None:
-    """Raises ConfigError for an unknown task, an option that it does not have, and a value that the option does not take."""
+    """Raises ConfigError for what nothing is registered for (data set, scan curve, task), for an option that a task does not
+    have, and for a value that the option does not take."""
+    dataset_class(experiment.data)
+    if isinstance(curve := getattr(experiment.model.decoder, "scan", None), str):
+        check_choice("model.decoder.scan", curve, CURVES)
     for name, config in experiment.tasks.items():
         if "weight" in config.options:
             raise ConfigError(
@@ -88,26 +93,23 @@ def _create(name: str, options: Mapping[str, Any], weight: float) -> Task:
         raise ConfigError(f"tasks.{name}: {error}") from error
 
 
-def create_model(
-    experiment: Experiment | str, *, pretrained: bool | None = None, device: str = "cpu"
-) -> MultiTaskModel:
+def create_model(experiment: Experiment | str, *, pretrained: bool = False, device: str = "cpu") -> MultiTaskModel:
     """Build the network of an experiment.
 
     Args:
-        experiment: an experiment, or the name of a recipe, e.g. "nyud-pamm-b+no-experts".
-        pretrained: whether to download the backbone's weights; None takes `model.backbone.pretrained`.
+        experiment: an experiment, or the name of a recipe (see `pamm.list_recipes`), e.g. "nyud-pamm-b+no-experts".
+        pretrained: start from the backbone's pretrained weights, which timm downloads once. The experiment's own setting,
+            `model.backbone.pretrained`, is what `pamm train` goes by.
         device: "cpu", or "meta" for weights that have shapes and take no memory.
 
     Returns:
         The network, in training mode.
 
     Raises:
-        ConfigError: an unknown recipe, or settings that do not fit together.
+        ConfigError: an unknown recipe, settings that do not fit together, or weights that cannot be downloaded.
         DataError: the data set has no readable description.
     """
     if isinstance(experiment, str):
         experiment = get_recipe(experiment)
-    model = experiment.model
-    if pretrained is not None:
-        model = replace(model, backbone=replace(model.backbone, pretrained=pretrained))
+    model = replace(experiment.model, backbone=replace(experiment.model.backbone, pretrained=pretrained))
     return build_model(model, create_tasks(experiment), experiment.data.size, device)

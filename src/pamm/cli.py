@@ -44,9 +44,9 @@ def run(arguments: list[str]) -> int:
         print(usage())
         return 0 if arguments else 2
     if arguments[0] in ("-V", "--version"):
-        from importlib.metadata import version
+        import pamm
 
-        print(f"pamm {version('pamm')}")
+        print(f"pamm {pamm.__version__}")
         return 0
     if arguments[0] not in COMMANDS:
         say(f"pamm: unknown command '{shown(arguments[0])}'\n\n{usage()}")

@@ -21,10 +21,6 @@ from pamm.files import escape, escaped, shown
 if TYPE_CHECKING:
     from pamm.config.experiment import Experiment
 
-PRECISION_HELP = (
-    "arithmetic of matrix products; auto: bfloat16 on a CPU with units for it (see `pamm doctor`), else float32"
-)
-
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": (
         "train a small network on synthetic rooms and write a report, in minutes on a CPU",
@@ -73,6 +69,58 @@ def add_kernels(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kernels", default="auto", choices=["auto", "off"], help=text)
 
 
+def precision(text: str) -> str:
+    """An argparse type: a precision, by our word or an earlier one."""
+    from pamm.config.renamed import precision_name
+    from pamm.config.strict import ConfigError
+
+    try:
+        return precision_name(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def add_precision(parser: argparse.ArgumentParser, *, default: str | None = "fp32") -> None:
+    """The option --precision, for every command that runs a network."""
+    text = "arithmetic of matrix products; auto: bf16 on a CPU with units for it (see `pamm doctor`), else fp32"
+    names = "{fp32,bf16,fp16,auto}" if default else "{fp32,bf16,auto}"
+    parser.add_argument("--precision", type=precision, default=default, metavar=names, help=text)
+
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+"""Kinds of device; auto: CUDA, Apple's MPS or the CPU, the first there is."""
+
+
+def add_device(parser: argparse.ArgumentParser, *, several: bool = False, default: str | None = "auto") -> None:
+    """The option --device, for every command that runs a network. several: and --devices, the number of processes."""
+    if not several:  # any device of torch
+        text = "auto, cpu, cuda or mps; cuda:1 is the second GPU (default: the first there is of cuda, mps, cpu)"
+        parser.add_argument("--device", default=default, help=text)
+        return
+    parser.add_argument(
+        "--device", choices=DEVICES, default=default, help="default: the first there is of cuda, mps, cpu"
+    )
+    parser.add_argument("--accelerator", choices=DEVICES, dest="device", help=argparse.SUPPRESS)  # its earlier name
+    count = "processes, one device each (default: 1)"
+    parser.add_argument("--devices", type=at_least(1), default=1 if default else None, help=count)
+
+
+def add_root(parser: argparse.ArgumentParser) -> None:
+    """The option --data.root, or --root, for every command that reads a data set."""
+    text = "folder of the data set, in place of the configured one"
+    parser.add_argument("--data.root", "--root", dest="root", metavar="FOLDER", help=text)
+
+
+def add_tasks(parser: argparse.ArgumentParser) -> None:
+    """The option --tasks, see `split_names`."""
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these tasks, e.g. semseg depth")
+
+
+def split_names(given: Iterable[str] | None) -> list[str]:
+    """The names in the values of an option, which may be separated by spaces or by commas."""
+    return [name.strip() for value in given or () for name in value.split(",") if name.strip()]
+
+
 def check_writable(folder: Path) -> None:
     """Create the folder and check that files can be written into it, before any work. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,7 +133,7 @@ def check_writable(folder: Path) -> None:
 
 
 def parse_experiment(name: str, arguments: list[str]) -> tuple[Experiment, argparse.Namespace]:
-    """`RECIPE [--out F] [--tasks a,b] [--section.key value ...]` → the experiment and the plain arguments.
+    """`RECIPE [--out F] [--tasks a b] [--section.key value ...]` → the experiment and the plain arguments.
 
     RECIPE is a recipe's name or an experiment.yaml. Raises ConfigError; a wrong override ends the process with code 2.
     """
@@ -98,11 +146,14 @@ def parse_experiment(name: str, arguments: list[str]) -> tuple[Experiment, argpa
     own.add_argument(
         "--out", type=Path, help="run folder (default: runs/RECIPE, on a folder of your own runs/RECIPE-FOLDER)"
     )
-    own.add_argument("--tasks", help="only these tasks, e.g. semseg,depth")
+    add_tasks(own)
+    add_root(own)
     own.add_argument(
         "--init", metavar="SOURCE", help="start from the weights of a run, a saved model or a hub repository"
     )
     own.add_argument("--freeze", metavar="backbone[:N]", help="do not train the backbone, or its first N blocks")
+    add_device(own, several=True, default=None)
+    add_precision(own, default=None)
     own.add_argument("--quiet", action="store_true", help="no progress bar")
     add_kernels(own)
     if arguments[:1] in (["-h"], ["--help"]):
@@ -115,15 +166,17 @@ def parse_experiment(name: str, arguments: list[str]) -> tuple[Experiment, argpa
 
     experiment = named_experiment(plain.recipe)
     if plain.tasks:
-        chosen = [task.strip() for task in plain.tasks.split(",") if task.strip()]
+        chosen = split_names(plain.tasks)
         unknown = [task for task in chosen if task not in experiment.tasks]
         if unknown:
             raise ConfigError(
                 f"--tasks: '{unknown[0]}' is none of this experiment's tasks: {', '.join(experiment.tasks)}"
             )
         experiment = replace(experiment, tasks={task: experiment.tasks[task] for task in chosen})
-    given = {name: value for name in ("init", "freeze") if (value := getattr(plain, name)) is not None}
-    experiment = replace(experiment, train=replace(experiment.train, **given))
+    leaves = ("init", "freeze", "device", "devices", "precision")
+    given = {name: value for name in leaves if (value := getattr(plain, name)) is not None}
+    root = experiment.data.root if plain.root is None else plain.root
+    experiment = replace(experiment, data=replace(experiment.data, root=root), train=replace(experiment.train, **given))
     experiment = with_overrides(experiment, rest, f"pamm {name} {plain.recipe}")
     is_file = Path(plain.recipe).suffix in (".yaml", ".yml")
     if experiment.data.name == "folder" and not (plain.tasks or is_file):

@@ -61,7 +61,7 @@ def _devices() -> None:
     from pamm.runtime.precision import bfloat16_units
 
     units = bfloat16_units()
-    lower = f"bfloat16 by {units}: --precision auto takes it" if units else "no bfloat16 units: float32 is the faster"
+    lower = f"bf16 by {units}: --precision auto takes it" if units else "no units for bf16: fp32 is the faster"
     print(f"  CPU            {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, {lower}")
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
@@ -79,7 +79,7 @@ def _kernels() -> None:
     from pamm.kernels import REWRITES, accelerate
     from pamm.ops import kernel_cache
 
-    report = accelerate(create_model("nyud-pamm-b", pretrained=False, device="meta"), training=False)
+    report = accelerate(create_model("nyud-pamm-b", device="meta"), training=False)
     print("  faster modules in the place of a network's own (--kernels off: none; counts: in nyud-pamm-b):")
     for rewrite in REWRITES:
         reason = rewrite.objection() or rewrite.kernel.unavailable()

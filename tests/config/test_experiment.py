@@ -64,7 +64,10 @@ def test_recipes_hold_the_papers_settings(recipe, facts):
         ({"train": {"steps": "many"}}, r"train\.steps: found 'many' \(str\), expected int"),
         ({"train": {"steps": True}}, r"train\.steps: found True \(bool\), expected int"),
         ({"data": {"size": [512]}}, r"data\.size: found 1 values \[512\], expected 2"),
-        ({"data": {"name": "kitti"}}, r"data\.name: found 'kitti', expected one of 'nyud'"),
+        (
+            {"model": {"decoder": {"system": "pam"}}},
+            r"model\.decoder\.system: found 'pam', expected one of 'pamm', .*Did you mean 'pamm'",
+        ),
         ({"tasks": {"edge": {"weight": "x"}}}, r"tasks\.edge\.weight: found 'x' \(str\), expected float"),
         ({"model": [1]}, r"model\.?: expected a mapping"),
     ],

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from pamm.look import LookError
-from pamm.look.scans import KNOWN, draw_scan, jumps, name_of, orders_of, rank_colours, scan_figure
+from pamm.look.scans import CROSS, draw_scan, jumps, name_of, orders_of, rank_colours, scan_figure
 from pamm.nn.serialize import CURVES, MOST_ORDERS, row_column_orders, scan_orders
 
 GRIDS = [(8, 8), (5, 3), (7, 12)]
@@ -40,7 +40,7 @@ def test_orders_are_those_of_the_networks():
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize("curve", KNOWN)
+@pytest.mark.parametrize("curve", [*CURVES, CROSS])
 def test_the_picture_shows_every_token_once_in_its_rank_s_colour(curve, grid):
     """Read back from the pixels: a token's centre has the colour of its rank; the first and last carry marks."""
     height, width = grid

@@ -116,7 +116,7 @@ def test_bfloat16_is_close_and_equals_the_autocast(model):
         exact = model(image())
         with torch.autocast("cpu", torch.bfloat16):
             cast_each_time = model(image())
-        model.use_bfloat16()
+        model.use_half_precision()
         rough = model(image())
     for name in NAMES:
         assert rough[name].dtype == torch.float32

@@ -119,8 +119,8 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(kernel, even):
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from pamm.ops.selective_scan import triton_kernels
-function = triton_kernels.{kernel}
+from pamm.ops.selective_scan import _triton_kernels
+function = _triton_kernels.{kernel}
 constants = dict(PER_ORDER={not even}, SPLIT={not even}, KEEP=True, EVEN_N={even}, EVEN_D={even}, EVEN_L={even},
                  BLOCK_N=16, BLOCK_D=32, CHUNK=64, UNROLL=4)
 names = function.arg_names

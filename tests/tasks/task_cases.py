@@ -1,8 +1,22 @@
-"""Random labels and logits of every task, and the logits that predict a label exactly."""
+"""Random labels and logits of every task, and the logits that predict a label exactly.
+
+What suits a task stands in `cases/<task>.py`, all of it optional, as the file of a task whose labels are classes shows by its
+absence:
+
+    PERFECT                          the scores of a perfect prediction, by name
+    SLACK                            what a perfect prediction's score may miss
+    STEP                             what a saved prediction may differ by; None for one that is saved as a mask
+    MODE                             Pillow's mode of its label files' pictures
+    values(task, shape, generator)   random labels (B, c, H, W) of shape (B, 1, H, W), no pixel ignored
+    OFFSET                           what is added to random logits
+    perfect(task, label)             logits whose prediction is the label
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,36 +25,26 @@ from torch.nn import functional as F
 
 from pamm.tasks import Task
 
-PERFECT = {
-    "semseg": {"mIoU": 100, "pixel_accuracy": 100},
-    "human_parts": {"mIoU": 100, "pixel_accuracy": 100},
-    "sal": {"maxF": 100, "maxF_released": 100},
-    "edge": {"odsF": 100, "oisF": 100},
-    "normals": {"mErr": 0, "RMSE": 0, "within_11.25": 100, "within_22.5": 100, "within_30": 100},
-    "depth": {"RMSE": 0, "log_RMSE": 0, "abs_rel": 0, "sq_rel": 0, "delta_1.25": 100, "delta_1.25^3": 100},
-}
-"""Task → the scores of a perfect prediction."""
+DEFAULTS = {"PERFECT": {"mIoU": 100, "pixel_accuracy": 100}, "SLACK": 1e-5, "STEP": 0.0, "MODE": "L"}
 
-SLACK = {"edge": 5.0}
-"""Task → what a perfect prediction may miss: the boundary benchmark suppresses pixels at the border and where lines meet."""
+
+def of_case(task: Task, name: str) -> Any:
+    """What the task's own file says, else the default."""
+    try:
+        case = import_module(f"cases.{task.name}")
+    except ModuleNotFoundError as error:
+        if error.name not in ("cases", f"cases.{task.name}"):
+            raise
+        case = None
+    return getattr(case, name, DEFAULTS.get(name))
 
 
 def random_label(task: Task, batch: int = 4, size: tuple[int, int] = (24, 36), seed: int = 0) -> Tensor:
-    """(B, c, H, W) label with a fifth of its pixels ignored; every class occurs. Boundaries are two lines that meet."""
+    """(B, c, H, W) label with a fifth of its pixels ignored; every class occurs."""
     generator = torch.Generator().manual_seed(seed)
     shape = (batch, 1, *size)
-    if task.name == "normals":
-        label = F.normalize(torch.randn(batch, 3, *size, generator=generator), dim=1)
-    elif task.name == "depth":
-        label = 0.5 + 9 * torch.rand(shape, generator=generator)
-    elif task.name == "edge":
-        label = torch.zeros(shape, dtype=torch.int64)
-        rows = torch.randint(size[0] // 4, size[0] // 2 + 1, (batch,), generator=generator).tolist()
-        for image, row in enumerate(rows):
-            label[image, 0, row] = 1
-            label[image, 0, row:, size[1] // 2] = 1
-    else:
-        label = torch.randint(0, max(task.channels, 2), shape, generator=generator)
+    values = of_case(task, "values")
+    label = values(task, shape, generator) if values else torch.randint(0, task.channels, shape, generator=generator)
     ignored = torch.rand(shape, generator=generator) < 0.2
     return torch.where(ignored, task.ignore, label).to(task.label_dtype)
 
@@ -48,10 +52,8 @@ def random_label(task: Task, batch: int = 4, size: tuple[int, int] = (24, 36), s
 def random_logits(task: Task, label: Tensor, seed: int = 1) -> Tensor:
     """(B, channels, H, W) float32."""
     generator = torch.Generator().manual_seed(seed)
-    return (
-        3 * torch.randn(label.shape[0], task.channels, *label.shape[-2:], generator=generator)
-        + (task.name == "depth") * 4
-    )
+    values = 3 * torch.randn(label.shape[0], task.channels, *label.shape[-2:], generator=generator)
+    return values + (of_case(task, "OFFSET") or 0)
 
 
 def write_label(task: Task, prediction: np.ndarray, path: Path) -> Path:
@@ -64,9 +66,8 @@ def write_label(task: Task, prediction: np.ndarray, path: Path) -> Path:
 
 def perfect_logits(task: Task, label: Tensor) -> Tensor:
     """Logits whose prediction equals the label on its valid pixels."""
-    if task.name in ("depth", "normals"):
-        return torch.where(task.valid(label), label, 0.3)
-    if task.channels == 1:
-        return 20.0 * (label == 1) - 10.0
+    own = of_case(task, "perfect")
+    if own:
+        return own(task, label)
     index = torch.where(label == task.ignore, 0, label)[:, 0].long()
     return 20.0 * F.one_hot(index, task.channels).movedim(-1, 1)

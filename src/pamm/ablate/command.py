@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pamm.ablate.tables import TABLES, AblationRow, AblationTable, get_table
-from pamm.command_line import parse_experiment
+from pamm.command_line import add_tasks, parse_experiment
 from pamm.config.strict import ConfigError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> int:
     if plain.base and table.fixed:
         raise ConfigError(f"--base: the rows of '{table.name}' name their recipes; leave it out")
     if plain.tasks:
-        overrides = ["--tasks", plain.tasks, *overrides]
+        overrides = ["--tasks", *plain.tasks, *overrides]
     if plain.split and table.curve:
         raise ConfigError(f"--split: '{table.name}' shows the evaluations of a training, which are on its own split")
     from pamm.ablate.runs import make_plan, train_all
@@ -142,7 +142,7 @@ def arguments_parser() -> argparse.ArgumentParser:
     own.add_argument("--seeds", type=seeds, default=(0,), help="as in 0,1,2 (default: 0)")
     own.add_argument("--out", type=Path, default=Path("runs/ablate"), help="runs and table (default: %(default)s)")
     own.add_argument("--only", metavar="ROW,...", help="only these rows, by label, variant or recipe")
-    own.add_argument("--tasks", help="only these tasks, e.g. semseg,depth")
+    add_tasks(own)
     own.add_argument(
         "--split",
         metavar="[TASK=]NAME,...",

@@ -6,6 +6,7 @@ strictly. This file imports no torch.
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from typing import Any, Literal
 import yaml
 
 from pamm.config.limits import check, check_batch, check_values
-from pamm.config.renamed import with_new_names
+from pamm.config.renamed import EARLIER_PRECISIONS, with_new_names
 from pamm.config.strict import ConfigError, from_dict, to_dict
 from pamm.config.strict_yaml import read_yaml
 from pamm.files import replace_text, shown
@@ -34,8 +35,8 @@ class TaskConfig:
 class DataConfig:
     """The source of images and labels, and the size of the network's input."""
 
-    name: Literal["nyud", "pascal", "cityscapes", "folder", "synthetic"] = "folder"
-    """Kind of data set."""
+    name: str = "folder"
+    """Kind of data set, by the name it is registered under: nyud, pascal, cityscapes, folder, synthetic."""
     root: str | None = None
     """Folder of the data set; `~` is expanded. Synthetic data: its cache (default: the user's cache folder)."""
     size: tuple[int, int] = (512, 512)
@@ -114,7 +115,21 @@ class ExpertsConfig:
 
 
 @dataclass(frozen=True)
-class PAMMConfig:
+class DecoderConfig:
+    """Above the settings of every decoder. A subclass names its systems, e.g. `system: Literal["pamm"] = "pamm"`, as its
+    first field, and `pamm.models.registry.register_decoder` tells what builds it."""
+
+    system: str
+    """Which decoder these settings are of."""
+
+    @staticmethod
+    def discover() -> None:
+        """Import every decoder of this package; one whose settings stand in its own file is known from then on."""
+        importlib.import_module("pamm.models.registry")
+
+
+@dataclass(frozen=True)
+class PAMMConfig(DecoderConfig):
     """The PAMM decoder; every switch is a row of one of the paper's tables."""
 
     system: Literal["pamm"] = "pamm"
@@ -133,14 +148,15 @@ class PAMMConfig:
     """Parameter Prior on C (Table IV)."""
     state_size: int = 16
     """State size N of the selective scan."""
-    scan: Literal["hilbert", "snake", "morton", "hilbert-bottom-left"] = "hilbert"
-    """Scan curve: H-scan, S-scan or Z-scan (Table VI); or the H-scan cropped to the bottom left, as the paper's text has it."""
+    scan: str = "hilbert"
+    """Scan curve: hilbert, snake or morton, the H-, S- and Z-scan (Table VI); hilbert-bottom-left, the H-scan cropped as the
+    paper's text has it; or another that is registered (see `pamm.nn.serialize.curve`)."""
     orders: int = 4
     """Number of scan orders (Table VIII)."""
 
 
 @dataclass(frozen=True)
-class MTMambaConfig:
+class MTMambaConfig(DecoderConfig):
     """The MTMamba or MTMamba++ decoder; the switches are rows of MTMamba's Tables 2-5."""
 
     system: Literal["mtmamba", "mtmamba++"] = "mtmamba"
@@ -170,7 +186,7 @@ class MTMambaConfig:
 
 
 @dataclass(frozen=True)
-class ReleasedConfig:
+class ReleasedConfig(DecoderConfig):
     """The decoder that PAMM's published code computes (its checkpoints' shapes), where it differs from the paper."""
 
     system: Literal["pamm-released"] = "pamm-released"
@@ -193,8 +209,9 @@ class ReleasedConfig:
     """Side of the experts' kernels, tokens; odd. The published code passes its top-k setting here."""
     projection_bias: bool = False
     """Bias of the linear projection in place of B's or C's experts where those are off."""
-    scan: Literal["hilbert", "snake", "morton"] = "hilbert"
-    """Scan curve, as the published code orders it: its S-scan (snake) and Z-scan (morton) are not those of `pamm`."""
+    scan: str = "hilbert"
+    """Scan curve: hilbert, snake or morton, as the published code orders them: its S-scan (snake) and Z-scan (morton) are not
+    those of `pamm`; or another that is registered."""
     orders: int = 4
     """Number of scan orders; snake and morton have four."""
 
@@ -205,7 +222,7 @@ class ModelConfig:
 
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     """Image encoder."""
-    decoder: PAMMConfig | ReleasedConfig | MTMambaConfig = field(default_factory=PAMMConfig)
+    decoder: DecoderConfig = field(default_factory=PAMMConfig)
     """Multi-task decoder; the field `system` selects it."""
 
 
@@ -246,8 +263,9 @@ class TrainConfig:
     """Data loading processes per device; 0 loads in the main process."""
     seed: int = 0
     """Seed of weights, sample order, augmentation and noise."""
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    """Arithmetic of the forward and backward pass; weights and scan states stay float32."""
+    precision: str = "fp32"
+    """Arithmetic of the forward and backward pass: fp32, bf16 or auto, which is bf16 on a CPU with units for it, else fp32.
+    Weights and scan states stay float32."""
     grad_checkpointing: bool = False
     """Activation checkpointing: blocks, decoder stages and heads are computed again in the backward pass instead of kept.
     The same gradients with less memory, in more time."""
@@ -265,6 +283,9 @@ class TrainConfig:
     """Processes on this node, one device each."""
     nodes: int = 1
     """Number of nodes."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "precision", EARLIER_PRECISIONS.get(self.precision, self.precision))
 
 
 @dataclass(frozen=True)
@@ -323,6 +344,7 @@ __all__ = [
     "BackboneConfig",
     "ConfigError",
     "DataConfig",
+    "DecoderConfig",
     "Experiment",
     "ExpertsConfig",
     "MTMambaConfig",

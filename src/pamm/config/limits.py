@@ -6,7 +6,8 @@ import os
 import re
 from typing import TYPE_CHECKING, Any
 
-from pamm.config.strict import ConfigError, to_dict
+from pamm.config.renamed import PRECISIONS
+from pamm.config.strict import ConfigError, check_choice, to_dict
 from pamm.files import shown
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ def check(experiment: Experiment) -> None:
 def check_values(experiment: Experiment) -> None:
     """As `check`, but only for names and numbers: other settings of the file may be completed or corrected later."""
     check_name(experiment.name)
+    check_choice("train.precision", experiment.train.precision, [name for name in PRECISIONS if name != "fp16"])
     check_ranges(to_dict(experiment), LIMITS | {f"tasks.{name}.weight": (0, 1e9) for name in experiment.tasks})
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pamm.config.strict import ConfigError
+from pamm.config.strict import ConfigError, check_choice
 
 RENAMED: dict[str, str] = {
     "model.backbone.taps": "out_indices",
@@ -25,6 +25,25 @@ RENAMED: dict[str, str] = {
     "train.accelerator": "device",
 }
 """Earlier path of a leaf → its name now, beside the same leaves."""
+
+PRECISIONS = ("fp32", "bf16", "fp16", "auto")
+"""Arithmetic of matrix products and convolutions. auto: bf16 on a CPU with units for it (see `pamm doctor`), else fp32."""
+
+EARLIER_PRECISIONS = {
+    "float32": "fp32",
+    "32-true": "fp32",
+    "32": "fp32",
+    "bfloat16": "bf16",
+    "bf16-mixed": "bf16",
+    "float16": "fp16",
+    "16-mixed": "fp16",
+}
+"""Earlier word for a precision, or torch's or Lightning's → ours."""
+
+
+def precision_name(given: str) -> str:
+    """The precision that a word means. Raises ConfigError for one that means none."""
+    return check_choice("precision", EARLIER_PRECISIONS.get(given, given), PRECISIONS)
 
 
 def with_new_names(values: Any, where: str = "") -> Any:

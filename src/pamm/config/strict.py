@@ -8,6 +8,7 @@ import json
 import math
 import types
 import typing
+from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -99,16 +100,15 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if hint is Any:
         return _plain(value, where)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return from_dict(hint, value, f"{where}.")
+        return from_dict(_subclass(hint, value, where) if hint.__subclasses__() else hint, value, f"{where}.")
     if origin is Literal:
-        if value not in arguments:
-            raise ConfigError(f"{where}: found {_told(value)}, expected one of {', '.join(map(repr, arguments))}")
-        return value
+        return check_choice(where, value, arguments)
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:
             return None
-        members = [a for a in arguments if a is not type(None)]
-        return _convert(_member(members, value, where), value, where)
+        members = [member for member in arguments if member is not type(None)]
+        lists = [member for member in members if typing.get_origin(member) is tuple]
+        return _convert(lists[0] if lists and isinstance(value, (list, tuple)) else members[0], value, where)
     if origin is dict and isinstance(value, dict):
         return {str(key): _convert(arguments[1], item, f"{where}.{shown(key)}") for key, item in value.items()}
     if origin is tuple and isinstance(value, (list, tuple)):
@@ -140,27 +140,40 @@ def _plain(value: Any, where: str) -> Any:
     )
 
 
-def _member(members: list[Any], value: Any, where: str) -> Any:
-    """The member of a union that a value is meant for, or ConfigError.
+def _subclass(base: type, value: Any, where: str) -> type:
+    """The subclass of a dataclass that a mapping is meant for, or ConfigError.
 
-    A list is meant for a tuple. Dataclasses share a field of literals, such as `system`, whose values identify them; a
-    mapping without that field means the first member.
+    They share a field of literals, such as `system`, whose values identify them: the first field of each. A mapping
+    without that field means the first subclass.
     """
-    if not dataclasses.is_dataclass(members[0]) or len(members) == 1:
-        lists = [member for member in members if typing.get_origin(member) is tuple]
-        return lists[0] if lists and isinstance(value, (list, tuple)) else members[0]
-    hints = [typing.get_type_hints(member) for member in members]
-    for tag in hints[0]:
-        choices = [typing.get_args(h[tag]) if typing.get_origin(h.get(tag)) is Literal else () for h in hints]
-        known = sum(choices, ())
-        if all(choices) and len(set(known)) == len(known):
-            break
+    tag = dataclasses.fields(base)[0].name
+    known = _by_tag(base, tag)
     if not isinstance(value, dict) or tag not in value:
-        return members[0]
-    for member, own in zip(members, choices, strict=True):
-        if value[tag] in own:
-            return member
-    raise ConfigError(f"{where}.{tag}: found {_told(value[tag])}, expected one of {', '.join(map(repr, known))}")
+        return next(iter(known.values()))
+    if value[tag] not in [*known] and hasattr(base, "discover"):
+        base.discover()
+        known = _by_tag(base, tag)
+    return known[check_choice(f"{where}.{tag}", value[tag], known)]
+
+
+def _by_tag(base: type, tag: str) -> dict[Any, type]:
+    """Value of the field `tag`, which is one of literals → the class that has it, of all below `base`, the first first."""
+    known: dict[Any, type] = {}
+    for member in base.__subclasses__():
+        for choice in typing.get_args(typing.get_type_hints(member)[tag]):
+            known.setdefault(choice, member)
+        known = _by_tag(member, tag) | known
+    return known
+
+
+def check_choice(where: str, found: Any, known: Iterable[Any]) -> Any:
+    """What was found, where it is one of the known. Raises ConfigError, which names them and the nearest."""
+    choices = list(known)
+    if any(type(found) is type(choice) and found == choice for choice in choices):
+        return found
+    near = get_close_matches(str(found), map(str, choices), n=1)
+    hint = f". Did you mean '{near[0]}'?" if near else ""
+    raise ConfigError(f"{where}: found {_told(found)}, expected one of {', '.join(map(repr, choices))}{hint}")
 
 
 def _told(value: Any) -> str:

@@ -7,7 +7,7 @@ import pkgutil
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pamm.data.sample import DATASETS, Batch, DataError, Dataset, Sample, collate, register_dataset
+from pamm.data.sample import DATASETS, Batch, DataError, Dataset, Sample, collate, dataset_class, register_dataset
 from pamm.tasks import Task
 
 if TYPE_CHECKING:
@@ -27,9 +27,10 @@ def dataset_options(config: DataConfig) -> dict[str, dict[str, Any]]:
         Task name → arguments.
 
     Raises:
-        DataError: the data set is unknown, or its description cannot be read.
+        ConfigError: no data set is registered under this name.
+        DataError: its description cannot be read.
     """
-    return DATASETS[config.name].options(config)
+    return dataset_class(config).options(config)
 
 
 def open_dataset(config: DataConfig, split: str, tasks: Mapping[str, Task]) -> Dataset:
@@ -44,9 +45,10 @@ def open_dataset(config: DataConfig, split: str, tasks: Mapping[str, Task]) -> D
         The split.
 
     Raises:
+        ConfigError: no data set is registered under this name.
         DataError: a folder, file or label is missing or wrong.
     """
-    return DATASETS[config.name].open(config, split, tasks)
+    return dataset_class(config).open(config, split, tasks)
 
 
 __all__ = [
@@ -56,6 +58,7 @@ __all__ = [
     "Dataset",
     "Sample",
     "collate",
+    "dataset_class",
     "dataset_options",
     "open_dataset",
     "register_dataset",

@@ -6,7 +6,7 @@ import os
 import sys
 from dataclasses import replace
 
-from pamm.command_line import parser
+from pamm.command_line import add_root, parser
 from pamm.files import shown
 
 
@@ -17,7 +17,7 @@ def main(arguments: list[str]) -> int:
         metavar="FOLDER|RECIPE",
         help="a folder data set, a recipe's name or an experiment.yaml; of equal names the recipe's is meant, ./NAME the folder",
     )
-    own.add_argument("--root", help="with a recipe: folder of the data set, in place of the configured one")
+    add_root(own)
     own.add_argument(
         "--deep", action="store_true", help="read every file; report the content of the labels and every error"
     )
@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
     from pamm.build import check_options
     from pamm.config.experiment import Experiment, check
     from pamm.config.recipes import named_data
-    from pamm.data import DATASETS, Dataset
+    from pamm.data import Dataset, dataset_class
     from pamm.data.inspect import format_inspection, inspect_dataset, reading_workers
 
     experiment = named_data(plain.source, plain.root)
@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
         config = replace(config, val_fraction=plain.val_fraction)
         check(Experiment(data=config))
     print(f"data set: {config.name}, {shown(config.root, 300) if config.root else 'made here, kept in the cache'}")
-    kind = DATASETS[config.name]
+    kind = dataset_class(config)
     if kind.prepare is not Dataset.prepare:  # its images are made here
         for split in ("train", "val"):
             kind.open(config, split, {}).prepare(workers=os.cpu_count() or 1)

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from pamm.data.listing import preview
-from pamm.data.sample import DATASETS, DataError, Dataset
+from pamm.data.sample import DataError, Dataset, dataset_class
 from pamm.files import escaped
 from pamm.images import ImageError, image_size
 from pamm.tasks import LabelStatistics, Task, create_task
@@ -63,7 +63,7 @@ def inspect_dataset(
     for report in reports:
         try:
             tasks = _readers(config, options or {})
-            dataset = DATASETS[config.name].open(config, report.split, tasks)
+            dataset = dataset_class(config).open(config, report.split, tasks)
         except DataError as error:
             report.problems.append(str(error))
             report.problems += _further_problems(config, options or {}, report.split, str(error))
@@ -84,7 +84,7 @@ def inspect_dataset(
 
 def _readers(config: DataConfig, options: Mapping[str, Mapping[str, Any]]) -> dict[str, Task]:
     """Every task of the data set, as its labels are read."""
-    described = DATASETS[config.name].options(config)
+    described = dataset_class(config).options(config)
     return {name: create_task(name, **{**values, **options.get(name, {})}) for name, values in described.items()}
 
 
@@ -92,7 +92,7 @@ def _further_problems(
     config: DataConfig, options: Mapping[str, Mapping[str, Any]], split: str, first: str
 ) -> list[str]:
     """Errors in the labels of every task, if opening all of them ended with the first error."""
-    kind, found = DATASETS[config.name], [first]
+    kind, found = dataset_class(config), [first]
     try:
         tasks = _readers(config, options)
     except DataError:

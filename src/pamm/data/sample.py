@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pamm import PammError
+from pamm.config.strict import check_choice
 from pamm.tasks import Task
 
 if TYPE_CHECKING:
@@ -136,6 +137,11 @@ def register_dataset(dataset: type[SomeDataset]) -> type[SomeDataset]:
     """
     DATASETS[dataset.name] = dataset
     return dataset
+
+
+def dataset_class(config: DataConfig) -> type[Dataset]:
+    """The data set of the configured name. Raises ConfigError for one that is not registered."""
+    return DATASETS[check_choice("data.name", config.name, sorted(DATASETS))]
 
 
 class Dataset(ABC, torch.utils.data.Dataset):

@@ -10,7 +10,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pamm.command_line import PRECISION_HELP, add_kernels, at_least, check_writable, parser
+from pamm.command_line import add_device, add_kernels, add_precision, add_root, at_least, check_writable, parser
 from pamm.files import shown
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def arguments_parser() -> argparse.ArgumentParser:
     own = parser("eval")
     own.add_argument("source", help="run folder, saved model folder or hub repository")
     own.add_argument("--data", help="recipe or experiment.yaml whose data are measured (default: the run's own)")
-    own.add_argument("--root", help="folder of the data set, in place of the configured one")
+    add_root(own)
     own.add_argument("--split", default="val")
     own.add_argument(
         "--resolution",
@@ -98,11 +98,9 @@ def arguments_parser() -> argparse.ArgumentParser:
         "where the frame shrinks no image",
     )
     own.add_argument("--batch", type=at_least(1), default=8, help="images per batch; does not change the result")
-    own.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    own.add_argument("--accelerator", dest="device", help=argparse.SUPPRESS)  # the earlier name of --device
-    own.add_argument("--devices", type=at_least(1), default=1, help="processes; does not change the result")
+    add_device(own, several=True)
     own.add_argument("--workers", type=at_least(0), default=2, help="data loading processes")
-    own.add_argument("--precision", default="float32", choices=["auto", "float32", "bfloat16"], help=PRECISION_HELP)
+    add_precision(own)
     own.add_argument("--compile", action="store_true", help="run the network through torch.compile")
     add_kernels(own)
     own.add_argument("--baseline", help="also the gain over a named baseline, or over a JSON file of results")

@@ -33,7 +33,7 @@ from pamm.kernels.prepare import prepare
 from pamm.models.model import MultiTaskModel
 from pamm.models.registry import rebuild_model
 from pamm.models.saved import find_checkpoint, load_model
-from pamm.runtime.precision import Precision, choose_precision
+from pamm.runtime.precision import NAMES, choose_precision
 from pamm.tasks import Task, create_task
 from pamm.tasks.segmentation import numbered_classes
 
@@ -357,7 +357,7 @@ def evaluate_saved(
     ranked: int = 0,
     pictures: bool = False,
     untrained: bool = False,
-    precision: Precision = "float32",
+    precision: str = "fp32",
     compile: bool = False,
     kernels: Choice = "auto",
 ) -> tuple[list[tuple[str, Evaluation]], dict[str, Task]]:
@@ -402,7 +402,7 @@ def evaluate_saved(
     model = prepare(model.to(fabric.device), **form)
     result = evaluate_split(fabric, model, experiment, tasks, ranked=ranked, pictures=pictures, **arguments)
     weights = find_checkpoint(place).name if (place := Path(source).expanduser()).exists() else "hub"
-    arithmetic = str(choose_precision(precision, fabric.device)).removeprefix("torch.")
+    arithmetic = NAMES[choose_precision(precision, fabric.device)]
     details = {"source": source, "weights": weights.strip("."), "precision": arithmetic}
     return [*results, (Path(source).name or source, dataclasses.replace(result, model=details))], tasks
 
@@ -416,7 +416,7 @@ def saved_experiment(source: str, data: str | None, root: str | None) -> Experim
         found = next((f / "experiment.yaml" for f in folders if (f / "experiment.yaml").is_file()), None)
         if found is None:
             raise ConfigError(
-                f"no experiment.yaml beside {source}: say on which data to measure, e.g. --data folder-pamm --root FOLDER"
+                f"no experiment.yaml beside {source}: say on which data to measure, e.g. --data folder-pamm --data.root FOLDER"
             )
         experiment = load(found)
     if root is not None:

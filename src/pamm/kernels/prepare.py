@@ -6,11 +6,11 @@ import torch
 
 from pamm.kernels.rewrites import Choice, apply_choice
 from pamm.models.model import MultiTaskModel
-from pamm.runtime.precision import Precision, choose_precision
+from pamm.runtime.precision import choose_precision
 
 
 def prepare(
-    model: MultiTaskModel, *, precision: Precision = "float32", compile: bool = False, kernels: Choice = "auto"
+    model: MultiTaskModel, *, precision: str = "fp32", compile: bool = False, kernels: Choice = "auto"
 ) -> MultiTaskModel:
     """The model itself, made ready for inference in this arithmetic.
 
@@ -19,8 +19,9 @@ def prepare(
     again for every other size. Raises ConfigError.
     """
     apply_choice(model, kernels, training=False)
-    if choose_precision(precision, next(model.parameters()).device) == torch.bfloat16:
-        model.use_bfloat16()
+    dtype = choose_precision(precision, next(model.parameters()).device)
+    if dtype != torch.float32:
+        model.use_half_precision(dtype)
     if compile:
         model.compile(dynamic=False)
     return model

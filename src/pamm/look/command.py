@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from pamm.command_line import add_kernels, at_least
+from pamm.command_line import add_device, add_kernels, add_root, add_tasks, at_least, split_names
 from pamm.drawing.layout import TILE
 from pamm.drawing.plots import check_plots, save_figure
 from pamm.files import distinct_stems, replace_text, shown
@@ -99,17 +99,17 @@ def _model_options(view: argparse.ArgumentParser, several: str | None, *, count:
     view.add_argument(
         "--data", help="recipe or experiment.yaml whose images are shown (default: the first model's own)"
     )
-    view.add_argument("--root", help="folder of the data set, in place of the configured one")
+    add_root(view)
     view.add_argument("--split", default="val")
     view.add_argument("--ids", nargs="+", default=[], help="names of images of the data set")
     view.add_argument(
         "--count", type=at_least(1), default=count, help=f"images, spread over the split (default: {count})"
     )
-    view.add_argument("--tasks", nargs="+", help="only these tasks, in this order")
+    add_tasks(view)
     if several:
         view.add_argument("--names", nargs="+", default=[], help="names of the models in the picture")
     view.add_argument("--longest-side", type=at_least(1), help="shrink images to this longer side before the network")
-    view.add_argument("--device", default="auto")
+    add_device(view)
     add_kernels(view)
 
 
@@ -122,7 +122,7 @@ def _open(plain: argparse.Namespace) -> tuple[dict[str, Predictor], Subjects, li
     models = open_models(
         sources, names=names, device=plain.device, longest_side=plain.longest_side, kernels=plain.kernels
     )
-    tasks = choose_tasks(models, plain.tasks)
+    tasks = choose_tasks(models, split_names(plain.tasks))
     subjects = subjects_for(
         {name: predictor.model for name, predictor in models.items()},
         sources,

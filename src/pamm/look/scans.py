@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 CROSS = "cross"
 """Name of MTMamba's cross-scan here: row by row, column by column, and both backwards."""
 
-KNOWN = (*CURVES, CROSS)
-"""Every scan that can be drawn."""
-
 LARGEST = 256
 """Longest side of a grid, tokens."""
 
@@ -61,8 +58,8 @@ def orders_of(curve: str, height: int, width: int, count: int = 4) -> np.ndarray
     Raises:
         LookError: an unknown curve, or a grid or count that it does not have.
     """
-    if curve not in KNOWN:
-        raise LookError(f"unknown scan curve '{curve}'; choose among {', '.join(KNOWN)}")
+    if curve not in (*CURVES, CROSS):
+        raise LookError(f"unknown scan curve '{curve}'; choose among {', '.join((*CURVES, CROSS))}")
     if not (1 <= height <= LARGEST and 1 <= width <= LARGEST):
         raise LookError(f"a grid of {height} x {width} tokens: expected sides of 1 to {LARGEST}, e.g. --grid 32 32")
     most = len(LINES) if curve == CROSS else MOST_ORDERS[curve]

@@ -107,7 +107,9 @@ def subjects_for(
     """
     if images:
         if data is not None or root is not None or ids:
-            raise LookError("--images and a data set (--data, --root, --ids) exclude one another: give one of the two")
+            raise LookError(
+                "--images and a data set (--data, --data.root, --ids) exclude one another: give one of the two"
+            )
         return from_files(images)
     try:
         experiment = saved_experiment(sources[0], data, root)

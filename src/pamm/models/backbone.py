@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from fnmatch import fnmatchcase
 from typing import Any
 
 import timm
@@ -28,7 +30,51 @@ SIZES = {
 """timm class → its arguments that are fields of BackboneConfig."""
 
 
-class ViT(nn.Module):
+class Backbone(nn.Module):
+    """What a network reads an image with; above every family.
+
+    A subclass has a `forward`: (B, 3, H, W) normalised image → the stages' maps (B, C, h, w), first to last; and sets
+
+    out_indices: the numbers of its stages.
+    channels: of the maps; one number where all stages have one size, one per stage where their resolution falls.
+    output_stride: the sides of an image are multiples of it, pixels.
+    grid: rows and columns of the maps for the image size it was built for, where all have one size.
+    """
+
+    out_indices: tuple[int, ...]
+    channels: Any
+    output_stride: int
+
+    def blocks(self) -> list[nn.Module]:
+        """The blocks that may be frozen, first to last."""
+        return []
+
+    def before(self, count: int) -> tuple[list[nn.Module], list[nn.Parameter]]:
+        """The modules and parameters through which an image goes before block `count` + 1."""
+        return self.blocks()[:count], []
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether a block's activations are computed again in the backward pass instead of kept; by default they are kept."""
+
+
+Family = Callable[[BackboneConfig, tuple[int, int]], Backbone]
+"""Settings and image size (H, W), pixels → the backbone."""
+
+FAMILIES: dict[str, Family] = {}
+"""Pattern of names, as in a shell → the family of backbones that they mean; other names are timm's."""
+
+
+def register_backbone(pattern: str) -> Callable[[Family], Family]:
+    """Decorator: the function builds the backbones whose `name` matches the pattern, e.g. "resnet*"."""
+
+    def register(family: Family) -> Family:
+        FAMILIES[pattern] = family
+        return family
+
+    return register
+
+
+class ViT(Backbone):
     """A timm VisionTransformer; stages are the outputs of the blocks `out_indices`, counted from 0.
 
     The last block's output passes the final norm, earlier ones are raw (paper §V-C: ViT-B's blocks 3, 6, 9, 12 counted from 1).
@@ -74,7 +120,7 @@ class ViT(nn.Module):
         self.vit.set_grad_checkpointing(enable)
 
 
-class Swin(nn.Module):
+class Swin(Backbone):
     """A timm SwinTransformer; the stages `out_indices`, counted from 0, are handed out, each through a LayerNorm of its own.
 
     Windows keep their size for any image: maps are padded to whole windows with zeros at the right and bottom, and padded
@@ -130,7 +176,7 @@ class PaddedSwinBlock(SwinTransformerBlock):
         return super()._attn(padded)[:, :height, :width]
 
 
-class NoBackbone(nn.Module):
+class NoBackbone(Backbone):
     """What stands for a backbone that is not there: a network read without one decodes stage maps made elsewhere."""
 
     def __init__(self, embed_dim: int, out_indices: tuple[int, ...]):
@@ -145,28 +191,41 @@ class NoBackbone(nn.Module):
             "the backbone's weights"
         )
 
-    def blocks(self) -> list[nn.Module]:
-        """None."""
-        return []
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Nothing is kept here."""
+@register_backbone("none")
+def no_backbone(config: BackboneConfig, image_size: tuple[int, int]) -> NoBackbone:
+    """A backbone that is not there, of the configured channels. Raises ConfigError."""
+    if config.embed_dim is None or not config.out_indices:
+        raise ConfigError(
+            'backbone.embed_dim and backbone.out_indices: expected those of the stage maps where the name is "none"'
+        )
+    return NoBackbone(config.embed_dim, config.out_indices)
 
 
-def create_backbone(config: BackboneConfig, image_size: tuple[int, int]) -> ViT | Swin | NoBackbone:
+def create_backbone(config: BackboneConfig, image_size: tuple[int, int]) -> Backbone:
     """Build the configured backbone for `image_size` (H, W); other sizes work too (a ViT resamples its position embeddings).
 
     Raises ConfigError for an unknown name, a model of another family, and weights that cannot be fetched.
     """
-    if config.name == "none":
-        if config.embed_dim is None or not config.out_indices:
-            raise ConfigError(
-                'backbone.embed_dim and backbone.out_indices: expected those of the stage maps where the name is "none"'
-            )
-        return NoBackbone(config.embed_dim, config.out_indices)
+    family = next(
+        (family for pattern, family in FAMILIES.items() if fnmatchcase(config.name, pattern)), timm_transformer
+    )
+    backbone = family(config, image_size)
+    if any(side % backbone.output_stride for side in image_size) and not isinstance(backbone, NoBackbone):
+        raise ConfigError(
+            f"data.size: found {image_size[0]}×{image_size[1]}, expected multiples of {backbone.output_stride}; "
+            f"for example {_padded(*image_size, backbone.output_stride)}"
+        )
+    return backbone
+
+
+def timm_transformer(config: BackboneConfig, image_size: tuple[int, int]) -> ViT | Swin:
+    """The plain vision transformer or Swin transformer that timm knows by this name. Raises ConfigError."""
     if not timm.is_model(config.name):
         near = ", ".join(timm.list_models(f"*{config.name.split('_')[0]}*")[:5]) or "vit_base_patch16_384"
-        raise ConfigError(f"backbone.name: timm knows no model '{config.name}'; for example: {near}")
+        others = ", ".join(pattern for pattern in FAMILIES if pattern != "none")
+        others = f"; other families: {others}" if others else ""
+        raise ConfigError(f"backbone.name: timm knows no model '{config.name}'; for example: {near}{others}")
     swin = is_model_in_modules(config.name.split(".")[0], {"swin_transformer"})
     kind = SwinTransformer if swin else VisionTransformer
     arguments: dict[str, Any] = {"img_size": image_size, "num_classes": 0, "drop_path_rate": config.drop_path_rate}
@@ -179,13 +238,7 @@ def create_backbone(config: BackboneConfig, image_size: tuple[int, int]) -> ViT 
     if not (swin or config.class_token):
         _remove_class_token(model)
     join_drop_paths(model)
-    backbone = Swin(model, config.out_indices) if swin else ViT(model, config.out_indices)
-    if any(side % backbone.output_stride for side in image_size):
-        raise ConfigError(
-            f"data.size: found {image_size[0]}×{image_size[1]}, expected multiples of {backbone.output_stride}; "
-            f"for example {_padded(*image_size, backbone.output_stride)}"
-        )
-    return backbone
+    return Swin(model, config.out_indices) if swin else ViT(model, config.out_indices)
 
 
 def _sizes(config: BackboneConfig, kind: type) -> dict[str, Any]:

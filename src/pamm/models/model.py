@@ -34,7 +34,8 @@ class MultiTaskModel(nn.Module, ModelHubMixin, library_name="pamm", tags=["multi
     """
 
     grad_checkpointing = False
-    in_bfloat16 = False
+    half_precision: torch.dtype | None = None
+    """The dtype of its matrix products and convolutions where that is not float32 (see `use_half_precision`)."""
     origin: Path | None = None
     """The folder that the weights were loaded from."""
 
@@ -62,7 +63,7 @@ class MultiTaskModel(nn.Module, ModelHubMixin, library_name="pamm", tags=["multi
         size: height and width of the logits, by default the image's. The image is brought to the weights' dtype, so that
         a model after `.half()`, `.bfloat16()` or `.double()` takes it as well; the logits are float32.
         """
-        if not self.in_bfloat16:
+        if self.half_precision is None:
             image = image.to(self.dtype)
         with self._arithmetic(image):
             stages = self.backbone(image)
@@ -96,19 +97,19 @@ class MultiTaskModel(nn.Module, ModelHubMixin, library_name="pamm", tags=["multi
         self.grad_checkpointing = self.decoder.grad_checkpointing = enable
         self.backbone.set_grad_checkpointing(enable)
 
-    def use_bfloat16(self) -> None:
-        """From now on matrix products and convolutions run in bfloat16, the rest in float32. For inference.
+    def use_half_precision(self, dtype: torch.dtype = torch.bfloat16) -> None:
+        """From now on matrix products and convolutions run in bfloat16 or float16, the rest in float32. For inference.
 
-        Equal to bfloat16 autocast, except that the weights of these products are converted here once instead of at every
+        Equal to torch's autocast, except that the weights of these products are converted here once instead of at every
         call: training would round them at every step.
         """
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d, TaskLinear)):
-                module.to(torch.bfloat16)
-        self.in_bfloat16 = True
+                module.to(dtype)
+        self.half_precision = dtype
 
     def _arithmetic(self, x: Tensor) -> AbstractContextManager:
-        return torch.autocast(x.device.type, torch.bfloat16) if self.in_bfloat16 else nullcontext()
+        return nullcontext() if self.half_precision is None else torch.autocast(x.device.type, self.half_precision)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pamm.config.experiment import ExpertsConfig, PAMMConfig
-from pamm.config.strict import ConfigError
+from pamm.config.strict import ConfigError, check_choice
 from pamm.nn.checkpointing import call, checkpointed
 from pamm.nn.group_norm import GroupNorm
 from pamm.nn.joined import JoinedBatchNorm2d
-from pamm.nn.serialize import scan_orders
+from pamm.nn.serialize import CURVES, scan_orders
 from pamm.nn.ssm import init_A_log, init_D, init_delta_bias
 from pamm.nn.task_layers import TaskLinear
 from pamm.ops import selective_scan
@@ -221,7 +221,7 @@ class PAMMDecoder(nn.Module):
                 f"decoder.width: found {config.width}, expected a multiple of {GROUPS} (GroupNorm's groups)"
             )
         self.tasks = tasks
-        self.scan, self.orders = config.scan, config.orders
+        self.scan, self.orders = check_choice("decoder.scan", config.scan, CURVES), config.orders
         local = TaskConvolution if config.task_conv else SharedProjection
         self.local = nn.ModuleList(local(channels, config.width, len(tasks)) for _ in range(stages))
         self.pame = nn.ModuleList(PAME(config, len(tasks)) for _ in range(stages)) if config.pame else None

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pamm.config.experiment import ReleasedConfig
-from pamm.config.strict import ConfigError
+from pamm.config.strict import ConfigError, check_choice
 from pamm.nn.checkpointing import call, checkpointed
 from pamm.nn.group_norm import GroupNorm
 from pamm.nn.joined import JoinedBatchNorm2d
-from pamm.nn.serialize import MOST_ORDERS, scan_orders
+from pamm.nn.serialize import CURVES, MOST_ORDERS, scan_orders
 from pamm.nn.ssm import init_A_log, init_D
 from pamm.ops import selective_scan
 from pamm.runtime.distributed import joined_draw
@@ -30,8 +30,8 @@ from pamm.runtime.distributed import joined_draw
 GROUPS = 32
 """Groups of every GroupNorm."""
 
-CURVES = {"hilbert": "hilbert", "snake": "snake-released", "morton": "morton-released"}
-"""The setting `scan` → the published code's curve among `pamm.nn.serialize.CURVES`."""
+RELEASED_CURVES = {"snake": "snake-released", "morton": "morton-released"}
+"""The setting `scan` → the published code's curve, where it is another one than that of `pamm`."""
 
 
 def per_task(tasks: list[str], build: Callable[[], nn.Module]) -> nn.ModuleDict:
@@ -214,7 +214,7 @@ class ReleasedDecoder(nn.Module):
         check(config)
         width = config.width
         self.tasks = tasks
-        self.scan, self.orders = CURVES[config.scan], config.orders
+        self.scan, self.orders = RELEASED_CURVES.get(config.scan, config.scan), config.orders
         self.stages = nn.ModuleList(ReleasedStage(config, channels, grid, tasks) for _ in range(stages))
         self.fuse = per_task(
             tasks,
@@ -269,7 +269,8 @@ def check(config: ReleasedConfig) -> None:
         raise ConfigError(f"decoder.width: found {config.width}, expected a multiple of {GROUPS} (GroupNorm's groups)")
     if config.kernel_size % 2 == 0:
         raise ConfigError(f"decoder.kernel_size: found {config.kernel_size}, expected an odd number")
-    most = MOST_ORDERS[CURVES[config.scan]]
+    check_choice("decoder.scan", config.scan, CURVES)
+    most = MOST_ORDERS[RELEASED_CURVES.get(config.scan, config.scan)]
     if not 1 <= config.orders <= most:
         raise ConfigError(
             f"decoder.orders: found {config.orders}, expected 1 to {most}: the published code's {config.scan} has no more"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pamm.config.experiment import ModelConfig, MTMambaConfig, PAMMConfig, ReleasedConfig
+from pamm.config.experiment import DecoderConfig, ModelConfig, MTMambaConfig, PAMMConfig, ReleasedConfig
 from pamm.config.limits import LIMITS, MODEL_LIMITS, check_ranges
 from pamm.config.renamed import with_new_names
 from pamm.config.strict import ConfigError, from_dict, to_dict
 from pamm.files import shown
-from pamm.models.backbone import NoBackbone, Swin, ViT, create_backbone
+from pamm.models.backbone import Backbone, create_backbone
 from pamm.models.formats import FIELD, format_of
 from pamm.models.model import MultiTaskModel
 from pamm.models.mtmamba import DenseHead, LiteHead, MTMambaDecoder
@@ -26,25 +28,45 @@ from pamm.models.pamm_released import ReleasedDecoder
 from pamm.tasks import Task, create_task
 
 Decoder = tuple[nn.Module, dict[str, nn.Module]]
+"""A module, stage maps → task name → features, and the head of every task, features → logits."""
+
+Builder = Callable[[Any, Any, Mapping[str, Task]], Decoder]
+"""Settings, backbone and tasks → decoder and heads."""
+
+DECODERS: dict[type[DecoderConfig], Builder] = {}
+"""Class of settings → builder of the decoder and heads."""
 
 
-def pamm(config: PAMMConfig, backbone: nn.Module, tasks: Mapping[str, Task]) -> Decoder:
+def register_decoder(settings: type[DecoderConfig]) -> Callable[[Builder], Builder]:
+    """Decorator: the function builds the decoder and heads of these settings."""
+
+    def register(build: Builder) -> Builder:
+        DECODERS[settings] = build
+        return build
+
+    return register
+
+
+@register_decoder(PAMMConfig)
+def pamm(config: PAMMConfig, backbone: Backbone, tasks: Mapping[str, Task]) -> Decoder:
     """PAMM's decoder and heads."""
-    _require_vit(backbone)
+    _require_one_size(backbone)
     decoder = PAMMDecoder(config, backbone.channels, len(backbone.out_indices), list(tasks))
     return decoder, {name: ConvHead(config.width, task.channels) for name, task in tasks.items()}
 
 
-def pamm_released(config: ReleasedConfig, backbone: nn.Module, tasks: Mapping[str, Task]) -> Decoder:
+@register_decoder(ReleasedConfig)
+def pamm_released(config: ReleasedConfig, backbone: Backbone, tasks: Mapping[str, Task]) -> Decoder:
     """The decoder and heads of PAMM's published code."""
-    _require_vit(backbone)
+    _require_one_size(backbone)
     decoder = ReleasedDecoder(config, backbone.channels, backbone.grid, len(backbone.out_indices), list(tasks))
     return decoder, {name: ConvHead(config.width, task.channels, bias=True) for name, task in tasks.items()}
 
 
-def mtmamba(config: MTMambaConfig, backbone: nn.Module, tasks: Mapping[str, Task]) -> Decoder:
+@register_decoder(MTMambaConfig)
+def mtmamba(config: MTMambaConfig, backbone: Backbone, tasks: Mapping[str, Task]) -> Decoder:
     """MTMamba's or MTMamba++'s decoder and heads."""
-    if not isinstance(backbone, (Swin, NoBackbone)):
+    if isinstance(backbone.channels, int):
         raise ConfigError(
             "backbone.name: MTMamba's decoder needs stages of falling resolution, which a Swin transformer gives"
         )
@@ -55,19 +77,12 @@ def mtmamba(config: MTMambaConfig, backbone: nn.Module, tasks: Mapping[str, Task
     return decoder, {name: LiteHead(channels, config.head_width, task.channels) for name, task in tasks.items()}
 
 
-def _require_vit(backbone: nn.Module) -> None:
-    if not isinstance(backbone, ViT):
+def _require_one_size(backbone: Backbone) -> None:
+    if not isinstance(backbone.channels, int):
         raise ConfigError(
             "backbone.name: PAMM's decoder needs stages of one size, which a plain vision transformer gives"
         )
 
-
-DECODERS: dict[type, Callable[[Any, nn.Module, Mapping[str, Task]], Decoder]] = {
-    PAMMConfig: pamm,
-    ReleasedConfig: pamm_released,
-    MTMambaConfig: mtmamba,
-}
-"""Configuration class → builder of the decoder and heads."""
 
 LARGEST_TABLES = 2**30
 """Bytes of what a network holds beside its weights: no saved file tells how much that may be."""
@@ -91,13 +106,22 @@ def build_model(
         _check_memory(build_model(_random(config), tasks, image_size, "meta"))
     with _float32(), torch.device(device):
         backbone = create_backbone(config.backbone, image_size)
-        decoder, heads = DECODERS[type(config.decoder)](config.decoder, backbone, tasks)
+        decoder, heads = _builder(config.decoder)(config.decoder, backbone, tasks)
     settings = {
         "model": to_dict(config),
         "tasks": {name: task.options() for name, task in tasks.items()},
         "image_size": list(image_size),
     }
     return MultiTaskModel(backbone, decoder, heads, tasks=tasks, settings=settings)
+
+
+def _builder(config: DecoderConfig) -> Builder:
+    if type(config) not in DECODERS:
+        known = ", ".join(kind.__name__ for kind in DECODERS)
+        raise ConfigError(
+            f"decoder: no builder of a {type(config).__name__}, only of {known}; see `pamm.models.registry.register_decoder`"
+        )
+    return DECODERS[type(config)]
 
 
 def _random(config: ModelConfig) -> ModelConfig:
@@ -174,3 +198,7 @@ def rebuild_model(settings: Mapping[str, Any], device: str = "cpu") -> MultiTask
         raise ConfigError(shown(error, 400)) from error
     model.settings = {key: value for key, value in settings.items() if key != FIELD} | {"model": to_dict(config)}
     return model
+
+
+for _module in pkgutil.iter_modules([os.path.dirname(__file__)]):
+    importlib.import_module(f"pamm.models.{_module.name}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pamm.command_line import PRECISION_HELP, add_kernels, at_least, parser, say
+from pamm.command_line import add_device, add_kernels, add_precision, at_least, parser, say
 from pamm.files import shown
 
 FAILURES_SHOWN = 50
@@ -50,8 +50,8 @@ def arguments_parser() -> argparse.ArgumentParser:
     own.add_argument("--formats", default="picture,png", help="any of picture,png,npy (default: picture,png)")
     own.add_argument("--skip-existing", action="store_true", help="pass over images whose files are there and whole")
     own.add_argument("--longest-side", type=at_least(1), help="shrink images to this longer side before the network")
-    own.add_argument("--device", default="auto")
-    own.add_argument("--precision", default="float32", choices=["auto", "float32", "bfloat16"], help=PRECISION_HELP)
+    add_device(own)
+    add_precision(own)
     own.add_argument("--compile", action="store_true", help="run the network through torch.compile")
     add_kernels(own)
     own.add_argument("--no-sheet", action="store_true", help="no contact sheet")

@@ -22,8 +22,9 @@ from pamm.models.model import MultiTaskModel, resize_rows
 from pamm.models.saved import load_model
 from pamm.prediction.inputs import ImageLike, PredictError, to_array
 from pamm.prediction.maps import STRIP_VALUES, Maps
+from pamm.runtime.distributed import default_device
 from pamm.runtime.memory import keep_memory
-from pamm.runtime.precision import Precision, choose_precision
+from pamm.runtime.precision import choose_precision
 from pamm.tasks import Task
 
 
@@ -43,7 +44,8 @@ class Predictor:
             available.
         longest_side: the largest side of an image for the network, pixels; default the longer side of the size that the network
             was built for.
-        precision: "float32" gives the checkpoint's own numbers; "bfloat16"; "auto" is bfloat16 on a CPU with units for it.
+        precision: "fp32" gives the checkpoint's own numbers; "bf16"; "fp16"; "auto" is bf16 on a CPU with units for it, else
+            fp32.
         compile: run the network through torch.compile, which is worthwhile for many images of one size.
         kernels: "auto" uses faster modules in the place of the network's own (see `pamm.accelerate`; results differ by
             rounding), "off" does not.
@@ -59,7 +61,7 @@ class Predictor:
         *,
         device: str | torch.device = "auto",
         longest_side: int | None = None,
-        precision: Precision = "float32",
+        precision: str = "fp32",
         compile: bool = False,
         kernels: Choice = "auto",
     ):
@@ -76,7 +78,9 @@ class Predictor:
             keep_memory()
         lower = choose_precision(precision, chosen) != torch.float32
         held = load_model(source) if not given else source
-        odd = not held.in_bfloat16 and held.dtype != torch.float32  # after .half(), .double(): its values, in float32
+        odd = (
+            held.half_precision is None and held.dtype != torch.float32
+        )  # after .half(), .double(): its values, in float32
         alone = given and (lower or odd or compile or kernels != "off")
         model = _copy_of(held, chosen, tensors=lower or odd) if alone else held
         model = (model.float() if odd else model).to(chosen)
@@ -214,8 +218,7 @@ def _check_finite(model: nn.Module, source: object) -> None:
 
 def _choose_device(device: str | torch.device, own: torch.device | None) -> torch.device:
     if device == "auto":
-        kinds = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-        return own or torch.device(next(kind for kind, there in kinds.items() if there))
+        return own or torch.device(default_device())
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)

@@ -6,12 +6,14 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from pamm.config.strict import ConfigError
 from pamm.files import first_line
 from pamm.runtime.memory import keep_memory
+from pamm.runtime.precision import choose_precision
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -62,13 +64,15 @@ def launch(config: TrainConfig) -> Fabric:
     from lightning_fabric import Fabric
 
     devices, nodes = started_outside() or (config.devices, config.nodes)
+    kind = default_device() if config.device == "auto" else config.device
+    half = choose_precision(config.precision, kind) != torch.float32
     try:
         fabric = Fabric(
             accelerator=config.device,
             devices=devices,
             num_nodes=nodes,
             strategy="ddp" if devices * nodes > 1 else "auto",
-            precision=config.precision,
+            precision="bf16-mixed" if half else "32-true",
         )
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
@@ -79,6 +83,12 @@ def launch(config: TrainConfig) -> Fabric:
     if fabric.device.type == "cpu":
         keep_memory()
     return fabric
+
+
+def default_device() -> str:
+    """The kind of device that "auto" means: CUDA, Apple's MPS or the CPU, the first there is."""
+    kinds = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    return next(kind for kind, there in kinds.items() if there)
 
 
 def started_outside() -> tuple[int, int] | None:

@@ -1,14 +1,17 @@
-"""Arithmetic of predictions and evaluations: float32, or bfloat16 if the processor multiplies it faster."""
+"""Arithmetic of predictions and evaluations: float32, or half precision if the processor multiplies it faster."""
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import torch
 
+from pamm.config.renamed import precision_name
 from pamm.config.strict import ConfigError
 
-Precision = Literal["auto", "float32", "bfloat16"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Precision → dtype of matrix products and convolutions."""
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+"""The other way round."""
 
 
 def bfloat16_units() -> str | None:
@@ -19,15 +22,20 @@ def bfloat16_units() -> str | None:
     return None
 
 
-def choose_precision(name: Precision, device: str | torch.device = "cpu") -> torch.dtype:
-    """The dtype of matrix products on this device. "auto": bfloat16 on a CPU that has units for it, else float32.
+def choose_precision(name: str, device: str | torch.device = "cpu") -> torch.dtype:
+    """The dtype of matrix products on a device.
 
-    Raises ConfigError for another name, and for bfloat16 on a device that has none.
+    Args:
+        name: one of `pamm.config.renamed.PRECISIONS`, or an earlier word for it. "auto" is bfloat16 on a CPU that has units
+            for it, else float32.
+        device: a torch device.
+
+    Raises:
+        ConfigError: another name, or half precision on a device that has none.
     """
-    if name not in get_args(Precision):
-        raise ConfigError(f"precision: found {name!r}, expected one of {', '.join(get_args(Precision))}")
-    kind = torch.device(device).type
-    if name == "bfloat16" and not torch.amp.is_autocast_available(kind):
-        raise ConfigError(f"precision: bfloat16 cannot be used on {kind}; choose float32")
-    wanted = name == "bfloat16" or (name == "auto" and kind == "cpu" and bfloat16_units() is not None)
-    return torch.bfloat16 if wanted else torch.float32
+    name, kind = precision_name(name), torch.device(device).type
+    if name == "auto":
+        name = "bf16" if kind == "cpu" and bfloat16_units() is not None else "fp32"
+    if name != "fp32" and not torch.amp.is_autocast_available(kind):
+        raise ConfigError(f"precision: {name} cannot be used on {kind}; choose fp32")
+    return DTYPES[name]

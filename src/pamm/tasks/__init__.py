@@ -10,6 +10,7 @@ from pamm.tasks.task import (
     NonFiniteError,
     Task,
     create_task,
+    list_tasks,
     option_defaults,
     register,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "NonFiniteError",
     "Task",
     "create_task",
+    "list_tasks",
     "option_defaults",
     "register",
 ]

@@ -483,6 +483,11 @@ def create_task(name: str, **options: Any) -> Task:
     return TASKS[name](**{key: _option(name, key, value, hints.get(key)) for key, value in options.items()})
 
 
+def list_tasks() -> list[str]:
+    """The names of all registered tasks, sorted."""
+    return sorted(TASKS)
+
+
 def option_defaults(name: str) -> dict[str, Any]:
     """Options of a registered task.
 

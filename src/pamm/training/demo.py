@@ -54,7 +54,9 @@ def run_demo(experiment: Experiment, out: Path, *, progress: bool = True, kernel
         open_dataset(experiment.data, split, tasks).prepare(progress=progress, workers=os.cpu_count() or 1)
     fabric = launch(experiment.train)
     torch.manual_seed(experiment.train.seed)
-    blank = prepare(create_model(experiment).to(fabric.device), kernels=kernels)
+    blank = prepare(
+        create_model(experiment, pretrained=experiment.model.backbone.pretrained).to(fabric.device), kernels=kernels
+    )
     untrained = evaluate_split(fabric, blank, experiment, tasks)
     made = time.perf_counter()
     trained = train(experiment, out, progress=progress, kernels=kernels)

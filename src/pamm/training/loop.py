@@ -249,7 +249,7 @@ class Loop:
 
     def _diverged(self) -> str:
         kept = f"{self.out / 'last'} holds step {self.saved}. " if holds_files(self.out / "last") else ""
-        return f"{kept}Start again with a lower --train.lr, a --train.clip, or --train.precision 32-true"
+        return f"{kept}Start again with a lower --train.lr, a --train.clip, or --precision fp32"
 
     def validate(self) -> Evaluation:
         """Evaluate on the validation split; keep the weights in best/ if the total validation loss is the lowest so far.

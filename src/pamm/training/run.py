@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pamm.build import create_tasks
+from pamm.build import check_options, create_tasks
 from pamm.config.experiment import Experiment, ModelConfig, check, check_batch, dump, load
 from pamm.config.strict import ConfigError, to_dict
 from pamm.data import Batch, Dataset, open_dataset
@@ -93,6 +93,7 @@ def create_loop(
     The run folder is this process's until `Loop.close`.
     """
     check(experiment)
+    check_options(experiment)
     fabric = launch(experiment.train)
     check_batch(experiment.train, fabric.world_size)
     lock = lock_folder(fabric, out)

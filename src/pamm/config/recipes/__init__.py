@@ -5,7 +5,7 @@ A name may be followed by variants: `pascal-pamm-b+no-priors` is the row "no pri
 """
 
 from pamm.config.recipes.experiments import RECIPES
-from pamm.config.recipes.names import get_recipe, named_data, named_experiment
+from pamm.config.recipes.names import get_recipe, list_recipes, named_data, named_experiment
 from pamm.config.recipes.variants import MTMAMBA_VARIANTS, VARIANTS, variants_of, with_variants
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "RECIPES",
     "VARIANTS",
     "get_recipe",
+    "list_recipes",
     "named_data",
     "named_experiment",
     "variants_of",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from pamm.config.experiment import DataConfig, Experiment, load
@@ -32,6 +33,19 @@ def get_recipe(name: str) -> Experiment:
     if base not in RECIPES:
         raise ConfigError(_unknown(base))
     return replace(with_variants(RECIPES[base](), variants, base), name=name)
+
+
+def list_recipes(pattern: str = "") -> list[str]:
+    """The recipes' names.
+
+    Args:
+        pattern: only names that match it, as in a shell, e.g. "nyud*"; without * ? [ ], only names that hold it.
+
+    Returns:
+        The names, in the order of `pamm recipes`.
+    """
+    wanted = pattern if re.search(r"[*?\[\]]", pattern) else f"*{pattern}*"
+    return [name for name in RECIPES if fnmatchcase(name, wanted)]
 
 
 def named_experiment(name: str, root: str | None = None) -> Experiment:
@@ -65,7 +79,7 @@ def named_data(name: str, root: str | None = None) -> Experiment:
     if is_yaml or not (is_path or (folder.is_dir() and not is_recipe)):
         return named_experiment(name, root)
     if root is not None:
-        raise ConfigError(f"--root {root} and the folder {name} are both given; give the data set's folder once")
+        raise ConfigError(f"--data.root {root} and the folder {name} are both given; give the data set's folder once")
     if not folder.is_dir():
         raise ConfigError(
             f"no folder {name}; give a folder that holds train/images/ and val/images/, or a recipe's name"
@@ -84,8 +98,5 @@ def _unknown(name: str) -> str:
         return f"the recipe '{name}' is called '{RENAMED[name]}' now; give its data with --data.root FOLDER"
     text = f"unknown recipe '{name}'.{nearest(name, RECIPES)}"
     if name and Path(name).is_dir():
-        text += (
-            f" {name} is a folder: name a recipe and give the folder as its data, e.g. folder-pamm with --data.root {name} "
-            f"(pamm train) or --root {name} (pamm eval, look)."
-        )
+        text += f" {name} is a folder: name a recipe and give the folder as its data, e.g. folder-pamm with --data.root {name}."
     return f"{text} Known recipes: {', '.join(RECIPES)}"

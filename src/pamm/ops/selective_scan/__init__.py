@@ -1,6 +1,8 @@
 """The selective scan over several scan orders, with engines for every machine.
 
-Engines, the preferred first; each is a module with
+An engine is a module; one that stands in this folder is found. It has
+
+    RANK                                    of those that can run, the one of the lowest rank is chosen
 
     unavailable(), refuses(device, dtype)   why it cannot run here, or does not take such inputs; else None
     describe()                              what it is, for `pamm doctor`
@@ -10,24 +12,42 @@ Engines, the preferred first; each is a module with
 
 or, in place of the last three, `selective_scan(inputs) -> y`, like the reference's, which torch's autograd follows and which
 is not a node of its own in a graph (chunked, which is there to be seen through).
+An engine of another package is made known by `register_engine`.
 `inputs` are `Inputs`, prepared; y and dy are like x. The environment variable PAMM_SCAN_ENGINE replaces the automatic choice.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
+import pkgutil
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pamm.ops.compiled import exporting
-from pamm.ops.selective_scan import chunked, native, reference, step, triton
+from pamm.ops.selective_scan import reference
 from pamm.ops.selective_scan.inputs import Inputs
 
-ENGINES = {"native": native, "triton": triton, "step": step, "chunked": chunked}
+ENGINES: dict[str, Any] = {}
 """Engines of the operator, the preferred first. "reference" is known beside them and chosen only by name."""
+
+
+def register_engine(name: str, engine: Any) -> None:
+    """Make an engine, a module or an object with what this module's text lists, available under `name`."""
+    ENGINES[name] = engine
+    ranked = sorted(ENGINES.items(), key=lambda item: item[1].RANK)
+    ENGINES.clear()
+    ENGINES.update(ranked)
+
+
+for _found in pkgutil.iter_modules(__path__):
+    if not _found.name.startswith("_"):
+        _module = importlib.import_module(f"{__name__}.{_found.name}")
+        if hasattr(_module, "RANK"):
+            register_engine(_found.name, _module)
 
 VARIABLE = "PAMM_SCAN_ENGINE"
 

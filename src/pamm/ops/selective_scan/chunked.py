@@ -16,6 +16,8 @@ from torch import Tensor
 from pamm.ops.compiled import exporting
 from pamm.ops.selective_scan.inputs import Inputs
 
+RANK = 40
+
 CHUNK = 8
 """Positions of one pass of the loop: enough that its overhead is small, few enough that the body stays small."""
 

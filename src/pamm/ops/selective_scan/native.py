@@ -11,6 +11,8 @@ from torch import Tensor
 from pamm.ops.compiled import Kernel, openmp
 from pamm.ops.selective_scan.inputs import Inputs
 
+RANK = 10
+
 JOBS = 32
 """Backward jobs to aim at; fixed, so that results do not depend on the number of threads."""
 PARTS_LIMIT = 2**26

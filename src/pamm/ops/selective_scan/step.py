@@ -16,6 +16,8 @@ from torch import Tensor
 
 from pamm.ops.selective_scan.inputs import Inputs
 
+RANK = 30
+
 SHORT_SEGMENT = 4
 """Steps computed together where no state is kept: few, so that they stay in the processor's cache."""
 

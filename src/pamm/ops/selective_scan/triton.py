@@ -18,6 +18,8 @@ from torch import Tensor
 
 from pamm.ops.selective_scan.inputs import Inputs
 
+RANK = 20
+
 CHUNK = 64
 """Positions between two kept states: their memory is 1/64 of all states'."""
 UNROLL = 4
@@ -31,7 +33,7 @@ PROGRAMS = 2048
 LARGEST = 2**31 - 1
 """Offsets inside one sequence are 32-bit integers."""
 LOG2E = 1.4426950408889634
-KERNELS = "pamm.ops.selective_scan.triton_kernels"
+KERNELS = "pamm.ops.selective_scan._triton_kernels"
 """Imported at need: it imports triton."""
 
 
