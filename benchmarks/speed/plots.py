@@ -53,16 +53,16 @@ def bars(title: str, groups: Mapping[str, Sequence[Bar]], show: Callable[[float]
 def curves(
     title: str, x_label: str, series: Mapping[str, Sequence[tuple[float, float]]], show: Callable[[float], str]
 ) -> Figure:
-    """One line per series of (x, y) points, both axes logarithmic; the dashed line through the first point is y ∝ x."""
-    figure = new_figure(820, 420)
+    """One line per series of (x, y) points, both axes logarithmic; equal steps of both are equally long; dashed: y ∝ x."""
+    figure = new_figure(640, 420)
     axes = figure.subplots()
     for color, (name, line) in zip(COLORS, series.items(), strict=False):
         axes.plot(*zip(*line, strict=True), "o-", color=color, label=name, linewidth=2, markersize=5)
-    axes.set(xscale="log", yscale="log", xlabel=x_label)
-    limits = axes.get_ylim()
     x, y = next(iter(series.values()))[0]
     axes.axline((x, y), (2 * x, 2 * y), color="black", linestyle="--", linewidth=1)
-    axes.set_ylim(limits)
+    axes.set(xscale="log", yscale="log", xlabel=x_label)
+    axes.set_aspect("equal", adjustable="datalim")
+    axes.apply_aspect()
     axes.set_title(title, loc="left", weight="bold")
     axes.legend(frameon=False)
     _finish(axes.xaxis, "{:g}".format, sorted({x for line in series.values() for x, _ in line}))
