@@ -15,7 +15,7 @@ from pamm.ablate.tables import AblationTable
 from pamm.build import label_options
 from pamm.config.strict import load_json
 from pamm.drawing.render import render
-from pamm.drawing.table import MISSING, Table, decimals
+from pamm.drawing.table import MISSING, Table, decimals, number, score_title
 from pamm.evaluation.gain import Conditions, GainError, PaperTable, evaluations, multi_task_gain, paper_tables
 from pamm.tasks import TASKS, Task, create_task
 
@@ -124,11 +124,6 @@ def add_gains(results: Sequence[RowResult], baseline: str | None) -> None:
 # -- written forms -------------------------------------------------------------------------------------------------------
 
 
-def heading(task: Task, metric: str) -> str:
-    """A column's heading: task, metric with its unit, and which way is better."""
-    return f"{task.name} {task.titled(metric)} {'↑' if task.higher_is_better else '↓'}"
-
-
 def measured_tasks(plan: Plan, tasks: Sequence[str]) -> dict[str, Task]:
     """The tasks as the runs' data describe them, on which the unit of depth depends; by default where the data are not there."""
     try:
@@ -141,15 +136,15 @@ def measured_tasks(plan: Plan, tasks: Sequence[str]) -> dict[str, Task]:
 def result_table(table: AblationTable, results: Sequence[RowResult], tasks: Mapping[str, Task]) -> Table:
     """A row per result: tasks, Δ, parameters and arithmetic where the table has them, seeds."""
     names = score_names(table, list(tasks))
-    header = [""] + [heading(task, names[name]) for name, task in tasks.items()]
+    header = [""] + [score_title(task, names[name]) for name, task in tasks.items()]
     columns = [[result.label for result in results], *(_column([r.of(task) for r in results], task) for task in tasks)]
     if table.baseline:
         header.append("Δ % ↑")
         columns.append([_shown(list(result.gains.values()), 2, sign="+") for result in results])
     if table.cost:
         header += ["parameters, M", "10⁹ multiply-adds"]
-        columns += [[f"{r.cost.parameters / 1e6:.2f}" if r.cost else MISSING for r in results]]
-        columns += [[f"{r.cost.multiply_adds / 1e9:.2f}" if r.cost else MISSING for r in results]]
+        columns.append([number(r.cost and r.cost.parameters / 1e6, 2) for r in results])
+        columns.append([number(r.cost and r.cost.multiply_adds / 1e9, 2) for r in results])
     header.append("seeds")
     columns.append([str(len(result.scores)) for result in results])
     return Table([header, *zip(*columns, strict=True)])
@@ -178,7 +173,7 @@ def printed_table(table: AblationTable) -> PaperTable | None:
 def paper_figures(table: AblationTable, printed: PaperTable) -> Table:
     """The paper's figures of the table's rows, or of all methods, in the form of `result_table`."""
     names = score_names(table, printed.tasks)
-    header = [""] + [heading(create_task(name), names[name]) for name in printed.tasks]
+    header = [""] + [score_title(create_task(name), names[name]) for name in printed.tasks]
     extra = ["parameters", "flops"] if table.cost else []
     header += (["Δ % ↑"] if table.baseline else []) + (["parameters, M", "10⁹ FLOP"] if extra else [])
     lines = [header]
@@ -186,11 +181,9 @@ def paper_figures(table: AblationTable, printed: PaperTable) -> Table:
     for place in range(len(printed.rows)) if table.others else own:
         found = printed.rows[place]
         label = own.get(place) or ", ".join([found.method, *map(str, found.details.values())])
-        scores = [found.scores.get(task) for task in printed.tasks]
-        line = [MISSING if score is None else f"{score:.{decimals(score)}f}" for score in scores]
-        if table.baseline:
-            line.append(MISSING if found.gain is None else f"{found.gain:+.2f}")
-        lines.append([label, *line, *(f"{found.details[key]:.2f}" for key in extra)])
+        scores = [number(found.scores.get(task)) for task in printed.tasks]
+        gain = [number(found.gain, 2, sign="+")] if table.baseline else []
+        lines.append([label, *scores, *gain, *(number(found.details[key], 2) for key in extra)])
     return Table(lines)
 
 

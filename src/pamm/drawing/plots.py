@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from textwrap import fill
+from textwrap import wrap
 from typing import TYPE_CHECKING
 
 from pamm import PammError
@@ -32,7 +32,7 @@ def new_figure(width: float, height: float) -> Figure:
     check_plots()
     from matplotlib.figure import Figure
 
-    return Figure((width / DPI, height / DPI), dpi=DPI, layout="compressed")
+    return Figure((width / DPI, height / DPI), dpi=DPI, layout="constrained")
 
 
 def points(pixels: float) -> float:
@@ -41,9 +41,10 @@ def points(pixels: float) -> float:
 
 
 def set_caption(figure: Figure, text: str, size: float) -> None:
-    """A text below a figure, `size` pixels high, wrapped at the figure's width."""
-    letters = int(figure.get_figwidth() * DPI / (0.5 * size))
-    figure.supxlabel(fill(text, letters), x=0.01, ha="left", fontsize=points(size), color="dimgrey")
+    """A text below a figure, `size` pixels high, wrapped at the figure's width; the figure grows by its lines."""
+    lines = wrap(text, int(figure.get_figwidth() * DPI / (0.5 * size)))
+    figure.set_figheight(figure.get_figheight() + 1.4 * size * len(lines) / DPI)
+    figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=points(size), color="dimgrey")
 
 
 def save_figure(figure: Figure, path: Path) -> None:

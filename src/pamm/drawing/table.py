@@ -75,7 +75,7 @@ def score_table(
     header, found = [""], [([name for name, _ in rows], frozenset[int]())]
     for name, task in tasks.items():
         for metric in (columns or {}).get(name, [task.score]):
-            header.append(f"{name} {task.titled(metric)} {'↑' if task.higher_is_better else '↓'}")
+            header.append(score_title(task, metric))
             found.append(_column([row.get(name, {}).get(metric) for _, row in rows], task.higher_is_better))
     if gains is not None:
         if len(gains) != len(rows):
@@ -83,6 +83,11 @@ def score_table(
         header.append("Δ % ↑")
         found.append(([number(gain, 2, sign="+") for gain in gains], frozenset()))
     return _from_columns(header, found)
+
+
+def score_title(task: Task, metric: str) -> str:
+    """A column's heading: task, metric with its unit, and which way is better."""
+    return f"{task.name} {task.titled(metric)} {'↑' if task.higher_is_better else '↓'}"
 
 
 def metric_tables(task: Task, rows: Sequence[Row]) -> dict[str, Table]:

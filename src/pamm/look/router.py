@@ -158,15 +158,19 @@ def router_figure(weights: RouterWeights, *, tasks: Sequence[str] | None = None,
     uneven = values.max() > OUTLIER * np.median(values[values > 0])
     stages = sorted({stage for _, stage in means})
     parameters = [name for name in PARAMETERS if any(name == own for own, _ in means)]
-    columns = values.shape[-1] + 7
-    figure = new_figure(len(parameters) * columns * tile / 7, (len(stages) * (len(chosen) + 1.5) + 4) * tile / 8)
+    letter, cell = max(9, tile / 17), max(22, tile / 7)
+    size = len(parameters) * (values.shape[-1] + 7) * cell, len(stages) * (0.9 * len(chosen) + 0.7) * cell
+    figure = new_figure(size[0], size[1] + 10 * letter)
     from matplotlib.colors import PowerNorm
 
-    norm, text = PowerNorm(0.5 if uneven else 1, 0, max(float(values.max()), 1e-12)), points(max(9, tile / 17))
+    norm, text = PowerNorm(0.5 if uneven else 1, 0, max(float(values.max()), 1e-12)), points(letter)
     panels = figure.subplots(len(stages), len(parameters), squeeze=False)
     for row, stage in zip(panels, stages, strict=True):
         row[0].set_ylabel(f"stage {stage + 1}", fontsize=text)
         for axes, parameter in zip(row, parameters, strict=True):
+            if (parameter, stage) not in means:
+                axes.set_axis_off()
+                continue
             mean = means[parameter, stage]
             extra = {"sum": [f"{100 * total:.1f}" for total in mean.sum(1)]}
             if (parameter, stage) in weights.mix:

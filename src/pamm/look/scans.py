@@ -151,8 +151,8 @@ def scan_figure(
     height, width = grid
     orders = {curve: orders_of(curve, height, width, count) for curve in curves}
     text, cell = max(10, tile / 17), max(SMALLEST_CELL, tile / max(grid))
-    panel = max(cell * width, 5 * text) + text, max(cell * height, 2 * text) + 3 * text
-    figure = new_figure(count * panel[0] + 2 * text, len(orders) * panel[1] + 8 * text)
+    panel = max(cell * width, 13 * text) + text, max(cell * height, 2 * text) + 3 * text
+    figure = new_figure(count * panel[0] + 2 * text, len(orders) * panel[1] + 4 * text)
     rows = figure.subplots(len(orders), count, squeeze=False)
     for row, (curve, lines) in zip(rows, orders.items(), strict=True):
         row[0].set_ylabel(curve, fontsize=points(text))
