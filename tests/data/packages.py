@@ -1,4 +1,4 @@
-"""Small data sets in the packaging of the published archives, made from real files where there are any."""
+"""Small data sets in the packaging of the published archives, with random values, around real photographs for PASCAL."""
 
 import os
 import tempfile
@@ -56,18 +56,21 @@ def snapshot(root):
     return found
 
 
-def make_nyud(root, frame, ids=("0001", "0002", "0003")):
-    """The NYUDv2 packaging around one real frame (colour, and depth in millimetres)."""
+NYUD_SIZE = (85, 112)
+"""A fifth of the published images' height and width."""
+
+
+def make_nyud(root, ids=("0001", "0002", "0003")):
+    """The NYUDv2 packaging, with random values."""
     random = np.random.default_rng(0)
-    colour, depth = (np.asarray(Image.open(frame / name)) for name in ("images.png", "depth.png"))
-    size = depth.shape
+    size = NYUD_SIZE
     for id in ids:
-        write_png(root / "images" / f"{id}.png", colour)
+        write_png(root / "images" / f"{id}.png", random.integers(0, 256, (*size, 3), dtype=np.uint8))
         write_png(root / "segmentation" / f"{id}.png", random.integers(0, 41, size, dtype=np.uint8))
         write_png(root / "normals" / f"{id}.png", random.integers(0, 256, (*size, 3), dtype=np.uint8))
         write_png(root / "edge" / f"{id}.png", (random.random(size) < 0.1) * np.uint8(255))
         (root / "depth").mkdir(exist_ok=True)
-        np.save(root / "depth" / f"{id}.npy", (depth / 1000).astype(np.float32))
+        np.save(root / "depth" / f"{id}.npy", random.uniform(0.7, 9, size).astype(np.float32))
     write_ids(root / "gt_sets" / "train.txt", ids[:-1])
     write_ids(root / "gt_sets" / "val.txt", ids[-1:])
 

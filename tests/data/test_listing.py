@@ -203,9 +203,9 @@ def test_control_characters_in_names_are_shown_escaped(root):
 # -- packages --------------------------------------------------------------------------------------------------------------
 
 
-def test_appledouble_files_beside_every_file_change_nothing(tmp_path, shared):
+def test_appledouble_files_beside_every_file_change_nothing(tmp_path):
     make_cityscapes(tmp_path / "city")
-    make_nyud(tmp_path / "nyud", shared / "data" / "nyu_frame")
+    make_nyud(tmp_path / "nyud")
     for name in ("city", "nyud"):
         kind = "cityscapes" if name == "city" else name
         before = [open_split(tmp_path / name, split, kind).ids for split in ("train", "val")]
@@ -223,8 +223,8 @@ def test_cityscapes_names_what_is_no_image(tmp_path):
     assert any("ulm_000007_000019_leftImg8bit.jpg" in note for note in notes)
 
 
-def test_suffixes_of_packages_may_be_in_capitals(tmp_path, shared):
-    make_nyud(tmp_path, shared / "data" / "nyu_frame")
+def test_suffixes_of_packages_may_be_in_capitals(tmp_path):
+    make_nyud(tmp_path)
     (tmp_path / "images" / "0001.png").rename(tmp_path / "images" / "0001.PNG")
     dataset = open_split(tmp_path, "train", "nyud")
     assert dataset[0].image.shape[0] == 3 and dataset.image_path(0).name == "0001.PNG"
@@ -266,8 +266,8 @@ def test_lists_that_are_none_are_refused_as_what_they_are(tmp_path, content, mes
         read_ids(path)
 
 
-def test_a_list_and_its_files_may_be_in_different_unicode_forms(tmp_path, shared):
-    make_nyud(tmp_path, shared / "data" / "nyu_frame", ids=("0001", "0002"))
+def test_a_list_and_its_files_may_be_in_different_unicode_forms(tmp_path):
+    make_nyud(tmp_path, ids=("0001", "0002"))
     for path in list(tmp_path.rglob("0001.*")):
         path.rename(path.with_name(path.name.replace("0001", unicodedata.normalize("NFD", "bureau é"))))
     write_ids(tmp_path / "gt_sets" / "train.txt", [unicodedata.normalize("NFC", "bureau é")])
@@ -275,8 +275,8 @@ def test_a_list_and_its_files_may_be_in_different_unicode_forms(tmp_path, shared
     assert set(dataset[0].labels) == {"semseg", "depth", "normals", "edge"}
 
 
-def test_a_list_with_suffixes_is_told(tmp_path, shared):
-    make_nyud(tmp_path, shared / "data" / "nyu_frame")
+def test_a_list_with_suffixes_is_told(tmp_path):
+    make_nyud(tmp_path)
     write_ids(tmp_path / "gt_sets" / "train.txt", ["0001.png"])
     with pytest.raises(DataError, match="Leave the suffixes out"):
         open_split(tmp_path, "train", "nyud")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data.packages import make_nyud, snapshot, write_ids, write_png
+from data.packages import NYUD_SIZE, make_nyud, snapshot, write_ids, write_png
 from pamm.config.experiment import DataConfig
 from pamm.data import DataError, dataset_options, open_dataset
 from pamm.data.inspect import inspect_dataset
@@ -16,8 +16,8 @@ NAMES = ("semseg", "depth", "normals", "edge")
 
 
 @pytest.fixture
-def root(tmp_path, shared):
-    make_nyud(tmp_path / "NYUDv2", shared / "data" / "nyu_frame")
+def root(tmp_path):
+    make_nyud(tmp_path / "NYUDv2")
     return tmp_path / "NYUDv2"
 
 
@@ -31,7 +31,7 @@ def test_labels_follow_the_packaging(root):
     before = snapshot(root)
     dataset = open_split(root)
     sample = dataset[1]
-    assert list(dataset.ids) == ["0001", "0002"] and sample.id == "0002" and sample.size == (425, 560)
+    assert list(dataset.ids) == ["0001", "0002"] and sample.id == "0002" and sample.size == NYUD_SIZE
     stored = {name: np.asarray(Image.open(root / name / "0002.png")) for name in ("segmentation", "normals", "edge")}
     np.testing.assert_array_equal(
         sample.image.permute(1, 2, 0), np.asarray(Image.open(root / "images" / "0002.png").convert("RGB"))
@@ -66,17 +66,17 @@ def test_forty_classes_in_the_data_sets_order(root):
 
 
 def test_labels_of_another_size_are_resized_nearest_and_normals_cubic(root):
-    small = {name: np.asarray(Image.open(root / name / "0001.png"))[:200, :300] for name in ("segmentation", "edge")}
+    small = {name: np.asarray(Image.open(root / name / "0001.png"))[:40, :60] for name in ("segmentation", "edge")}
     for name, values in small.items():
         write_png(root / name / "0001.png", values)
-    depth = np.load(root / "depth" / "0001.npy")[:200, :300]
+    depth = np.load(root / "depth" / "0001.npy")[:40, :60]
     np.save(root / "depth" / "0001.npy", depth[..., None])
-    normals = cv2.resize(np.asarray(Image.open(root / "normals" / "0001.png")), (300, 200))
+    normals = cv2.resize(np.asarray(Image.open(root / "normals" / "0001.png")), (60, 40))
     write_png(root / "normals" / "0001.png", normals)
     labels = open_split(root)[0].labels
 
     def resized(values, how):
-        return cv2.resize(values, (560, 425), interpolation=how)
+        return cv2.resize(values, NYUD_SIZE[::-1], interpolation=how)
 
     np.testing.assert_array_equal(labels["depth"][0], resized(depth, cv2.INTER_NEAREST))
     np.testing.assert_array_equal(labels["semseg"][0], resized(small["segmentation"] - np.uint8(1), cv2.INTER_NEAREST))
@@ -94,8 +94,8 @@ def test_depth_that_is_no_number_is_ignored(root):
 
 
 def test_one_bit_boundaries_are_read(root):
-    write_png(root / "edge" / "0001.png", np.eye(425, 560, dtype=bool))
-    np.testing.assert_array_equal(open_split(root)[0].labels["edge"][0], np.eye(425, 560))
+    write_png(root / "edge" / "0001.png", np.eye(*NYUD_SIZE, dtype=bool))
+    np.testing.assert_array_equal(open_split(root)[0].labels["edge"][0], np.eye(*NYUD_SIZE))
 
 
 def lose(root, *names):
@@ -111,25 +111,25 @@ BROKEN = {
     "list repeats": (lambda r: write_ids(r / "gt_sets/train.txt", ["0001", "0001"]), "repeats 1 of its 2 ids"),
     "no such root": (lambda r: r.rename(r.parent / "elsewhere"), "holds neither gt_sets/|no folder"),
     "class out of range": (
-        lambda r: write_png(r / "segmentation/0001.png", np.full((425, 560), 41, np.uint8)),
+        lambda r: write_png(r / "segmentation/0001.png", np.full(NYUD_SIZE, 41, np.uint8)),
         r"segmentation/0001\.png holds the value 41, expected 0\.\.40",
     ),
     "colour label": (
-        lambda r: write_png(r / "segmentation/0001.png", np.zeros((425, 560, 3), np.uint8)),
+        lambda r: write_png(r / "segmentation/0001.png", np.zeros((*NYUD_SIZE, 3), np.uint8)),
         "expected one channel",
     ),
-    "grey normals": (lambda r: write_png(r / "normals/0001.png", np.zeros((425, 560), np.uint8)), "8-bit RGB normals"),
+    "grey normals": (lambda r: write_png(r / "normals/0001.png", np.zeros(NYUD_SIZE, np.uint8)), "8-bit RGB normals"),
     "truncated depth": (
         lambda r: (r / "depth/0001.npy").write_bytes((r / "depth/0001.npy").read_bytes()[:500]),
         r"depth/0001\.npy is not a whole \.npy file .*unpack it again",
     ),
     "empty depth": (lambda r: (r / "depth/0001.npy").write_bytes(b""), r"depth/0001\.npy is not a whole \.npy file"),
     "depth in an archive": (
-        lambda r: np.savez(r / "a", np.ones((425, 560))) or (r / "a.npz").rename(r / "depth/0001.npy"),
+        lambda r: np.savez(r / "a", np.ones(NYUD_SIZE)) or (r / "a.npz").rename(r / "depth/0001.npy"),
         r"depth/0001\.npy is not a whole \.npy file .*unpack it again",
     ),
     "boundaries 0 and 1": (
-        lambda r: write_png(r / "edge/0001.png", np.eye(425, 560, dtype=np.uint8)),
+        lambda r: write_png(r / "edge/0001.png", np.eye(*NYUD_SIZE, dtype=np.uint8)),
         r"edge/0001\.png holds the values 0 and 1 only, expected a grey PNG, 0 = no, 255 = yes",
     ),
     "depth of text": (
