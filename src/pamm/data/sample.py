@@ -140,7 +140,17 @@ def register_dataset(dataset: type[SomeDataset]) -> type[SomeDataset]:
 
 
 def dataset_class(config: DataConfig) -> type[Dataset]:
-    """The data set of the configured name. Raises ConfigError for one that is not registered."""
+    """The class of the configured data set.
+
+    Args:
+        config: the data set's settings.
+
+    Returns:
+        The registered class.
+
+    Raises:
+        ConfigError: no data set of this name is registered.
+    """
     return DATASETS[check_choice("data.name", config.name, sorted(DATASETS))]
 
 

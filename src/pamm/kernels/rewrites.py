@@ -113,7 +113,19 @@ def accelerate(model: nn.Module, *, training: bool, rewrites: Sequence[Rewrite] 
 
 
 def apply_choice(model: nn.Module, kernels: Choice, *, training: bool) -> Report:
-    """`accelerate`, or nothing where `kernels` is "off". Raises ConfigError for another word."""
+    """`accelerate` the network unless `kernels` is "off".
+
+    Args:
+        model: the network, which is changed.
+        kernels: "auto" or "off".
+        training: see `accelerate`.
+
+    Returns:
+        The replacements.
+
+    Raises:
+        ConfigError: another value of `kernels`.
+    """
     if kernels not in get_args(Choice):
         raise ConfigError(f"kernels: found {kernels!r}, expected one of {', '.join(get_args(Choice))}")
     return accelerate(model, training=training) if kernels == "auto" else Report()

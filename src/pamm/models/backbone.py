@@ -31,14 +31,16 @@ SIZES = {
 
 
 class Backbone(nn.Module):
-    """What a network reads an image with; above every family.
+    """An image encoder; the base class of every family.
 
-    A subclass has a `forward`: (B, 3, H, W) normalised image → the stages' maps (B, C, h, w), first to last; and sets
+    A subclass has a `forward`, (B, 3, H, W) normalised image → the stages' maps (B, C, h, w), first to last, and sets the
+    attributes.
 
-    out_indices: the numbers of its stages.
-    channels: of the maps; one number where all stages have one size, one per stage where their resolution falls.
-    output_stride: the sides of an image are multiples of it, pixels.
-    grid: rows and columns of the maps for the image size it was built for, where all have one size.
+    Attributes:
+        out_indices: numbers of its stages.
+        channels: channels of the maps: one number if all stages have one size, otherwise one per stage.
+        output_stride: the sides of an image are multiples of it, pixels.
+        grid: rows and columns of the maps for the image size it was built for; only if all stages have one size.
     """
 
     out_indices: tuple[int, ...]
@@ -46,15 +48,30 @@ class Backbone(nn.Module):
     output_stride: int
 
     def blocks(self) -> list[nn.Module]:
-        """The blocks that may be frozen, first to last."""
+        """The blocks that may be frozen.
+
+        Returns:
+            The blocks, first to last.
+        """
         return []
 
     def before(self, count: int) -> tuple[list[nn.Module], list[nn.Parameter]]:
-        """The modules and parameters through which an image goes before block `count` + 1."""
+        """The first blocks and everything before them; `train.freeze` freezes these parts.
+
+        Args:
+            count: number of blocks, 0 to all.
+
+        Returns:
+            Modules; and parameters that belong to none of them.
+        """
         return self.blocks()[:count], []
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether a block's activations are computed again in the backward pass instead of kept; by default they are kept."""
+        """Compute a block's activations again in the backward pass instead of keeping them. By default they are kept.
+
+        Args:
+            enable: on or off.
+        """
 
 
 Family = Callable[[BackboneConfig, tuple[int, int]], Backbone]
@@ -65,7 +82,14 @@ FAMILIES: dict[str, Family] = {}
 
 
 def register_backbone(pattern: str) -> Callable[[Family], Family]:
-    """Decorator: the function builds the backbones whose `name` matches the pattern, e.g. "resnet*"."""
+    """Decorator for a function that builds a family of backbones from settings and image size.
+
+    Args:
+        pattern: names of the family, as in a shell, e.g. "resnet*".
+
+    Returns:
+        The decorator.
+    """
 
     def register(family: Family) -> Family:
         FAMILIES[pattern] = family
@@ -75,11 +99,18 @@ def register_backbone(pattern: str) -> Callable[[Family], Family]:
 
 
 class ViT(Backbone):
-    """A timm VisionTransformer; stages are the outputs of the blocks `out_indices`, counted from 0.
+    """A timm VisionTransformer whose stages are the outputs of some blocks.
 
-    The last block's output passes the final norm, earlier ones are raw (paper §V-C: ViT-B's blocks 3, 6, 9, 12 counted from 1).
-    `channels` is the width of every stage, `output_stride` the side of a token in pixels, `grid` the rows and columns of
-    tokens of the image size it was built for.
+    The last block's output passes the final norm, earlier ones do not (paper §V-C: ViT-B's blocks 3, 6, 9, 12 counted from 1).
+
+    Attributes:
+        channels: width of every stage.
+        output_stride: side of a token, pixels.
+        grid: rows and columns of tokens of the image size that it was built for.
+
+    Args:
+        vit: timm's model.
+        out_indices: blocks whose outputs are the stages, from 0, rising.
     """
 
     def __init__(self, vit: VisionTransformer, out_indices: tuple[int, ...]):
@@ -106,25 +137,33 @@ class ViT(Backbone):
         return [stage.transpose(1, 2).unflatten(2, grid) for stage in stages]
 
     def blocks(self) -> list[nn.Module]:
-        """The blocks, first to last."""
+        """The transformer blocks, first to last."""
         return list(self.vit.blocks)
 
     def before(self, count: int) -> tuple[list[nn.Module], list[nn.Parameter]]:
-        """The modules and parameters through which an image goes before block `count` + 1."""
+        """See `Backbone.before`."""
         vit = self.vit
         loose = [vit.pos_embed, vit.cls_token, getattr(vit, "reg_token", None)]
         return [vit.patch_embed, vit.norm_pre, *self.blocks()[:count]], [p for p in loose if p is not None]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether a block's activations are computed again in the backward pass instead of kept."""
+        """See `Backbone.set_grad_checkpointing`."""
         self.vit.set_grad_checkpointing(enable)
 
 
 class Swin(Backbone):
-    """A timm SwinTransformer; the stages `out_indices`, counted from 0, are handed out, each through a LayerNorm of its own.
+    """A timm SwinTransformer whose stages pass a LayerNorm each (`norms`).
 
-    Windows keep their size for any image: maps are padded to whole windows with zeros at the right and bottom, and padded
-    tokens are not masked. `channels` are the stages' widths, `output_stride` the side of the last stage's token in pixels.
+    Windows keep their size for any image: maps are padded to whole windows with zeros at the right and bottom. Padded tokens
+    are not masked.
+
+    Attributes:
+        channels: width of every stage.
+        output_stride: side of the last stage's token, pixels.
+
+    Args:
+        swin: timm's model.
+        out_indices: stages to return, from 0, rising.
     """
 
     def __init__(self, swin: SwinTransformer, out_indices: tuple[int, ...]):
@@ -150,17 +189,17 @@ class Swin(Backbone):
         return stages
 
     def blocks(self) -> list[nn.Module]:
-        """The blocks of all stages, first to last."""
+        """The transformer blocks of all stages, first to last."""
         return [block for layer in self.swin.layers for block in layer.blocks]
 
     def before(self, count: int) -> tuple[list[nn.Module], list[nn.Parameter]]:
-        """The modules and parameters through which an image goes before block `count` + 1; a stage merges patches first."""
+        """See `Backbone.before`; a stage merges patches before its first block."""
         chosen = self.blocks()[:count]
         merging = [layer.downsample for layer in self.swin.layers if layer.blocks[0] in chosen]
         return [self.swin.patch_embed, *merging, *chosen], []
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether a block's activations are computed again in the backward pass instead of kept."""
+        """See `Backbone.set_grad_checkpointing`."""
         self.swin.set_grad_checkpointing(enable)
 
 
@@ -177,7 +216,7 @@ class PaddedSwinBlock(SwinTransformerBlock):
 
 
 class NoBackbone(Backbone):
-    """What stands for a backbone that is not there: a network read without one decodes stage maps made elsewhere."""
+    """Stands for a missing backbone: the network decodes stage maps that were computed elsewhere."""
 
     def __init__(self, embed_dim: int, out_indices: tuple[int, ...]):
         super().__init__()
@@ -203,9 +242,17 @@ def no_backbone(config: BackboneConfig, image_size: tuple[int, int]) -> NoBackbo
 
 
 def create_backbone(config: BackboneConfig, image_size: tuple[int, int]) -> Backbone:
-    """Build the configured backbone for `image_size` (H, W); other sizes work too (a ViT resamples its position embeddings).
+    """Build the configured backbone.
 
-    Raises ConfigError for an unknown name, a model of another family, and weights that cannot be fetched.
+    Args:
+        config: its settings.
+        image_size: (H, W) of the images, pixels. Other sizes work too: a ViT resamples its position embeddings.
+
+    Returns:
+        The backbone.
+
+    Raises:
+        ConfigError: an unknown name, a model of another family, or weights that cannot be downloaded.
     """
     family = next(
         (family for pattern, family in FAMILIES.items() if fnmatchcase(config.name, pattern)), timm_transformer

@@ -29,8 +29,12 @@ from pamm.tasks import Task
 class MultiTaskModel(nn.Module, ModelHubMixin, library_name="pamm", tags=["multi-task", "dense-prediction"]):
     """One image in, logits of every task out.
 
-    `tasks`: the tasks in the order of the decoder's outputs. `settings`: JSON values from which `pamm.load_model` rebuilds
-    the same network.
+    Args:
+        backbone: image → stage maps.
+        decoder: stage maps → task name → features.
+        heads: task name → features → logits.
+        tasks: task name → task, in the order of the decoder's outputs.
+        settings: JSON values from which `pamm.load_model` builds the same network again.
     """
 
     grad_checkpointing = False
@@ -78,7 +82,12 @@ class MultiTaskModel(nn.Module, ModelHubMixin, library_name="pamm", tags=["multi
         return {task: resize(x, size) for task, x in logits.items()}
 
     def freeze(self, modules: Sequence[nn.Module], parameters: Sequence[nn.Parameter] = ()) -> None:
-        """Exclude parts from training: no gradient, and eval mode (no dropout, running statistics as they are) in training too."""
+        """Exclude parts from training: they get no gradient and stay in eval mode (no dropout, fixed running statistics).
+
+        Args:
+            modules: modules to freeze.
+            parameters: further parameters to freeze.
+        """
         self._frozen = tuple(modules)
         for part in (*modules, *parameters):
             part.requires_grad_(False)
@@ -92,16 +101,23 @@ class MultiTaskModel(nn.Module, ModelHubMixin, library_name="pamm", tags=["multi
         return self
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Activation checkpointing, for training: what a block of the backbone, a stage of the decoder or a head computed on
-        the way is computed again in the backward pass instead of kept. The same gradients, less memory, more time."""
+        """Activation checkpointing for training: activations within a block of the backbone, a stage of the decoder or a head are
+        computed again in the backward pass instead of kept. The gradients are the same; it takes less memory and more time.
+
+        Args:
+            enable: on or off.
+        """
         self.grad_checkpointing = self.decoder.grad_checkpointing = enable
         self.backbone.set_grad_checkpointing(enable)
 
     def use_half_precision(self, dtype: torch.dtype = torch.bfloat16) -> None:
-        """From now on matrix products and convolutions run in bfloat16 or float16, the rest in float32. For inference.
+        """From now on compute matrix products and convolutions in half precision, the rest in float32. For inference.
 
-        Equal to torch's autocast, except that the weights of these products are converted here once instead of at every
-        call: training would round them at every step.
+        The result equals torch's autocast. The weights of these products are converted once and not at every call; training would
+        round them at every step.
+
+        Args:
+            dtype: torch.bfloat16 or torch.float16.
         """
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d, TaskLinear)):

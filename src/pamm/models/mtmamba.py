@@ -92,7 +92,7 @@ def attention_heads(channels: int) -> int:
 
 
 class WindowExtractor(nn.Module):
-    """What stands in for MFE in Table 3: Linear, then W-MSA at the expanded width."""
+    """Replaces MFE in Table 3: Linear, then W-MSA at the expanded width."""
 
     def __init__(self, config: MTMambaConfig, tasks: int, in_features: int, channels: int):
         super().__init__()
@@ -106,7 +106,7 @@ class WindowExtractor(nn.Module):
 
 
 class WindowGate(nn.Module):
-    """What stands in for the linear gate in Table 4: W-MSA, then the Linear."""
+    """Replaces the linear gate in Table 4: W-MSA, then the Linear."""
 
     def __init__(self, config: MTMambaConfig, tasks: int, channels: int):
         super().__init__()
@@ -271,8 +271,16 @@ class Stage(nn.Module):
 class MTMambaDecoder(nn.Module):
     """Stage maps of the backbone → one feature map per task, at the resolution of the first stage map.
 
-    channels: of the stage maps, each twice the one before it. `grad_checkpointing`: a stage's activations are computed
-    again in the backward pass instead of kept. Raises ConfigError.
+    Attributes:
+        grad_checkpointing: a stage's activations are computed again in the backward pass instead of kept.
+
+    Args:
+        config: settings of the decoder.
+        channels: channels of the stage maps, each twice the one before it.
+        tasks: names of the tasks.
+
+    Raises:
+        ConfigError: settings that do not fit together.
     """
 
     grad_checkpointing = False
@@ -304,9 +312,13 @@ class MTMambaDecoder(nn.Module):
         return dict(zip(self.tasks, z.permute(0, 1, 4, 2, 3), strict=True))
 
     def observe(self, maps: dict[str, Tensor]) -> list[RemovableHandle]:
-        """Let every forward pass write what leaves a stage into `maps`, until the returned handles are removed.
+        """Collect the output of every stage in each forward pass, until the returned handles are removed.
 
-        `ctm.<s>.<t>` (B, h, w, c) for stage s and task t.
+        Args:
+            maps: is filled with `ctm.<s>.<t>` (B, h, w, c) for stage s and task t.
+
+        Returns:
+            Handles of the hooks.
         """
 
         def write(number: int) -> Callable[[nn.Module, tuple, Tensor], None]:
@@ -334,7 +346,11 @@ def check(config: MTMambaConfig, channels: tuple[int, ...]) -> None:
 class DenseHead(nn.Module):
     """MTMamba's head (paper §3.5): patch expanding ×4 at the same channels, then a Linear.
 
-    The pixel shuffle comes last, when few channels are left: norm and Linear act within a pixel.
+    The pixel shuffle comes last, when few channels are left, because norm and Linear act within a pixel.
+
+    Args:
+        channels: channels of the feature.
+        out_features: channels of the logits.
     """
 
     def __init__(self, channels: int, out_features: int):
@@ -351,7 +367,13 @@ class DenseHead(nn.Module):
 
 
 class LiteHead(nn.Sequential):
-    """MTMamba++'s head: Conv3×3, BatchNorm, ReLU, Conv1×1, then bilinear ×4: (B, c, h, w) → (B, out_channels, 4h, 4w)."""
+    """MTMamba++'s head: Conv3×3, BatchNorm, ReLU, Conv1×1, then bilinear ×4: (B, c, h, w) → (B, out_channels, 4h, 4w).
+
+    Args:
+        channels: channels of the feature.
+        hidden: channels after the Conv3×3.
+        out_channels: channels of the logits.
+    """
 
     def __init__(self, channels: int, hidden: int, out_channels: int):
         super().__init__(

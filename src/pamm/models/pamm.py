@@ -114,7 +114,7 @@ class TaskConvolution(nn.Module):
 
 
 class SharedProjection(nn.Module):
-    """What stands in for Task Convolution when it is off: the stage itself, brought to width d, for every task."""
+    """Replaces Task Convolution if it is off: the stage map, projected to width d, is shared by all tasks."""
 
     def __init__(self, channels: int, width: int, tasks: int):
         super().__init__()
@@ -190,7 +190,11 @@ class TaskDecoder(nn.Module):
 class ConvHead(nn.Module):
     """×4 bilinear upsampling, Conv3×3, BatchNorm, GELU, Conv1×1 (paper eq. 23).
 
-    `bias` gives the Conv3×3 one. The BatchNorm behind it makes it superfluous, but published weights hold it.
+    Args:
+        width: channels of the feature.
+        channels: channels of the logits.
+        scale: factor of the upsampling.
+        bias: whether the Conv3×3 has a bias. The BatchNorm makes it redundant, but published weights have it.
     """
 
     def __init__(self, width: int, channels: int, *, scale: int = 4, bias: bool = False):
@@ -207,9 +211,19 @@ class ConvHead(nn.Module):
 
 
 class PAMMDecoder(nn.Module):
-    """Stage maps of the backbone → one feature map per task.
+    """Stage maps of the backbone → one feature map per task (paper Fig. 2).
 
-    `grad_checkpointing`: a stage's activations are computed again in the backward pass instead of kept.
+    Attributes:
+        grad_checkpointing: a stage's activations are computed again in the backward pass instead of kept.
+
+    Args:
+        config: settings of the decoder.
+        channels: channels of the stage maps.
+        stages: number of stage maps S.
+        tasks: names of the tasks.
+
+    Raises:
+        ConfigError: settings that do not fit together.
     """
 
     grad_checkpointing = False

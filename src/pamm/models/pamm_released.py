@@ -141,7 +141,7 @@ class ReleasedExperts(nn.Module):
 
 
 class PlainProjection(nn.Module):
-    """What stands in for the experts where they are off: a linear map per task, the prior added."""
+    """Replaces the experts if they are off: a linear map per task, with the prior added."""
 
     def __init__(self, tasks: list[str], channels: int, config: ReleasedConfig):
         super().__init__()
@@ -202,9 +202,20 @@ class ReleasedStage(nn.Module):
 
 
 class ReleasedDecoder(nn.Module):
-    """Stage maps of the backbone → one feature map per task, a softmax over the stages at every position.
+    """Stage maps of the backbone → one feature map per task: a softmax over the stages at every position.
 
-    `grad_checkpointing`: a stage's activations are computed again in the backward pass instead of kept.
+    Attributes:
+        grad_checkpointing: a stage's activations are computed again in the backward pass instead of kept.
+
+    Args:
+        config: settings of the decoder.
+        channels: channels of the stage maps.
+        grid: rows and columns of tokens that the routers' weights of positions belong to.
+        stages: number of stage maps S.
+        tasks: names of the tasks.
+
+    Raises:
+        ConfigError: settings that do not fit together.
     """
 
     grad_checkpointing = False
@@ -237,10 +248,15 @@ class ReleasedDecoder(nn.Module):
         }
 
     def observe(self, maps: dict[str, Tensor]) -> list[RemovableHandle]:
-        """Let every forward pass write its intermediate results into `maps`, until the returned handles are removed.
+        """Collect the intermediate results of every forward pass, until the returned handles are removed.
 
-        For stage s and task t: `tokens.<s>` (B, L, C) entering, `B.<s>.<t>` and `C.<s>.<t>` (B, N, h, w) as the scan uses
-        them, `stage.<s>.<t>` (B, d, h, w) leaving. `order/<k>` (L,): the positions as scan order k visits them.
+        Args:
+            maps: is filled for stage s and task t: `tokens.<s>` (B, L, C), the input; `B.<s>.<t>` and `C.<s>.<t>` (B, N, h, w)
+                as the scan uses them; `stage.<s>.<t>` (B, d, h, w), the output; `order/<k>` (L,), the positions in the order of
+                scan k.
+
+        Returns:
+            Handles of the hooks.
         """
 
         def write(name: str) -> Callable[[nn.Module, tuple, Tensor], None]:

@@ -38,7 +38,14 @@ DECODERS: dict[type[DecoderConfig], Builder] = {}
 
 
 def register_decoder(settings: type[DecoderConfig]) -> Callable[[Builder], Builder]:
-    """Decorator: the function builds the decoder and heads of these settings."""
+    """Decorator for a function that builds decoder and heads from settings, backbone and tasks.
+
+    Args:
+        settings: class of the decoder's settings.
+
+    Returns:
+        The decorator.
+    """
 
     def register(build: Builder) -> Builder:
         DECODERS[settings] = build
@@ -91,9 +98,19 @@ LARGEST_TABLES = 2**30
 def build_model(
     config: ModelConfig, tasks: Mapping[str, Task], image_size: tuple[int, int], device: str = "cpu"
 ) -> MultiTaskModel:
-    """The configured network for these tasks, with random or the backbone's pretrained weights. Raises ConfigError.
+    """Build the configured network, with random weights or the backbone's pretrained ones.
 
-    Its weights are float32 on `device`, "cpu" or "meta" (shapes without memory), whatever torch's default dtype and device are.
+    Args:
+        config: its settings.
+        tasks: task name → task.
+        image_size: (H, W) of the images, pixels.
+        device: "cpu", or "meta" for shapes without memory.
+
+    Returns:
+        The network; its weights are float32, whatever torch's default dtype is.
+
+    Raises:
+        ConfigError: settings that do not fit together, or a network larger than the memory.
     """
     if not tasks:
         raise ConfigError("no tasks: an experiment needs at least one, e.g. tasks: {depth: {weight: 1.0}}")

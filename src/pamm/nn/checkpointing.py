@@ -1,5 +1,4 @@
-"""Activation checkpointing: what a module computed on the way is computed again in the
-backward pass instead of kept."""
+"""Activation checkpointing: activations inside a module are computed again in the backward pass instead of kept."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ def call(function: Callable[..., Any], *inputs: Any) -> Any:
 
 
 def checkpointed(function: Callable[..., Any], *inputs: Any) -> Any:
-    """function(*inputs), keeping only its inputs for the backward pass.
+    """function(*inputs), which keeps only its inputs for the backward pass.
 
     The second pass repeats the random draws and the autocast. Running statistics are updated only in the first pass.
     """
@@ -30,7 +29,7 @@ def checkpointed(function: Callable[..., Any], *inputs: Any) -> Any:
 
 
 def computing_again() -> bool:
-    """Whether this is the backward pass, making again what the forward pass made."""
+    """Whether this is the backward pass, in which activations are computed again."""
     return _AGAIN.get()
 
 

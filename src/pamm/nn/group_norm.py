@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class GroupNorm(nn.GroupNorm):
-    """torch's GroupNorm without its refusal of a single value per group, which a map of one token has; it becomes the bias."""
+    """torch's GroupNorm that also accepts a single value per group, as in a map of one token; the output is then the bias."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, ...) → the same shape."""

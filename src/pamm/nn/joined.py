@@ -37,7 +37,7 @@ def join_drop_paths(module: nn.Module) -> None:
 
 
 class _ContiguousGradient(torch.autograd.Function):
-    """The same values; their gradient goes back with its positions in order."""
+    """The identity, with a contiguous gradient."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:

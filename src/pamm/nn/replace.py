@@ -11,10 +11,18 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def taking_over(kind: type[Module], module: nn.Module, expected: type[nn.Module]) -> Module | None:
-    """A module of class `kind`, a subclass of `expected`, in the state of `module`; None unless that is an `expected` itself.
+    """Make a module of a subclass that shares the state of a module.
 
-    Parameters, buffers, submodules, hooks and settings are the same objects, so that whoever holds one of them, an optimizer
-    or a hook's handle, need not know of the change. A compiled call is not taken over.
+    Parameters, buffers, submodules, hooks and settings are the same objects. An optimizer or a hook's handle that holds one of
+    them therefore stays valid. A compiled call is not copied.
+
+    Args:
+        kind: the subclass of `expected`.
+        module: the module.
+        expected: the class that `module` must have, and no subclass of it.
+
+    Returns:
+        The new module; None if `module` is not an `expected`.
     """
     if type(module) is not expected:
         return None
@@ -25,9 +33,14 @@ def taking_over(kind: type[Module], module: nn.Module, expected: type[nn.Module]
 
 
 def replace_modules(root: nn.Module, replacement: Callable[[nn.Module], nn.Module | None]) -> list[str]:
-    """Put `replacement(module)` in the place of every module inside `root` for which it is not None; returns their names.
+    """Replace modules inside a network. A module that occurs in several places is replaced by the same new module in all of them.
 
-    A module that stands at several places is replaced by one and the same.
+    Args:
+        root: the network; it is not replaced itself.
+        replacement: module → its replacement, or None to keep it.
+
+    Returns:
+        Names of the replaced modules.
     """
     found: dict[nn.Module, nn.Module | None] = {}
     names = []

@@ -17,24 +17,60 @@ from torch import Tensor, nn
 
 
 def init_A_log(*lead: int, channels: int, state_size: int) -> nn.Parameter:
-    """log(1..N) in every channel: (*lead, channels, state_size)."""
+    """log(1..N) in every channel.
+
+    Args:
+        *lead: leading dimensions, e.g. (tasks,) or (tasks, orders).
+        channels: channels D.
+        state_size: state size N.
+
+    Returns:
+        (*lead, D, N) parameter without weight decay.
+    """
     row = torch.arange(1, state_size + 1, dtype=torch.float32).log()
     return _undecayed(row.expand(*lead, channels, state_size).clone())
 
 
 def init_D(*lead: int, channels: int) -> nn.Parameter:
-    """The skip weight, 1 in every channel: (*lead, channels)."""
+    """The skip weight, 1 in every channel.
+
+    Args:
+        *lead: leading dimensions.
+        channels: channels D.
+
+    Returns:
+        (*lead, D) parameter without weight decay.
+    """
     return _undecayed(torch.ones(*lead, channels))
 
 
 def init_delta_bias(*lead: int, channels: int, low: float = 1e-3, high: float = 1e-1) -> nn.Parameter:
-    """Bias b with softplus(b) log-uniform in [low, high]: (*lead, channels)."""
+    """Bias b with softplus(b) log-uniform.
+
+    Args:
+        *lead: leading dimensions.
+        channels: channels D.
+        low: smallest step, above 0.
+        high: largest step.
+
+    Returns:
+        (*lead, D) parameter without weight decay.
+    """
     delta = torch.empty(*lead, channels).uniform_(math.log(low), math.log(high)).exp_()
     return _undecayed(inverse_softplus(delta))
 
 
 def init_delta_weight(*lead: int, channels: int, rank: int) -> nn.Parameter:
-    """Projection of the Δ bottleneck, uniform in ±rank^(−1/2): (*lead, channels, rank)."""
+    """Projection of the Δ bottleneck, uniform in ±R^(−1/2).
+
+    Args:
+        *lead: leading dimensions.
+        channels: channels D.
+        rank: width R of the bottleneck.
+
+    Returns:
+        (*lead, D, R) parameter.
+    """
     bound = rank**-0.5
     return nn.Parameter(torch.empty(*lead, channels, rank).uniform_(-bound, bound))
 

@@ -13,7 +13,14 @@ from pamm.runtime.distributed import joined_draw
 
 
 class TaskLinear(nn.Module):
-    """One linear map per task: (T, ..., i) → (T, ..., o). `weight` is (T, o, i), `bias` (T, 1, o) or None."""
+    """One linear map per task: (T, ..., i) → (T, ..., o). `weight` is (T, o, i), `bias` (T, 1, o) or None.
+
+    Args:
+        tasks: number of tasks T.
+        in_features: input features i.
+        out_features: output features o.
+        bias: whether there is a bias.
+    """
 
     def __init__(self, tasks: int, in_features: int, out_features: int, *, bias: bool = True):
         super().__init__()
@@ -28,7 +35,12 @@ class TaskLinear(nn.Module):
 
 
 class TaskLayerNorm(nn.Module):
-    """One LayerNorm (ε 1e-5) per task: (T, ..., c) → (T, ..., c)."""
+    """One LayerNorm (ε 1e-5) per task: (T, ..., c) → (T, ..., c).
+
+    Args:
+        tasks: number of tasks T.
+        channels: features c.
+    """
 
     def __init__(self, tasks: int, channels: int):
         super().__init__()
@@ -43,7 +55,12 @@ class TaskLayerNorm(nn.Module):
 
 
 class TaskConv3x3(nn.Module):
-    """One depthwise 3×3 convolution per task: (T, B, h, w, c) → (T, B, h, w, c)."""
+    """One depthwise 3×3 convolution per task: (T, B, h, w, c) → (T, B, h, w, c).
+
+    Args:
+        tasks: number of tasks T.
+        channels: channels c.
+    """
 
     def __init__(self, tasks: int, channels: int):
         super().__init__()

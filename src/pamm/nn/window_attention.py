@@ -13,6 +13,15 @@ class WindowAttention(nn.Module):
     """Multi-head attention in windows of window_size × window_size positions side by side, with a relative position bias.
 
     Maps are padded to whole windows with zeros at the right and bottom; padded positions are not masked.
+
+    Args:
+        tasks: number of tasks T.
+        channels: channels c, a multiple of `num_heads`.
+        num_heads: attention heads.
+        window_size: side of a window, positions.
+
+    Raises:
+        ValueError: the heads cannot share the channels equally.
     """
 
     def __init__(self, tasks: int, channels: int, num_heads: int, window_size: int):
@@ -35,18 +44,40 @@ class WindowAttention(nn.Module):
         return self.join(y, x.shape)
 
     def split(self, y: Tensor) -> Tensor:
-        """(T, M, n, c) → (T, M, heads, n, c / heads)."""
+        """Split channels into heads.
+
+        Args:
+            y: (T, M, n, c).
+
+        Returns:
+            (T, M, heads, n, c / heads).
+        """
         return y.unflatten(-1, (self.num_heads, -1)).transpose(2, 3)
 
     def cut(self, x: Tensor) -> Tensor:
-        """(T, B, h, w, c) → (T, M, n, c), M windows of n positions."""
+        """Cut a map into M windows of n positions.
+
+        Args:
+            x: (T, B, h, w, c).
+
+        Returns:
+            (T, M, n, c).
+        """
         side = self.window_size
         x = F.pad(x, (0, 0, 0, -x.shape[3] % side, 0, -x.shape[2] % side))
         x = x.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # (T, B, rows, side, columns, side, c)
         return x.transpose(3, 4).flatten(4, 5).flatten(1, 3)
 
     def join(self, y: Tensor, shape: torch.Size) -> Tensor:
-        """Inverse of `cut`, for a map of `shape` (T, B, h, w, c)."""
+        """Inverse of `cut`.
+
+        Args:
+            y: (T, M, n, c).
+            shape: shape (T, B, h, w, c) of the map.
+
+        Returns:
+            (T, B, h, w, c).
+        """
         side, (height, width) = self.window_size, shape[2:4]
         y = y.unflatten(2, (side, side)).unflatten(1, (shape[1], -(-height // side), -(-width // side)))
         return y.transpose(3, 4).flatten(4, 5).flatten(2, 3)[:, :, :height, :width]

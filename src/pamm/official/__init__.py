@@ -97,12 +97,19 @@ def intermediates(model: MultiTaskModel) -> Iterator[dict[str, Tensor]]:
 
 
 def gradients(model: MultiTaskModel) -> dict[str, Tensor | None]:
-    """The gradient of every tensor of the checkpoint, under its own name and in its own shape, after a backward pass.
+    """The gradient of every tensor of the checkpoint, after a backward pass.
 
-    None where no gradient flows: for what the checkpoint holds and the network does not use, for BatchNorm's statistics,
-    and for the constants among `extras` unless `requires_grad_()` was called on their buffers before the forward pass.
-    A tensor that was resized for another image size has the resized shape. Raises OfficialError for a model without a
-    `load_report`.
+    Call `requires_grad_()` on the buffers of constants (`extras`) before the forward pass to get their gradients, too.
+
+    Args:
+        model: a network made by `load`.
+
+    Returns:
+        Their key → gradient in their shape, or in the new shape if the tensor was resized for another image size. None where no
+        gradient flows: tensors that the network does not use, BatchNorm's statistics, and constants.
+
+    Raises:
+        OfficialError: the model has no `load_report`.
     """
     report: LoadReport | None = getattr(model, "load_report", None)
     if report is None:

@@ -44,15 +44,36 @@ class Place:
     """Their shape, which may have further dimensions of length 1."""
 
     def view(self, own: Tensor) -> Tensor:
-        """The part of our tensor that holds theirs."""
+        """The part of our tensor that corresponds to theirs.
+
+        Args:
+            own: our tensor.
+
+        Returns:
+            A view.
+        """
         return own if self.row is None else own[self.row]
 
     def own_part(self, foreign: Tensor) -> Tensor:
-        """Their tensor without what ours leaves out."""
+        """Their tensor without the entries that ours leaves out.
+
+        Args:
+            foreign: their tensor.
+
+        Returns:
+            A view.
+        """
         return foreign[:, self.skip :] if self.skip else foreign
 
     def foreign(self, own: Tensor | None) -> Tensor | None:
-        """Our tensor (or its gradient) in their shape; zeros for what ours leaves out."""
+        """Our tensor (or its gradient) in their shape, with zeros for the entries that ours leaves out.
+
+        Args:
+            own: our tensor, or None.
+
+        Returns:
+            A tensor of their shape; None for None.
+        """
         if own is None:
             return None
         part = self.view(own)
@@ -61,13 +82,24 @@ class Place:
         return part.reshape(self.shape) if part.numel() == torch.Size(self.shape).numel() else part
 
     def collect(self, own: Mapping[str, Tensor | None]) -> Tensor | None:
-        """Of our tensors (or their gradients) by name, the one that theirs is, in their shape; None where ours is None."""
+        """Find our tensor (or its gradient) that corresponds to theirs.
+
+        Args:
+            own: our tensors by name.
+
+        Returns:
+            The tensor in their shape; None where ours is None.
+        """
         return self.foreign(own[self.own])
 
 
 @dataclass
 class LoadReport:
-    """What became of every key of a checkpoint."""
+    """The use of every key of a checkpoint.
+
+    Args:
+        system: name of the network, e.g. "pamm-released".
+    """
 
     system: str
     used: dict[str, Place] = field(default_factory=dict)

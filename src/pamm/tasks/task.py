@@ -484,7 +484,11 @@ def create_task(name: str, **options: Any) -> Task:
 
 
 def list_tasks() -> list[str]:
-    """The names of all registered tasks, sorted."""
+    """All registered tasks.
+
+    Returns:
+        Their names, sorted.
+    """
     return sorted(TASKS)
 
 

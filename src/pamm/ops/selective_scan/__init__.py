@@ -36,7 +36,12 @@ ENGINES: dict[str, Any] = {}
 
 
 def register_engine(name: str, engine: Any) -> None:
-    """Make an engine, a module or an object with what this module's text lists, available under `name`."""
+    """Make an engine available.
+
+    Args:
+        name: its name.
+        engine: a module or object with the functions that this module's docstring lists.
+    """
     ENGINES[name] = engine
     ranked = sorted(ENGINES.items(), key=lambda item: item[1].RANK)
     ENGINES.clear()
