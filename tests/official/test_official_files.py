@@ -90,5 +90,5 @@ def test_foreign_files_are_told(content, message, tmp_path):
 
 def test_a_file_of_other_objects_is_told(tmp_path):
     torch.save({"model": {}, "config": Path("x")}, tmp_path / "checkpoint.pth")
-    with pytest.raises(OfficialError, match=r"asks for pathlib.*save its weights alone"):
+    with pytest.raises(OfficialError, match=r"asks for pathlib.*save only its weights"):
         official.load(tmp_path / "checkpoint.pth")

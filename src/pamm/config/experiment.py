@@ -117,7 +117,7 @@ class ExpertsConfig:
 @dataclass(frozen=True)
 class DecoderConfig:
     """Above the settings of every decoder. A subclass names its systems, e.g. `system: Literal["pamm"] = "pamm"`, as its
-    first field, and `pamm.models.registry.register_decoder` tells what builds it."""
+    first field, and `pamm.models.registry.register_decoder` registers its builder."""
 
     system: str
     """Which decoder these settings are of."""

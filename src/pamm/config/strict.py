@@ -167,7 +167,7 @@ def _by_tag(base: type, tag: str) -> dict[Any, type]:
 
 
 def check_choice(where: str, found: Any, known: Iterable[Any]) -> Any:
-    """What was found, where it is one of the known. Raises ConfigError, which names them and the nearest."""
+    """`found` if it is one of the known names. Raises ConfigError, which gives them and the nearest."""
     choices = list(known)
     if any(type(found) is type(choice) and found == choice for choice in choices):
         return found

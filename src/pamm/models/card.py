@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 CARD = "README.md"
 
 MARK = "<!-- model card written by pamm -->"
-"""Tells a card of this package, which is replaced with its model, from a person's own, which is left alone."""
+"""Marks a card of this package, which is replaced with its model; a person's own card is not."""
 
 NAMES = {
     "pamm": "PAMM",
@@ -34,7 +34,7 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Origin:
-    """What is known of where weights come from: the settings of their run, and its results where they are of these weights."""
+    """The origin of weights: the settings of their run, and its results if they belong to these weights."""
 
     experiment: Experiment | None = None
     results: Mapping[str, Any] | None = None

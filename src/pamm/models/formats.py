@@ -1,4 +1,4 @@
-"""What changed in saved models: an older file's tensors become those of today's network.
+"""Changes of the format of saved models: an older file's tensors become those of today's network.
 
 config.json holds the number of the format, "format"; where it holds none, the format is 1.
 
@@ -28,7 +28,7 @@ FIELD = "format"
 
 
 class FormatError(PammError, ValueError):
-    """A format that this version does not read; the message tells what to do."""
+    """A format that this version does not read; the message gives the remedy."""
 
 
 def format_of(settings: Mapping[str, Any]) -> int:

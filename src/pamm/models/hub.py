@@ -14,7 +14,7 @@ from pamm.models.formats import CONFIG_FILE, WEIGHTS_FILE
 from pamm.models.weights import CheckpointError
 
 SCHEME = "hf:"
-"""What a name starts with that means the Hub and nothing else."""
+"""Prefix of a name that can only mean the Hub."""
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 """A repository's name: its owner and its own."""

@@ -154,7 +154,7 @@ class MultiTaskModel(nn.Module, ModelHubMixin, library_name="pamm", tags=["multi
         """The card that `save_pretrained` and `push_to_hub` put beside the weights, as `model_card_kwargs` make it.
 
         Args:
-            run: where a run keeps these weights, while it trains them. Without it, what the card tells of training and scores is
+            run: where a run keeps these weights, while it trains them. Without it, the card's text on training and scores is
                 that of the folder which the model was loaded from, if the weights are still the same.
             license: of the weights, an identifier of the Hub, e.g. "mit".
             head: further fields of the card's head.

@@ -92,7 +92,7 @@ def _require_one_size(backbone: Backbone) -> None:
 
 
 LARGEST_TABLES = 2**30
-"""Bytes of what a network holds beside its weights: no saved file tells how much that may be."""
+"""Bytes that a network needs beside its weights, at most; no saved file limits them."""
 
 
 def build_model(
@@ -147,7 +147,7 @@ def _random(config: ModelConfig) -> ModelConfig:
 
 
 def _check_memory(skeleton: nn.Module) -> None:
-    """Raise ConfigError for a network whose weights alone are more than this machine's memory."""
+    """Raise ConfigError for a network whose weights exceed this machine's memory."""
     needed = sum(4 * weight.numel() for weight in skeleton.state_dict().values())
     tables = sum(buffer.numel() * buffer.element_size() for buffer in skeleton.buffers())
     if tables > LARGEST_TABLES:

@@ -87,7 +87,7 @@ def intermediates(model: MultiTaskModel) -> Iterator[dict[str, Tensor]]:
     maps: dict[str, Tensor] = {}
     observe: Any = getattr(model.decoder, "observe", None)
     if observe is None:
-        raise OfficialError(f"a {type(model.decoder).__name__} hands out no intermediate results")
+        raise OfficialError(f"a {type(model.decoder).__name__} has no intermediate results to read")
     handles = observe(maps)
     try:
         yield maps
@@ -113,7 +113,7 @@ def gradients(model: MultiTaskModel) -> dict[str, Tensor | None]:
     """
     report: LoadReport | None = getattr(model, "load_report", None)
     if report is None:
-        raise OfficialError("this model was not made by pamm.official.load, which alone knows the checkpoint's names")
+        raise OfficialError("the checkpoint's names are not known: this model was not made by pamm.official.load")
     own = dict(model.named_parameters()) | dict(model.named_buffers())
     gradient = {name: tensor.grad for name, tensor in own.items()}
     found = {key: place.collect(gradient) for key, place in report.used.items()}

@@ -20,7 +20,7 @@ def main(arguments: list[str]) -> int:
     own.add_argument(
         "--scan",
         choices=["hilbert", "snake", "morton", "h", "s", "z"],
-        help="scan orders of a PAMM, by our or the published name, which its checkpoint does not tell (default: hilbert)",
+        help="scan orders of a PAMM, by our or the published name, which its checkpoint does not show (default: hilbert)",
     )
     plain = own.parse_args(arguments)
     from pamm.official import OfficialError, load

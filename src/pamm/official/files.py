@@ -107,7 +107,7 @@ def check_numbers(what: str, tensor: Tensor) -> None:
 
 
 def read_file(path: Path) -> Any:
-    """What a `torch.save` or safetensors file holds, on the CPU. Raises OfficialError."""
+    """The content of a `torch.save` or safetensors file, on the CPU. Raises OfficialError."""
     path = path.expanduser()
     where = shown(path, 200)
     if not path.is_file():
@@ -128,7 +128,7 @@ def read_file(path: Path) -> Any:
         if foreign:
             raise OfficialError(
                 f"{where} asks for {shown(foreign[1])}, which is no tensor, number or string; nothing of it was executed, because "
-                "a pickle can run any code. Where you trust the file, save its weights alone: torch.save({'model': weights}, file)"
+                "a pickle can run any code. If you trust the file, save only its weights: torch.save({'model': weights}, file)"
             ) from error
         told = (
             "" if isinstance(error, pickle.UnpicklingError) else f": {shown((str(error).splitlines() or [''])[0], 200)}"
@@ -153,7 +153,7 @@ def check_archive(path: Path) -> None:
         if record.filename.endswith(".pkl") and record.file_size > LARGEST_PICKLE:
             raise OfficialError(
                 f"{where}: the record '{shown(record.filename)}' of names and shapes has {record.file_size} bytes, expected at "
-                f"most {LARGEST_PICKLE}; save the weights alone: torch.save({{'model': weights}}, file)"
+                f"most {LARGEST_PICKLE}; save only the weights: torch.save({{'model': weights}}, file)"
             )
     if sum(record.file_size for record in records) > path.stat().st_size:
         raise OfficialError(f"{where}: its records claim more bytes than the file has. Download it again")

@@ -81,7 +81,7 @@ def read(
 ) -> MultiTaskModel:
     """The network with these weights and its `load_report`. Errors: see `pamm.official.load`.
 
-    Keys and shapes tell all of it, the heads of attention and the scan as well, and no tensor is tied to a size: num_heads,
+    Keys and shapes determine everything, also attention heads and scan, and no tensor depends on a size: num_heads,
     scan and checkpoint_size are not needed, and the report says so of those given. Without `backbone.*` the network has no
     backbone, and `model.decode(stages, size)` takes the stage maps.
     """
@@ -93,7 +93,7 @@ def read(
     options = {"num_heads": num_heads, "scan": scan, "checkpoint_size": checkpoint_size}
     unneeded = ", ".join(name for name, value in options.items() if value is not None)
     if unneeded:
-        report.notices.append(f"{unneeded}: given and not used, since keys and shapes tell it")
+        report.notices.append(f"{unneeded}: given and not used, since keys and shapes determine it")
     if image_size is None:
         image_size = DEFAULT_SIZE
         report.notices.append(
@@ -135,11 +135,11 @@ def check_indices(state: Mapping[str, Tensor], model: MultiTaskModel) -> None:
             )
 
 
-# -- what keys and shapes tell -----------------------------------------------------------------------------------------------
+# -- from keys and shapes -----------------------------------------------------------------------------------------------------
 
 
 def inspect(state: Mapping[str, Tensor], notices: list[str]) -> tuple[ModelConfig, dict[str, Task]]:
-    """Backbone, decoder and tasks, from keys and shapes alone. Raises OfficialError."""
+    """Backbone, decoder and tasks, from keys and shapes. Raises OfficialError."""
     found = re.findall(r"^expand_layers\.(.+)_\d+\.expand\.weight$", "\n".join(state), flags=re.MULTILINE)
     ordered = task_order(found)
     tasks = list(dict.fromkeys(found))
@@ -162,7 +162,7 @@ def sorted_by_name(state: Mapping[str, Tensor]) -> bool:
 
 
 def inspect_decoder(state: Mapping[str, Tensor], task: str) -> MTMambaConfig:
-    """The decoder's settings, as one task's tensors tell them."""
+    """The decoder's settings, from one task's tensors."""
     plus = any(key.startswith(("block_stm.", "block_ctm.")) for key in state)
     block = rf"block_stm\.{task}_0\.(\d+)" if plus else rf"block_(\d+)\.{task}_0"
     first = f"block_stm.{task}_0.0.op" if plus else f"block_1.{task}_0.op"

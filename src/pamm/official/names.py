@@ -111,7 +111,7 @@ class LoadReport:
     parameters: int = 0
     """Numbers in the tensors that are used or ignored, without BatchNorm's statistics and the constants."""
     notices: list[str] = field(default_factory=list)
-    """What was assumed or resized."""
+    """Assumptions and resized tensors, in words."""
 
     @property
     def keys(self) -> dict[str, str]:
@@ -166,7 +166,7 @@ def _pattern(name: str) -> str:
 def match_keys(
     state: Mapping[str, Tensor], table: Mapping[str, Place], constants: Mapping[str, str], unused: Mapping[str, str]
 ) -> tuple[dict[str, Place], dict[str, str], dict[str, str]]:
-    """What of a checkpoint is used (with shapes), what is ignored and why, and which constants take their default.
+    """Used keys of a checkpoint (with shapes), ignored ones with the reason, and constants with their default.
 
     constants: last part of our constant tensors' names → what stands in for them. unused: pattern of their keys → why the network
     needs none. Raises OfficialError for a key that is missing or unknown, naming some.

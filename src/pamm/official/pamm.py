@@ -104,7 +104,7 @@ def table(own: Mapping[str, Tensor], tasks: list[str]) -> dict[str, Place]:
 
 @dataclass(frozen=True)
 class Layout:
-    """What keys and shapes tell of a released PAMM."""
+    """Properties of a released PAMM from keys and shapes."""
 
     channels: dict[str, int]
     """Task → output channels, in the benchmarks' order."""
@@ -137,7 +137,7 @@ def inspect(state: Mapping[str, Tensor]) -> Layout:
 
 
 def inspect_decoder(state: Mapping[str, Tensor], task: str) -> ReleasedConfig:
-    """The decoder's settings, as the first stage and one task of it tell them."""
+    """The decoder's settings, from the first stage and one of its tasks."""
     first = f"{STAGE}.0"
     width = shape_of(state, f"{first}.first_decode.weight", 4)[0]
     expanded = shape_of(state, f"{first}.dim_expand_proj_x0.{task}.weight", 4)[0]
@@ -185,7 +185,7 @@ def shape_of(state: Mapping[str, Tensor], key: str, dimensions: int | None = Non
 
 
 def backbone_config(layout: Layout, num_heads: int | None, notices: list[str]) -> BackboneConfig:
-    """The vision transformer; `notices` is told what was assumed. Raises OfficialError."""
+    """The vision transformer; assumptions are added to `notices`. Raises OfficialError."""
     if num_heads is None:
         num_heads = max(1, layout.embed_dim // HEAD_WIDTH)
         notices.append(f"{num_heads} attention heads assumed, one per {HEAD_WIDTH} channels (give num_heads otherwise)")
@@ -267,7 +267,7 @@ def grid_of(size: tuple[int, int], patch_size: int) -> tuple[int, int]:
 def on_grid(
     state: Mapping[str, Tensor], used: Mapping[str, Place], old: tuple[int, int], new: tuple[int, int]
 ) -> dict[str, Tensor]:
-    """Their tensors, those tied to the grid of tokens laid out on it and resized from `old` to `new` rows and columns."""
+    """Their tensors; those of the grid of tokens are resized from `old` to `new` rows and columns."""
     found = dict(state)
     for key, place in used.items():
         if place.own.endswith(".positions") and found[key].numel() == old[0] * old[1]:

@@ -30,8 +30,8 @@ def task_order(names: Iterable[str]) -> list[str]:
 def tasks_of(channels: Mapping[str, int], notices: list[str]) -> dict[str, Task]:
     """Task name → task with so many output channels.
 
-    Classes are named as the benchmark's that has so many, else numbered; `notices` is told. Raises OfficialError for a number
-    that a task cannot have.
+    Classes have the names of the benchmark with the same number of them, otherwise numbers; this is added to `notices`. Raises
+    OfficialError for a number that a task cannot have.
     """
     tasks, described = {}, dataset_options(channels)
     for name, count in channels.items():

@@ -14,7 +14,7 @@ EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
 
 class StopSignals:
-    """While entered, notes the signal in `told`.
+    """While entered, stores the signal in `told`.
 
     Calls `stop` with the signal at once where `nothing_unsaved()`, and on a second Ctrl-C whatever is unsaved. Python delivers
     signals to the main thread only: elsewhere this does nothing.
