@@ -7,6 +7,7 @@ from pamm.config.experiment import (
     DataConfig,
     Experiment,
     ExpertsConfig,
+    MLoREConfig,
     ModelConfig,
     MTMambaConfig,
     PAMMConfig,
@@ -29,6 +30,7 @@ SWIN = BackboneConfig(
     window_size=4,
 )
 MTMAMBA = MTMambaConfig(state_size=4, head_width=8, window_size=3)
+MLORE = MLoREConfig(width=16, ranks=(2, 3, 4), task_rank=2, top_k=2)
 
 TASKS = {
     "semseg": TaskConfig(1.0),

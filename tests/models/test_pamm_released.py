@@ -14,9 +14,10 @@ from pamm.config.experiment import ExpertsConfig, ModelConfig, PAMMConfig, Relea
 from pamm.config.recipes import VARIANTS, get_recipe
 from pamm.config.strict import ConfigError, from_dict, to_dict
 from pamm.models.backbone import create_backbone
-from pamm.models.pamm_released import ReleasedDecoder, ReleasedExperts, ReleasedRouter, resize_positions
+from pamm.models.pamm_released import ReleasedDecoder, ReleasedExperts
 from pamm.models.registry import build_model
 from pamm.models.saved import load_model
+from pamm.nn.router import SpatialRouter, resize_positions
 from pamm.nn.serialize import scan_orders
 from pamm.tasks import create_task
 from pamm.training.run import train
@@ -131,13 +132,13 @@ def test_experts_equal_a_loop_over_them_with_the_gradient_stopped_before_the_gen
 
 def test_router_keeps_the_largest_weights_and_its_noise_acts_in_training_alone():
     torch.manual_seed(0)
-    router = ReleasedRouter(16, (3, 4), experts=7, top_k=4)
+    router = SpatialRouter(16, (3, 4), experts=7, top_k=4)
     x = torch.randn(1, 16, 3, 4).expand(5, 16, 3, 4)
     noisy, mix = router.train()(x)
     assert ((noisy > 0).sum(1) == 4).all() and not torch.allclose(noisy[0], noisy[1])
     clean, same = router.eval()(x)
     assert torch.equal(clean[0], clean[1]) and torch.equal(mix, same)
-    every = ReleasedRouter(16, (3, 4), experts=7, top_k=7).eval()
+    every = SpatialRouter(16, (3, 4), experts=7, top_k=7).eval()
     every.load_state_dict(router.state_dict())
     full = every(x)[0]
     torch.testing.assert_close(full.sum(1), torch.ones(5))

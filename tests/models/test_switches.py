@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from pamm.config.experiment import ExpertsConfig, ModelConfig, MTMambaConfig, PAMMConfig, ReleasedConfig
+from pamm.config.experiment import ExpertsConfig, ModelConfig, MTMambaConfig, ReleasedConfig
 from pamm.models.model import MultiTaskModel
 from pamm.models.registry import build_model
 from pamm.tasks import create_task
-from tiny import BACKBONE, DECODER, MTMAMBA, SWIN
+from tiny import BACKBONE, DECODER, MLORE, MTMAMBA, SWIN
 
 NAMES = ("semseg", "depth", "normals")
 EXPERTS = ExpertsConfig(count=5, top_k=3, rank=2)
-SYSTEMS: dict[str, PAMMConfig | ReleasedConfig | MTMambaConfig] = {
+SYSTEMS: dict[str, Any] = {
     "pamm": DECODER,
     "pamm-released": ReleasedConfig(width=32, state_size=4, experts=EXPERTS, kernel_size=3),
     "mtmamba": MTMAMBA,
     "mtmamba++": MTMambaConfig("mtmamba++", state_size=4, head_width=8, window_size=3),
+    "mlore": MLORE,
 }
 
 

@@ -39,12 +39,23 @@ MODEL_LIMITS: dict[str, tuple[float, float]] = {
     "decoder.expand": (1, 64),
     "decoder.head_width": (1, 2**16),
     "decoder.drop_path_rate": (0, 0.99),
+    "decoder.ranks": (1, 2**16),
+    "decoder.preliminary_width": (1, 2**16),
+    "decoder.num_heads": (1, 4096),
+    "decoder.level_width": (1, 2**16),
+    "decoder.chan_nheads": (1, 4096),
+    "decoder.channel_width": (1, 2**16),
+    "decoder.image_ratio": (0.01, 10),
+    "decoder.further_prompts": (0, 64),
+    "decoder.task_rank": (1, 2**16),
+    "decoder.top_k": (1, 4096),
+    "decoder.load_balancing": (0, 1e9),
 }
 """Leaf of a network's settings → smallest and largest value it may have, and each entry of a list; None is allowed where the
 leaf's type allows it. They are wide: what one network of these sizes takes is a question of memory (see `build_model`)."""
 
 LONGEST = 32
-"""Most entries of `out_indices`; other lists have at most 8."""
+"""Most entries of `out_indices` and `ranks`; other lists have at most 8."""
 
 NAME = 200
 """Most bytes of an experiment's name; a folder's has at most 255."""
@@ -119,7 +130,7 @@ def check_ranges(tree: dict[str, Any], limits: dict[str, tuple[float, float]]) -
         for key in leaf.split("."):
             value = value.get(key) if isinstance(value, dict) else None
         values = value if isinstance(value, list) else [] if value is None else [value]
-        most = LONGEST if leaf.endswith("out_indices") else 8
+        most = LONGEST if leaf.endswith(("out_indices", "ranks")) else 8
         if len(values) > most:
             raise ConfigError(f"{leaf}: found {len(values)} entries, expected at most {most}")
         for found in values:

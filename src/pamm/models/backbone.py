@@ -129,7 +129,7 @@ class ViT(Backbone):
     def forward(self, image: Tensor) -> list[Tensor]:
         """(B, 3, H, W) normalised image → one (B, C, H/stride, W/stride) map per stage. Raises ValueError for other sizes."""
         height, width = image.shape[-2:]
-        _check_image(height, width, self.output_stride)
+        check_image(height, width, self.output_stride)
         indices = list(self.out_indices)
         stages = self.vit.forward_intermediates(image, indices=indices, output_fmt="NLC", intermediates_only=True)
         stages[-1] = self.vit.norm(stages[-1])
@@ -180,7 +180,7 @@ class Swin(Backbone):
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """(B, 3, H, W) normalised image → maps (B, C, H/4, W/4), (B, 2C, H/8, W/8), … Raises ValueError for other sizes."""
-        _check_image(*image.shape[-2:], self.output_stride)
+        check_image(*image.shape[-2:], self.output_stride)
         x, stages = self.swin.patch_embed(image), []
         for index, layer in enumerate(self.swin.layers):
             x = layer(x)  # (B, h, w, C)
@@ -258,16 +258,19 @@ def create_backbone(config: BackboneConfig, image_size: tuple[int, int]) -> Back
         (family for pattern, family in FAMILIES.items() if fnmatchcase(config.name, pattern)), timm_transformer
     )
     backbone = family(config, image_size)
-    if any(side % backbone.output_stride for side in image_size) and not isinstance(backbone, NoBackbone):
-        raise ConfigError(
-            f"data.size: found {image_size[0]}×{image_size[1]}, expected multiples of {backbone.output_stride}; "
-            f"for example {_padded(*image_size, backbone.output_stride)}"
-        )
+    if not isinstance(backbone, NoBackbone):
+        check_size(image_size, backbone.output_stride)
     return backbone
 
 
 def timm_transformer(config: BackboneConfig, image_size: tuple[int, int]) -> ViT | Swin:
     """The plain vision transformer or Swin transformer that timm knows by this name. Raises ConfigError."""
+    model = create_transformer(config, image_size)
+    return (Swin if isinstance(model, SwinTransformer) else ViT)(model, config.out_indices)
+
+
+def create_transformer(config: BackboneConfig, image_size: tuple[int, int]) -> Any:
+    """timm's own VisionTransformer or SwinTransformer of this name, with joined stochastic depth. Raises ConfigError."""
     if not timm.is_model(config.name):
         near = ", ".join(timm.list_models(f"*{config.name.split('_')[0]}*")[:5]) or "vit_base_patch16_384"
         others = ", ".join(pattern for pattern in FAMILIES if pattern != "none")
@@ -285,7 +288,7 @@ def timm_transformer(config: BackboneConfig, image_size: tuple[int, int]) -> ViT
     if not (swin or config.class_token):
         _remove_class_token(model)
     join_drop_paths(model)
-    return Swin(model, config.out_indices) if swin else ViT(model, config.out_indices)
+    return model
 
 
 def _sizes(config: BackboneConfig, kind: type) -> dict[str, Any]:
@@ -347,7 +350,17 @@ def _check_indices(out_indices: tuple[int, ...], count: int, what: str) -> None:
         )
 
 
-def _check_image(height: int, width: int, stride: int) -> None:
+def check_size(image_size: tuple[int, int], stride: int) -> None:
+    """Raise ConfigError for the size (H, W) of a network's images, pixels, whose sides are no multiples of `stride`."""
+    if any(side % stride for side in image_size):
+        raise ConfigError(
+            f"data.size: found {image_size[0]}×{image_size[1]}, expected multiples of {stride}; for example "
+            f"{_padded(*image_size, stride)}"
+        )
+
+
+def check_image(height: int, width: int, stride: int) -> None:
+    """Raise ValueError for an image whose sides are no multiples of `stride`."""
     if height % stride or width % stride:
         raise ValueError(
             f"image of {height}×{width} pixels: both sides must be multiples of {stride}; "

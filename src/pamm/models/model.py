@@ -25,6 +25,12 @@ from pamm.nn.checkpointing import call, checkpointed
 from pamm.nn.task_layers import TaskLinear
 from pamm.tasks import Task
 
+INTERMEDIATE = "intermediate/"
+"""Before a task's name: further logits of it, made on the way, which its loss applies to as well. In training mode alone."""
+
+LOSS = "loss/"
+"""Before a name: a number that a decoder adds to the total loss. In training mode alone."""
+
 
 class MultiTaskModel(nn.Module, ModelHubMixin, library_name="pamm", tags=["multi-task", "dense-prediction"]):
     """One image in, logits of every task out.
@@ -62,24 +68,28 @@ class MultiTaskModel(nn.Module, ModelHubMixin, library_name="pamm", tags=["multi
         self._frozen: tuple[nn.Module, ...] = ()  # parts that stay in eval mode
 
     def forward(self, image: Tensor, size: tuple[int, int] | None = None) -> dict[str, Tensor]:
-        """(B, 3, H, W) normalised image, sides multiples of the backbone's stride → task name → (B, channels, *size) logits.
+        """(B, 3, H, W) normalised image, sides multiples of `stride` → task name → (B, channels, *size) logits.
 
         size: height and width of the logits, by default the image's. The image is brought to the weights' dtype, so that
         a model after `.half()`, `.bfloat16()` or `.double()` takes it as well; the logits are float32.
+
+        In training mode the decoders of some systems add to the tasks what their losses need: "intermediate/<task>", logits as
+        those of the task (InvPT), and "loss/<name>", a number (MLoRE).
         """
         if self.half_precision is None:
             image = image.to(self.dtype)
-        with self._arithmetic(image):
+        with self._arithmetic():
             stages = self.backbone(image)
         return self.decode(stages, image.shape[-2:] if size is None else size)
 
     def decode(self, stages: Sequence[Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
-        """The backbone's stage maps (B, C, h, w), first to last → task name → (B, channels, *size) logits."""
+        """The backbone's stage maps (B, C, h, w), first to last → task name → (B, channels, *size) logits (see `forward`)."""
         run = checkpointed if self.grad_checkpointing else call
-        with self._arithmetic(stages[0]):
+        with self._arithmetic():
             features = self.decoder(list(stages))
-            logits = {task: run(head, features[task]) for task, head in self.heads.items()}
-        return {task: resize(x, size) for task, x in logits.items()}
+            outputs = {task: run(head, features.pop(task)) for task, head in self.heads.items()}
+        outputs |= features  # what is left is for the losses
+        return {name: x if name.startswith(LOSS) else resize(x, size) for name, x in outputs.items()}
 
     def freeze(self, modules: Sequence[nn.Module], parameters: Sequence[nn.Parameter] = ()) -> None:
         """Exclude parts from training: they get no gradient and stay in eval mode (no dropout, fixed running statistics).
@@ -124,8 +134,10 @@ class MultiTaskModel(nn.Module, ModelHubMixin, library_name="pamm", tags=["multi
                 module.to(dtype)
         self.half_precision = dtype
 
-    def _arithmetic(self, x: Tensor) -> AbstractContextManager:
-        return nullcontext() if self.half_precision is None else torch.autocast(x.device.type, self.half_precision)
+    def _arithmetic(self) -> AbstractContextManager:
+        if self.half_precision is None:
+            return nullcontext()
+        return torch.autocast(next(self.parameters()).device.type, self.half_precision)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -133,8 +145,13 @@ class MultiTaskModel(nn.Module, ModelHubMixin, library_name="pamm", tags=["multi
         return next(self.parameters()).dtype
 
     @property
+    def stride(self) -> int:
+        """The sides of an image are multiples of it, pixels."""
+        return self.backbone.output_stride * getattr(self.decoder, "stride", 1)
+
+    @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width the network was built for; it takes any other multiple of the backbone's stride as well."""
+        """Height and width the network was built for; it takes any other multiple of `stride` as well."""
         return tuple(self.settings["image_size"])
 
     def _save_pretrained(self, save_directory: Path) -> None:

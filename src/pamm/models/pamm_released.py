@@ -20,23 +20,20 @@ from torch.utils.hooks import RemovableHandle
 from pamm.config.experiment import ReleasedConfig
 from pamm.config.strict import ConfigError, check_choice
 from pamm.nn.checkpointing import call, checkpointed
+from pamm.nn.fusion import StageFusion
 from pamm.nn.group_norm import GroupNorm
 from pamm.nn.joined import JoinedBatchNorm2d
+from pamm.nn.router import SpatialRouter
 from pamm.nn.serialize import CURVES, MOST_ORDERS, scan_orders
 from pamm.nn.ssm import init_A_log, init_D
+from pamm.nn.task_layers import per_task
 from pamm.ops import selective_scan
-from pamm.runtime.distributed import joined_draw
 
 GROUPS = 32
 """Groups of every GroupNorm."""
 
 RELEASED_CURVES = {"snake": "snake-released", "morton": "morton-released"}
 """The setting `scan` → the published code's curve, where it is another one than that of `pamm`."""
-
-
-def per_task(tasks: list[str], build: Callable[[], nn.Module]) -> nn.ModuleDict:
-    """One module of its own for every task."""
-    return nn.ModuleDict({task: build() for task in tasks})
 
 
 def create_linear(in_features: int, out_features: int, *, bias: bool = True) -> nn.Linear:
@@ -52,49 +49,6 @@ def uniform(*shape: int, fan_in: int) -> nn.Parameter:
     """Uniform in ±fan_in^(−1/2), as torch initialises a convolution."""
     bound = fan_in**-0.5
     return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
-
-
-def resize_positions(weight: Tensor, size: tuple[int, int]) -> Tensor:
-    """(H, W) weights of a sum over positions → `size`, bilinear, in proportion to the area: the sum keeps its scale."""
-    if weight.shape == size:
-        return weight
-    wide = weight.float()[None, None]  # torch has no antialiasing in 16 bits
-    resized = F.interpolate(wide, size=size, mode="bilinear", align_corners=False, antialias=True)
-    return (resized[0, 0] * (weight.numel() / resized.numel())).to(weight.dtype)
-
-
-class ReleasedRouter(nn.Module):
-    """One task's expert weights p and mix m, from the mean over positions of a channel map and from a spatial sum."""
-
-    def __init__(self, channels: int, grid: tuple[int, int], experts: int, top_k: int):
-        super().__init__()
-        hidden = channels // 4
-        self.top_k = top_k
-        self.channel = nn.Sequential(nn.Linear(channels, hidden), nn.LayerNorm(hidden), nn.GELU())
-        self.channel_out = nn.Linear(hidden, hidden)
-        self.positions = nn.Parameter(nn.init.trunc_normal_(torch.empty(grid), std=0.02))
-        self.positions_bias = nn.Parameter(torch.zeros(1))
-        self.spatial = nn.Sequential(nn.LayerNorm(channels), nn.GELU(), nn.Linear(channels, hidden))
-        self.scores = nn.Linear(2 * hidden, 2 * experts + 1)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, e, h, w) → p (B, E): softmax, all but the k largest zero, not renormalised; m (B, 1), any number.
-
-        The last linear map of the channel path is applied to the pooled vector, which is the same and cheaper.
-        """
-        tokens = x.flatten(2).transpose(1, 2)
-        channel = self.channel_out(self.channel(tokens).mean(1))
-        positions = resize_positions(self.positions, x.shape[-2:]).flatten()
-        spatial = self.spatial(positions.to(x.dtype) @ tokens + self.positions_bias.to(x.dtype))
-        scores = self.scores(torch.cat([channel, spatial], dim=1)).float()
-        experts = scores.shape[1] // 2
-        logits, scale, mix = scores.split([experts, experts, 1], dim=1)
-        if self.training:
-            draw = joined_draw(lambda n: torch.randn(n, experts, device=scores.device), len(scores))
-            logits = logits + draw * scale
-        weights = logits.softmax(1)
-        kept = torch.zeros_like(weights).scatter_(1, weights.topk(self.top_k, dim=1).indices, 1.0)
-        return weights * kept, mix
 
 
 class ReleasedExperts(nn.Module):
@@ -116,7 +70,7 @@ class ReleasedExperts(nn.Module):
         self.general = nn.Conv2d(channels, size, kernel, padding=self.padding)
         self.task_reduce = per_task(tasks, lambda: nn.Conv2d(channels, rank, kernel, padding=self.padding))
         self.task_restore = per_task(tasks, lambda: nn.Conv2d(rank, size, 1))
-        self.routers = per_task(tasks, lambda: ReleasedRouter(channels, grid, count, config.experts.top_k))
+        self.routers = per_task(tasks, lambda: SpatialRouter(channels, grid, count, config.experts.top_k))
         self.norm_experts = per_task(tasks, lambda: JoinedBatchNorm2d(size))
         self.norm = per_task(tasks, lambda: JoinedBatchNorm2d(size))
         self.register_buffer("prior", torch.zeros(len(tasks), size))
@@ -227,15 +181,7 @@ class ReleasedDecoder(nn.Module):
         self.tasks = tasks
         self.scan, self.orders = RELEASED_CURVES.get(config.scan, config.scan), config.orders
         self.stages = nn.ModuleList(ReleasedStage(config, channels, grid, tasks) for _ in range(stages))
-        self.fuse = per_task(
-            tasks,
-            lambda: nn.Sequential(
-                nn.Conv2d(stages * width, width, 1),
-                JoinedBatchNorm2d(width),
-                nn.GELU(),
-                nn.Conv2d(width, stages, 3, padding=1),
-            ),
-        )
+        self.fuse = per_task(tasks, lambda: StageFusion(width, stages))
 
     def forward(self, stages: list[Tensor]) -> dict[str, Tensor]:
         """S maps (B, C, h, w) → task name → (B, d, h, w)."""
@@ -243,9 +189,7 @@ class ReleasedDecoder(nn.Module):
         orders = scan_orders(self.scan, height, width, self.orders).to(stages[0].device)
         run = checkpointed if self.grad_checkpointing else call
         features = [run(block, x, orders) for block, x in zip(self.stages, stages, strict=True)]
-        return {
-            task: weighted_sum(fuse, maps) for (task, fuse), *maps in zip(self.fuse.items(), *features, strict=True)
-        }
+        return {task: fuse(maps) for (task, fuse), *maps in zip(self.fuse.items(), *features, strict=True)}
 
     def observe(self, maps: dict[str, Tensor]) -> list[RemovableHandle]:
         """Collect the intermediate results of every forward pass, until the returned handles are removed.
@@ -296,15 +240,6 @@ def check(config: ReleasedConfig) -> None:
         raise ConfigError(
             f"decoder.experts.top_k: found {experts.top_k}, expected 1 to decoder.experts.count = {experts.count}"
         )
-
-
-def weighted_sum(score: nn.Module, maps: list[Tensor]) -> Tensor:
-    """One task's S maps (B, d, h, w) → their sum, weighted by a softmax over the stages at every position."""
-    weights = score(torch.cat(maps, dim=1)).float().softmax(1).to(maps[0].dtype)
-    total = maps[0] * weights[:, :1]
-    for s in range(1, len(maps)):
-        total = torch.addcmul(total, maps[s], weights[:, s : s + 1])
-    return total
 
 
 def to_tokens(maps: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from pamm.config.limits import LIMITS, MODEL_LIMITS, check_ranges
 from pamm.config.renamed import with_new_names
 from pamm.config.strict import ConfigError, from_dict, to_dict
 from pamm.files import shown
-from pamm.models.backbone import Backbone, create_backbone
+from pamm.models.backbone import Backbone, NoBackbone, check_size, create_backbone
 from pamm.models.formats import FIELD, format_of
 from pamm.models.model import MultiTaskModel
 from pamm.models.mtmamba import DenseHead, LiteHead, MTMambaDecoder
@@ -37,11 +37,21 @@ DECODERS: dict[type[DecoderConfig], Builder] = {}
 """Class of settings → builder of the decoder and heads."""
 
 
-def register_decoder(settings: type[DecoderConfig]) -> Callable[[Builder], Builder]:
+BackboneBuilder = Callable[[ModelConfig, Mapping[str, Task], tuple[int, int]], Backbone]
+"""Settings, tasks and image size (H, W), pixels → backbone."""
+
+BACKBONES: dict[type[DecoderConfig], BackboneBuilder] = {}
+"""Class of a decoder's settings → builder of its backbone, where the decoder reads more than the stages' maps."""
+
+
+def register_decoder(
+    settings: type[DecoderConfig], *, backbone: BackboneBuilder | None = None
+) -> Callable[[Builder], Builder]:
     """Decorator for a function that builds decoder and heads from settings, backbone and tasks.
 
     Args:
         settings: class of the decoder's settings.
+        backbone: builds the backbone, where the decoder reads more than the maps that `create_backbone`'s hand out.
 
     Returns:
         The decorator.
@@ -49,6 +59,8 @@ def register_decoder(settings: type[DecoderConfig]) -> Callable[[Builder], Build
 
     def register(build: Builder) -> Builder:
         DECODERS[settings] = build
+        if backbone is not None:
+            BACKBONES[settings] = backbone
         return build
 
     return register
@@ -57,7 +69,7 @@ def register_decoder(settings: type[DecoderConfig]) -> Callable[[Builder], Build
 @register_decoder(PAMMConfig)
 def pamm(config: PAMMConfig, backbone: Backbone, tasks: Mapping[str, Task]) -> Decoder:
     """PAMM's decoder and heads."""
-    _require_one_size(backbone)
+    require_one_size(backbone)
     decoder = PAMMDecoder(config, backbone.channels, len(backbone.out_indices), list(tasks))
     return decoder, {name: ConvHead(config.width, task.channels) for name, task in tasks.items()}
 
@@ -65,7 +77,7 @@ def pamm(config: PAMMConfig, backbone: Backbone, tasks: Mapping[str, Task]) -> D
 @register_decoder(ReleasedConfig)
 def pamm_released(config: ReleasedConfig, backbone: Backbone, tasks: Mapping[str, Task]) -> Decoder:
     """The decoder and heads of PAMM's published code."""
-    _require_one_size(backbone)
+    require_one_size(backbone)
     decoder = ReleasedDecoder(config, backbone.channels, backbone.grid, len(backbone.out_indices), list(tasks))
     return decoder, {name: ConvHead(config.width, task.channels, bias=True) for name, task in tasks.items()}
 
@@ -84,10 +96,11 @@ def mtmamba(config: MTMambaConfig, backbone: Backbone, tasks: Mapping[str, Task]
     return decoder, {name: LiteHead(channels, config.head_width, task.channels) for name, task in tasks.items()}
 
 
-def _require_one_size(backbone: Backbone) -> None:
+def require_one_size(backbone: Backbone) -> None:
+    """Raise ConfigError for a backbone whose stages' maps are not of one size."""
     if not isinstance(backbone.channels, int):
         raise ConfigError(
-            "backbone.name: PAMM's decoder needs stages of one size, which a plain vision transformer gives"
+            "backbone.name: this decoder needs stages of one size, which a plain vision transformer gives"
         )
 
 
@@ -122,14 +135,18 @@ def build_model(
     if device != "meta":
         _check_memory(build_model(_random(config), tasks, image_size, "meta"))
     with _float32(), torch.device(device):
-        backbone = create_backbone(config.backbone, image_size)
+        own = BACKBONES.get(type(config.decoder))
+        backbone = own(config, tasks, image_size) if own else create_backbone(config.backbone, image_size)
         decoder, heads = _builder(config.decoder)(config.decoder, backbone, tasks)
     settings = {
         "model": to_dict(config),
         "tasks": {name: task.options() for name, task in tasks.items()},
         "image_size": list(image_size),
     }
-    return MultiTaskModel(backbone, decoder, heads, tasks=tasks, settings=settings)
+    model = MultiTaskModel(backbone, decoder, heads, tasks=tasks, settings=settings)
+    if not isinstance(backbone, NoBackbone):
+        check_size(image_size, model.stride)
+    return model
 
 
 def _builder(config: DecoderConfig) -> Builder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,11 @@ from torch import Tensor, nn
 
 from pamm.nn.joined import JoinedDropPath
 from pamm.runtime.distributed import joined_draw
+
+
+def per_task(tasks: Sequence[str], build: Callable[[], nn.Module]) -> nn.ModuleDict:
+    """One module of its own for every task."""
+    return nn.ModuleDict({task: build() for task in tasks})
 
 
 class TaskLinear(nn.Module):

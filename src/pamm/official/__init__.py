@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pamm.files import shown
 from pamm.models.model import MultiTaskModel
+from pamm.official.facts import Facts
 from pamm.official.files import read_state
 from pamm.official.names import LoadReport, OfficialError, Place
 
@@ -38,6 +39,8 @@ def load(
     scan: str | None = None,
     extras: Mapping[str, Tensor] | None = None,
     checkpoint_size: tuple[int, int] | None = None,
+    facts: Mapping[str, Any] | None = None,
+    published: str | None = None,
 ) -> MultiTaskModel:
     """A published checkpoint as a network in eval mode, with its `load_report`.
 
@@ -56,6 +59,10 @@ def load(
             D0, task_prompt_B, task_prompt_C; without them −(1..N), 1, 0, 0).
         checkpoint_size: height and width the checkpoint was trained at, where it differs from `image_size` and cannot be
             told; else the grid of tokens whose proportions come nearest is taken.
+        facts: what neither keys nor shapes tell of MLoRE, InvPT and TaskPrompter, by name (`SYSTEMS[name].FACTS` lists them
+            with their meaning and where each is written), e.g. {"num_heads": 16, "topk": 9}.
+        published: the data set whose published configuration the facts not given are taken from: "pascal", "nyud" or
+            "cityscapes".
 
     Raises OfficialError: no readable checkpoint of a known system, a key that is missing, unknown or of another shape, an
     argument that does not fit.
@@ -63,21 +70,44 @@ def load(
     state = read_state(state_dict_or_path)
     options = {"image_size": image_size, "num_heads": num_heads, "scan": scan, "extras": extras}
     options["checkpoint_size"] = checkpoint_size
+    given = {name: value for name, value in options.items() if value is not None}
     for module in SYSTEMS.values():
         if module.matches(state):
-            given = {name: value for name, value in options.items() if value is not None}
-            return module.read(state, **given).eval()
+            return module.read(state, **_arguments(module, given, dict(facts or {}), published)).eval()
     raise OfficialError(
         f"these {len(state)} tensors are of no published system known here ({', '.join(SYSTEMS)}); they begin with "
         f"{shown(', '.join(list(state)[:3]), 200) or 'nothing'}. A network of this package loads with pamm.load_model"
     )
 
 
+def _arguments(
+    module: ModuleType, given: dict[str, Any], facts: dict[str, Any], published: str | None
+) -> dict[str, Any]:
+    """What the system's `read` takes. Raises OfficialError for an argument that is not of this system."""
+    if hasattr(module, "FACTS"):
+        for name in ("scan", "extras"):
+            if given.pop(name, None):
+                raise OfficialError(f"{name}: found for a checkpoint of {module.SYSTEM}, which has none; leave it out")
+        if "num_heads" in given:
+            facts.setdefault("num_heads", given.pop("num_heads"))
+        return given | {"facts": Facts(module.SYSTEM, module.FACTS, facts, module.PUBLISHED, published)}
+    if published is not None:
+        raise OfficialError(
+            f"published: found '{shown(published)}' for a checkpoint of {module.SYSTEM}, which needs none"
+        )
+    for name in facts:
+        if name not in ("num_heads", "scan"):
+            raise OfficialError(
+                f"facts: found '{shown(name)}' for a checkpoint of {module.SYSTEM}, expected num_heads or scan"
+            )
+    return given | facts
+
+
 @contextmanager
 def intermediates(model: MultiTaskModel) -> Iterator[dict[str, Tensor]]:
     """Intermediate results by name, of the last forward pass inside the `with` block.
 
-    Names and shapes: `ReleasedDecoder.observe` for the released PAMM, `MTMambaDecoder.observe` for MTMamba and MTMamba++.
+    Names and shapes: the decoder's `observe`, e.g. `ReleasedDecoder.observe` for the released PAMM.
     Raises OfficialError for a decoder without `observe`.
 
         with intermediates(model) as maps:

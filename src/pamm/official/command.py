@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pamm.command_line import parser
+from pamm.files import shown
 
 
 def main(arguments: list[str]) -> int:
@@ -22,6 +23,18 @@ def main(arguments: list[str]) -> int:
         choices=["hilbert", "snake", "morton", "h", "s", "z"],
         help="scan orders of a PAMM, by our or the published name, which its checkpoint does not show (default: hilbert)",
     )
+    own.add_argument(
+        "--facts",
+        nargs="+",
+        metavar="KEY=VALUE",
+        default=[],
+        help="what neither keys nor shapes tell of an InvPT, a TaskPrompter or an MLoRE, e.g. topk=9 pre_softmax=true",
+    )
+    own.add_argument(
+        "--published",
+        choices=["nyud", "pascal", "cityscapes"],
+        help="take these facts from the published configuration for this data set",
+    )
     plain = own.parse_args(arguments)
     from pamm.official import OfficialError, load
     from pamm.training.checkpoint import save_checkpoint
@@ -30,7 +43,26 @@ def main(arguments: list[str]) -> int:
         raise OfficialError(f"{plain.out} exists already; choose another folder, or remove it")
     sizes: dict[str, Any] = {"image_size": plain.image_size, "checkpoint_size": plain.checkpoint_size}
     sizes = {name: tuple(size) for name, size in sizes.items() if size}
-    model = load(plain.checkpoint, num_heads=plain.num_heads, scan=plain.scan, **sizes)
+    facts = {"facts": _facts(plain.facts), "published": plain.published}
+    model = load(plain.checkpoint, num_heads=plain.num_heads, scan=plain.scan, **sizes, **facts)
     save_checkpoint(plain.out, model)
     print(f"{model.load_report}\nmodel folder: {plain.out}")
     return 0
+
+
+def _facts(pairs: list[str]) -> dict[str, Any]:
+    """["topk=9", "ranks=[3, 4]"] → {"topk": 9, "ranks": [3, 4]}. Raises ConfigError."""
+    import yaml
+
+    from pamm.config.strict import ConfigError
+
+    facts = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        try:
+            facts[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            equals = ""
+        if not equals or not value or not key:
+            raise ConfigError(f"--facts: found '{shown(pair)}', expected KEY=VALUE, e.g. topk=9 or pre_softmax=true")
+    return facts

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,8 +37,8 @@ class Place:
 
     own: str
     """Name of our tensor."""
-    row: int | None = None
-    """Its row in our tensor's leading dimension; None: all of it."""
+    row: Any = None
+    """Its row, or rows and columns, in our tensor (an index); None: all of it."""
     skip: int = 0
     """First entries of their second dimension that our tensor leaves out."""
     shape: tuple[int, ...] = ()
@@ -189,8 +190,8 @@ def match_keys(
 
 
 def count_parameters(state: Mapping[str, Tensor], keys: Iterable[str]) -> int:
-    """Numbers in these tensors, without BatchNorm's statistics."""
-    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    """Numbers in these tensors, without BatchNorm's statistics and the tables of windows."""
+    statistics = ("running_mean", "running_var", "num_batches_tracked", "attn_mask", "relative_position_index")
     return sum(state[key].numel() for key in keys if not key.endswith(statistics))
 
 

@@ -9,17 +9,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor
 
 from pamm.config.experiment import BackboneConfig, ExpertsConfig, ModelConfig, ReleasedConfig
 from pamm.models.model import MultiTaskModel
-from pamm.models.pamm_released import resize_positions
 from pamm.models.registry import build_model
 from pamm.nn.ssm import init_A_log
 from pamm.official.files import named_tensors
 from pamm.official.names import LoadReport, OfficialError, Place, count_parameters, gather, match_keys, places
 from pamm.official.tasks import task_order, tasks_of
+from pamm.official.vit import CLASS_ROW, HEAD_WIDTH, ROUTER, VIT, check_numbers, grids, numbers_of, on_grid, shape_of
 
 SYSTEM = "pamm-released"
 
@@ -31,18 +30,8 @@ TOP_K = 9
 SCANS = {"h": "hilbert", "s": "snake", "z": "morton"}
 """The published code's letters."""
 
-_ROUTER = (
-    ("channel.0.{w}", "0.conv1.{w}"),
-    ("channel.1.{w}", "0.ln.{w}"),
-    ("channel_out.{w}", "0.conv3.{w}"),
-    ("positions", "0.convsp.weight"),
-    ("positions_bias", "0.convsp.bias"),
-    ("spatial.0.{w}", "0.ln_sp.{w}"),
-    ("spatial.2.{w}", "0.conv2.{w}"),
-    ("scores.{w}", "1.{w}"),
-)
 _EXPERTS = (
-    *((f"routers.{{t}}.{ours}", f"router.{{t}}.{theirs}") for ours, theirs in _ROUTER),
+    *((f"routers.{{t}}.{ours}", f"router.{{t}}.{theirs}") for ours, theirs in ROUTER),
     ("norm.{t}.{w}", "Bn.{t}.{w}"),
     ("norm_experts.{t}.{w}", "Bn_all.{t}.{w}"),
     ("task_reduce.{t}.{w}", "proj_task.{t}.W.{w}"),
@@ -85,12 +74,6 @@ UNUSED = {rf"{re.escape(STAGE)}\.\d+\.conv2d0\..+": "a branch whose output the p
 CONSTANTS = {"A_log": "log(1..N) taken, A = −(1..N)", "D": "1 taken", "prior": "0 taken"}
 """Last part of our constants' names → what stands in for those that the checkpoint does not hold."""
 
-VIT = "vit_large_patch16_384.augreg_in21k_ft_in1k"
-"""The timm model whose kind the backbone is; its sizes are the checkpoint's."""
-
-HEAD_WIDTH = 64
-"""Channels of an attention head in every published vision transformer."""
-
 log = logging.getLogger(__name__)
 
 
@@ -123,14 +106,14 @@ class Layout:
 def inspect(state: Mapping[str, Tensor]) -> Layout:
     """Read keys and shapes. Raises OfficialError for a tensor without which the network is not determined."""
     tasks = task_order(numbers_of(state, r"heads\.([^.]+)\.linear_pred\.weight"))
-    embed_dim, _, patch_size, _ = shape_of(state, "backbone.patch_embed.proj.weight", 4)
+    embed_dim, _, patch_size, _ = shape_of(state, "backbone.patch_embed.proj.weight", 4, SYSTEM)
     return Layout(
-        channels={task: shape_of(state, f"heads.{task}.linear_pred.weight", 4)[0] for task in tasks},
+        channels={task: shape_of(state, f"heads.{task}.linear_pred.weight", 4, SYSTEM)[0] for task in tasks},
         patch_size=patch_size,
         embed_dim=embed_dim,
         depth=len(numbers_of(state, r"backbone\.blocks\.(\d+)\..+")),
-        mlp=shape_of(state, "backbone.blocks.0.mlp.fc1.weight", 2)[0],
-        tokens=shape_of(state, "backbone.pos_embed", 3)[1] - 1,
+        mlp=shape_of(state, "backbone.blocks.0.mlp.fc1.weight", 2, SYSTEM)[0],
+        tokens=shape_of(state, "backbone.pos_embed", 3, SYSTEM)[1] - 1,
         stages=len(numbers_of(state, rf"{re.escape(STAGE)}\.(\d+)\..+")),
         decoder=inspect_decoder(state, tasks[0]),
     )
@@ -139,49 +122,30 @@ def inspect(state: Mapping[str, Tensor]) -> Layout:
 def inspect_decoder(state: Mapping[str, Tensor], task: str) -> ReleasedConfig:
     """The decoder's settings, from the first stage and one of its tasks."""
     first = f"{STAGE}.0"
-    width = shape_of(state, f"{first}.first_decode.weight", 4)[0]
-    expanded = shape_of(state, f"{first}.dim_expand_proj_x0.{task}.weight", 4)[0]
+    width = shape_of(state, f"{first}.first_decode.weight", 4, SYSTEM)[0]
+    expanded = shape_of(state, f"{first}.dim_expand_proj_x0.{task}.weight", 4, SYSTEM)[0]
     if expanded % width:
         raise OfficialError(f"{first}.dim_expand_proj_x0: found {expanded} channels, expected a multiple of {width}")
     has = {p: any(key.startswith(f"{first}.{p}_proj0.MoE.") for key in state) for p in "BC"}
     experts, kernel = ExpertsConfig(B=has["B"], C=has["C"]), ReleasedConfig.kernel_size
     for p in (p for p in "BC" if has[p]):
-        rank, _, kernel, _ = shape_of(state, f"{first}.{p}_proj0.MoE.0.W.weight", 4)
+        rank, _, kernel, _ = shape_of(state, f"{first}.{p}_proj0.MoE.0.W.weight", 4, SYSTEM)
         count = len(numbers_of(state, rf"{re.escape(first)}\.{p}_proj0\.MoE\.(\d+)\..+"))
         experts = replace(experts, count=count, rank=rank, top_k=min(TOP_K, count))
     plain = next((f"{first}.{p}_proj0.{task}" for p in "BC" if not has[p]), None)
-    rank_delta = shape_of(state, f"{first}.x2dt_proj0.{task}.weight", 2)[0]
+    rank_delta = shape_of(state, f"{first}.x2dt_proj0.{task}.weight", 2, SYSTEM)[0]
     size_key = f"{first}.B_proj0.Bn.{task}.weight" if has["B"] else f"{plain}.weight"
     return ReleasedConfig(
         width=width,
         expand=expanded // width,
         delta_rank=rank_delta if rank_delta != math.ceil(width / 16) else None,
-        state_size=shape_of(state, size_key)[0],
+        state_size=shape_of(state, size_key, None, SYSTEM)[0],
         shared_bias=f"{first}.first_decode.bias" in state,
         task_conv=any(key.startswith(f"{first}.task_conv.") for key in state),
         experts=experts,
         kernel_size=kernel,
         projection_bias=f"{plain}.bias" in state,
     )
-
-
-def numbers_of(state: Mapping[str, Tensor], pattern: str) -> set[str]:
-    """The different values of the pattern's group among the keys."""
-    return {match[1] for match in (re.fullmatch(pattern, key) for key in state) if match}
-
-
-def shape_of(state: Mapping[str, Tensor], key: str, dimensions: int | None = None) -> tuple[int, ...]:
-    """Shape of a tensor that must be there, with so many dimensions. Raises OfficialError."""
-    if key not in state:
-        raise OfficialError(
-            f"not a whole checkpoint of {SYSTEM}: 1 missing, e.g. {key}; use the file as its authors published it"
-        )
-    shape = tuple(state[key].shape)
-    if not shape or 0 in shape or (dimensions is not None and len(shape) != dimensions):
-        raise OfficialError(
-            f"{key}: found shape {shape}, expected {dimensions or 'at least 1'} dimensions, none of length 0"
-        )
-    return shape
 
 
 def backbone_config(layout: Layout, num_heads: int | None, notices: list[str]) -> BackboneConfig:
@@ -216,65 +180,6 @@ def decoder_config(layout: Layout, scan: str) -> ReleasedConfig:
     if name not in SCANS.values():
         raise OfficialError(f"scan: found {scan!r}, expected one of {', '.join(SCANS.values())}, or {', '.join(SCANS)}")
     return replace(layout.decoder, scan=name)
-
-
-def grids(
-    tokens: int,
-    patch_size: int,
-    image_size: tuple[int, int] | None,
-    checkpoint_size: tuple[int, int] | None,
-    notices: list[str],
-) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Rows and columns of tokens: the checkpoint's, and the network's. Raises OfficialError where neither is determined."""
-    new, old = (size and grid_of(size, patch_size) for size in (image_size, checkpoint_size))
-    if old is not None and old[0] * old[1] != tokens:
-        raise OfficialError(f"checkpoint_size: {old[0]}×{old[1]} tokens, but the checkpoint has {tokens}")
-    side = math.isqrt(tokens)
-    if old is None and new is None:
-        if side * side != tokens:
-            raise OfficialError(
-                f"image_size: the checkpoint has {tokens} positions, which are no square; give image_size=(H, W)"
-            )
-        old = (side, side)
-    if old is None and new[0] * new[1] == tokens:
-        old = new
-    if old is None:
-        short = [rows for rows in range(1, side + 1) if tokens % rows == 0]
-        pairs = [
-            (rows, tokens // rows) for rows in dict.fromkeys([*short, *(tokens // rows for rows in reversed(short))])
-        ]
-        old = min(pairs, key=lambda pair: abs(math.log(pair[0] * new[1] / (pair[1] * new[0]))))
-        notices.append(
-            f"the checkpoint's {tokens} positions taken as {old[0]}×{old[1]} (give checkpoint_size where that is wrong)"
-        )
-    new = new or old
-    if new != old:
-        notices.append(
-            f"position embeddings (bicubic) and the routers' weights of positions (bilinear) resized from {old[0]}×{old[1]} to "
-            f"{new[0]}×{new[1]} tokens: the outputs are not those of the checkpoint's own size"
-        )
-    return old, new
-
-
-def grid_of(size: tuple[int, int], patch_size: int) -> tuple[int, int]:
-    """Rows and columns of tokens of an image size, pixels. Raises OfficialError."""
-    height, width = size
-    if height < 1 or width < 1 or height % patch_size or width % patch_size:
-        raise OfficialError(f"image size: found {height}×{width}, expected multiples of the patch, {patch_size}")
-    return height // patch_size, width // patch_size
-
-
-def on_grid(
-    state: Mapping[str, Tensor], used: Mapping[str, Place], old: tuple[int, int], new: tuple[int, int]
-) -> dict[str, Tensor]:
-    """Their tensors; those of the grid of tokens are resized from `old` to `new` rows and columns."""
-    found = dict(state)
-    for key, place in used.items():
-        if place.own.endswith(".positions") and found[key].numel() == old[0] * old[1]:
-            found[key] = resize_positions(found[key].float().view(old), new)
-        elif place.own.endswith(".pos_embed") and old != new:
-            found[key] = resample_abs_pos_embed(found[key], list(new), list(old), num_prefix_tokens=1)
-    return found
 
 
 def constant(name: str) -> bool:
@@ -316,7 +221,7 @@ def read(
 ) -> MultiTaskModel:
     """The network with these weights and its `load_report`. Arguments and errors: see `pamm.official.load`."""
     layout = inspect(state)
-    report = LoadReport(SYSTEM, notices=["backbone.pos_embed: its first row, a class token's, is not used"])
+    report = LoadReport(SYSTEM, notices=[CLASS_ROW])
     old, new = grids(layout.tokens, layout.patch_size, image_size, checkpoint_size, report.notices)
     for notice in report.notices[1:]:
         log.warning(notice)
@@ -328,12 +233,8 @@ def read(
     tasks = tasks_of(layout.channels, report.notices)
     model = build_model(config, tasks, (new[0] * layout.patch_size, new[1] * layout.patch_size), "meta")
     own = model.state_dict()
-    numbers, given_numbers = (sum(tensor.numel() for tensor in tensors.values()) for tensors in (own, state))
-    if numbers > 8 * given_numbers and old == new:
-        raise OfficialError(
-            f"the network of these shapes has {numbers} numbers, the checkpoint {given_numbers}: shapes that do not belong "
-            "together; use the file as its authors published it"
-        )
+    if old == new:
+        check_numbers(own, state)
     names = table(own, list(tasks))
     given = constants_given(extras or {}, names)
     report.used, report.ignored, report.missed = match_keys(state | given, names, CONSTANTS, UNUSED)

@@ -136,7 +136,7 @@ class Predictor:
                 "forked process; load it in each worker (gunicorn: without --preload), or on the CPU (device='cpu')"
             )
         shown = shrink(pixels, self.longest_side)
-        frame, top, left = pad(normalize(shown.transpose(2, 0, 1))[None], self.model.backbone.output_stride)
+        frame, top, left = pad(normalize(shown.transpose(2, 0, 1))[None], self.model.stride)
         with _evaluating(self.model):
             logits = self.model(frame.to(self.device))
         for task, values in logits.items():

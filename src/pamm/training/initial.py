@@ -20,9 +20,9 @@ from torch import Tensor
 from pamm.config.experiment import ModelConfig
 from pamm.config.strict import ConfigError, from_dict
 from pamm.models.model import MultiTaskModel
-from pamm.models.pamm_released import resize_positions
 from pamm.models.registry import build_model
 from pamm.models.saved import CheckpointError
+from pamm.nn.router import resize_positions
 from pamm.tasks import Task
 from pamm.tasks.segmentation import numbered_classes
 

@@ -25,7 +25,7 @@ from pamm.config.experiment import Experiment
 from pamm.data import Batch
 from pamm.evaluation.evaluate import Evaluation, evaluate_split
 from pamm.models.formats import WEIGHTS_FILE
-from pamm.models.model import MultiTaskModel
+from pamm.models.model import INTERMEDIATE, LOSS, MultiTaskModel
 from pamm.models.saved import load_weights
 from pamm.runtime.workers import exhausted
 from pamm.tasks import Task
@@ -199,16 +199,20 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
         for index, (part, part_counts) in enumerate(zip(parts, per_part, strict=True)):
             with fabric.no_backward_sync(self.model, enabled=index < len(parts) - 1):
-                logits = self.model(part.image, part.label_size)
+                outputs = self.model(part.image, part.label_size)
+                further = [INTERMEDIATE + n for n in self.tasks if INTERMEDIATE + n in outputs]
+                pairs = [(name, name.removeprefix(INTERMEDIATE)) for name in (*self.tasks, *further)]
                 local = torch.stack(
-                    [task.loss(logits[n], part.labels[n], part_counts[n]).float() for n, task in self.tasks.items()]
+                    [self.tasks[n].loss(outputs[name], part.labels[n], part_counts[n]).float() for name, n in pairs]
                 )
                 joined = fabric.all_reduce(local.detach().clone(), reduce_op="sum")
                 assert isinstance(joined, Tensor)
-                labelled = torch.stack([part_counts[n][0] > 0 for n in self.tasks])
-                fabric.backward(self.total(local, joined, labelled, len(parts)) * fabric.world_size)
-            losses += joined
-            labelled_parts += labelled
+                labelled = torch.stack([part_counts[n][0] > 0 for _, n in pairs])
+                total = self.total(local, joined, labelled, len(parts))
+                own = sum(x for name, x in outputs.items() if name.startswith(LOSS))  # the same on every process
+                fabric.backward(total * fabric.world_size + own / len(parts))
+            losses += joined[: len(losses)]
+            labelled_parts += labelled[: len(losses)]
         norm = fabric.clip_gradients(
             self.model, self.optimizer, max_norm=config.clip or math.inf, error_if_nonfinite=False
         )
@@ -221,11 +225,13 @@ class Loop:
     def total(self, local: Tensor, joined: Tensor, labelled: Tensor, parts: int) -> Tensor:
         """This process's part of the total loss. Its sum over processes has the gradient of the joined batch's total.
 
-        local (T,): this process's sums over the joint counts; joined (T,): their totals over processes.
+        local (K,): this process's sums over the joint counts; joined (K,): their totals over processes. The first are of the
+        tasks, in order; further ones of the tasks with intermediate logits.
         """
+        weights = self.weights if len(local) == len(self.weights) else self.weights.repeat(2)
         if self.config.scheme == "sum":
-            return (self.weights * local).sum()
-        return (self.weights * local / (joined + 1e-8) * labelled).sum() / parts  # ∇ Σ w·log(L + 1e-8)
+            return (weights * local).sum()
+        return (weights * local / (joined + 1e-8) * labelled).sum() / parts  # ∇ Σ w·log(L + 1e-8)
 
     def _report(self, step: int, losses: Tensor, lr: float) -> None:
         """The progress line and a line of the log; images/s since the last one, evaluation and saving left out."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 
-from pamm.config.experiment import Experiment, MTMambaConfig, PAMMConfig
+from pamm.config.experiment import Experiment, MTMambaConfig, PAMMConfig, ReleasedConfig
 from pamm.config.strict import ConfigError
 
 
@@ -16,7 +16,7 @@ def _decoder(**changes: object) -> Callable[[Experiment], Experiment]:
 
 def _experts(**changes: object) -> Callable[[Experiment], Experiment]:
     def changed(e: Experiment) -> Experiment:
-        assert isinstance(e.model.decoder, PAMMConfig)
+        assert isinstance(e.model.decoder, PAMMConfig | ReleasedConfig)
         return _decoder(experts=replace(e.model.decoder.experts, **changes))(e)
 
     return changed
@@ -70,8 +70,10 @@ MTMAMBA_VARIANTS: Variants = {
 
 
 def variants_of(experiment: Experiment) -> Variants:
-    """The variants that the experiment's decoder has."""
-    return MTMAMBA_VARIANTS if isinstance(experiment.model.decoder, MTMambaConfig) else VARIANTS
+    """The variants that the experiment's decoder has; none of the systems that the papers are compared with."""
+    if isinstance(experiment.model.decoder, MTMambaConfig):
+        return MTMAMBA_VARIANTS
+    return VARIANTS if isinstance(experiment.model.decoder, PAMMConfig | ReleasedConfig) else {}
 
 
 def with_variants(experiment: Experiment, variants: Sequence[str], base: str) -> Experiment:
@@ -80,7 +82,7 @@ def with_variants(experiment: Experiment, variants: Sequence[str], base: str) ->
     for variant in variants:
         if variant not in known:
             raise ConfigError(
-                f"unknown variant '{variant}' of '{base}'.{nearest(variant, known)} Known: {', '.join(known)}"
+                f"unknown variant '{variant}' of '{base}'.{nearest(variant, known)} Known: {', '.join(known) or 'none'}"
             )
         try:
             changed = known[variant][1](experiment)
