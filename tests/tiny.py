@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pamm.config.experiment import (
     BackboneConfig,
     DataConfig,
     Experiment,
     ExpertsConfig,
+    InvPTConfig,
     MLoREConfig,
     ModelConfig,
     MTMambaConfig,
     PAMMConfig,
     TaskConfig,
+    TaskPrompterConfig,
     TrainConfig,
 )
 
@@ -31,6 +35,17 @@ SWIN = BackboneConfig(
 )
 MTMAMBA = MTMambaConfig(state_size=4, head_width=8, window_size=3)
 MLORE = MLoREConfig(width=16, ranks=(2, 3, 4), task_rank=2, top_k=2)
+INVPT = InvPTConfig(width=16, preliminary_width=12)
+TASKPROMPTER = TaskPrompterConfig(width=12, level_width=8, chan_nheads=4)
+PROMPTED_SWIN = TaskPrompterConfig(width=12, level_width=8, use_ctr=False, channel_width=8, image_ratio=0.75)
+
+PEERS = {
+    "mlore": ModelConfig(BACKBONE, MLORE),
+    "invpt": ModelConfig(replace(BACKBONE, depth=3, out_indices=(0, 1, 2)), INVPT),
+    "taskprompter": ModelConfig(replace(BACKBONE, class_token=False), TASKPROMPTER),
+    "taskprompter-swin": ModelConfig(SWIN, PROMPTED_SWIN),
+}
+"""The systems that the papers compare themselves with, by a name."""
 
 TASKS = {
     "semseg": TaskConfig(1.0),

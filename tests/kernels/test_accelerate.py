@@ -16,7 +16,7 @@ from pamm.models.model import MultiTaskModel
 from pamm.models.pamm import ConvHead
 from pamm.models.registry import build_model
 from pamm.tasks import create_task
-from tiny import BACKBONE, DECODER, MTMAMBA, SWIN
+from tiny import BACKBONE, DECODER, MTMAMBA, PEERS, SWIN
 
 NAMES = ("semseg", "depth")
 EXPERTS = ExpertsConfig(count=5, top_k=3, rank=2)
@@ -25,6 +25,7 @@ SYSTEMS = {
     "released": (BACKBONE, ReleasedConfig(width=32, state_size=4, experts=EXPERTS, kernel_size=9)),
     "mtmamba": (SWIN, MTMAMBA),
     "mtmamba++": (SWIN, MTMambaConfig("mtmamba++", state_size=4, head_width=8, window_size=3)),
+    **{name: (config.backbone, config.decoder) for name, config in PEERS.items()},
 }
 
 

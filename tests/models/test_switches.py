@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
 import torch
@@ -13,25 +12,23 @@ from pamm.config.experiment import ExpertsConfig, ModelConfig, MTMambaConfig, Re
 from pamm.models.model import MultiTaskModel
 from pamm.models.registry import build_model
 from pamm.tasks import create_task
-from tiny import BACKBONE, DECODER, MLORE, MTMAMBA, SWIN
+from tiny import BACKBONE, DECODER, MTMAMBA, PEERS, SWIN
 
 NAMES = ("semseg", "depth", "normals")
 EXPERTS = ExpertsConfig(count=5, top_k=3, rank=2)
-SYSTEMS: dict[str, Any] = {
-    "pamm": DECODER,
-    "pamm-released": ReleasedConfig(width=32, state_size=4, experts=EXPERTS, kernel_size=3),
-    "mtmamba": MTMAMBA,
-    "mtmamba++": MTMambaConfig("mtmamba++", state_size=4, head_width=8, window_size=3),
-    "mlore": MLORE,
+SYSTEMS = {
+    "pamm": ModelConfig(BACKBONE, DECODER),
+    "pamm-released": ModelConfig(BACKBONE, ReleasedConfig(width=32, state_size=4, experts=EXPERTS, kernel_size=3)),
+    "mtmamba": ModelConfig(SWIN, MTMAMBA),
+    "mtmamba++": ModelConfig(SWIN, MTMambaConfig("mtmamba++", state_size=4, head_width=8, window_size=3)),
+    **PEERS,
 }
 
 
 @pytest.fixture(params=SYSTEMS)
 def model(request) -> MultiTaskModel:
     torch.manual_seed(0)
-    backbone = SWIN if "mtmamba" in request.param else BACKBONE
-    config = ModelConfig(backbone, SYSTEMS[request.param])
-    model = build_model(config, {name: create_task(name) for name in NAMES}, (64, 64))
+    model = build_model(SYSTEMS[request.param], {name: create_task(name) for name in NAMES}, (64, 64))
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(std=0.3)

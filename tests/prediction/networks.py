@@ -10,13 +10,14 @@ from pamm.config.experiment import ModelConfig, MTMambaConfig, PAMMConfig, Relea
 from pamm.models.model import MultiTaskModel
 from pamm.models.registry import build_model
 from pamm.tasks import create_task
-from tiny import BACKBONE, MTMAMBA, SWIN, TASKS
+from tiny import BACKBONE, MTMAMBA, PEERS, SWIN, TASKS
 
 SYSTEMS = {
     "pamm": ModelConfig(BACKBONE, PAMMConfig(width=32, state_size=4)),
     "pamm-released": ModelConfig(BACKBONE, ReleasedConfig(width=32, state_size=4)),
     "mtmamba": ModelConfig(SWIN, MTMAMBA),
     "mtmamba++": ModelConfig(SWIN, MTMambaConfig(system="mtmamba++", state_size=4, head_width=8, window_size=3)),
+    **PEERS,
 }
 
 

@@ -49,6 +49,9 @@ def test_every_recipe_decays_all_but_the_scans_and_the_priors(name):
         "pamm-released": set(),
         "mtmamba": {"A_log", "D", "delta_bias"},
         "mtmamba++": {"A_log", "D", "delta_bias"},
+        "invpt": set(),
+        "taskprompter": set(),
+        "mlore": set(),
     }
     assert exempt == expected[experiment.model.decoder.system]
     assert all(decays[kind] == {experiment.train.weight_decay} for kind in decays.keys() - exempt)

@@ -157,9 +157,14 @@ def on_grid(
 ) -> dict[str, Tensor]:
     """Their tensors, those tied to the maps' sizes resized; `old` and `new` are the first stage's rows and columns."""
     found = dict(state)
-    for key in used:
-        if key.endswith(".chan_kv.weight") and old != new:
-            stage = int(key.split(".")[2])
-            of_stage = [tuple(side >> stage for side in size) for size in (old, new)]
-            found[key] = resized(found[key].float(), *of_stage)
+    for key in used if old != new else ():
+        stage = int(key.split(".")[2]) if key.startswith("backbone.layers.") else 0
+        sizes = [tuple(side >> stage for side in size) for size in (old, new)]
+        if key.endswith(".chan_kv.weight"):
+            found[key] = resized(found[key].float(), *sizes)
+        elif key.endswith(".relative_position_bias_table"):
+            side = (math.isqrt(len(found[key])) + 1) // 2
+            window = min(side, *sizes[1])  # a smaller map has smaller windows, whose offsets lie in the middle
+            cut = slice(side - window, side + window - 1)
+            found[key] = found[key].unflatten(0, (2 * side - 1, -1))[cut, cut].flatten(0, 1)
     return found

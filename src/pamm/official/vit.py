@@ -86,11 +86,10 @@ def vit_config(
 ) -> BackboneConfig:
     """The vision transformer; `heads` where shapes tell its attention heads. Raises OfficialError."""
     facts.told(embed_dim=layout.embed_dim, depth=layout.depth)
-    assumed = heads or max(1, layout.embed_dim // HEAD_WIDTH)
-    why = (
-        "as the scores' convolutions have them" if heads else f"one per {HEAD_WIDTH} channels, as in all published ones"
-    )
-    num_heads = facts.need("num_heads", assumed, why)
+    if heads:
+        facts.told(num_heads=heads)
+    whole = layout.embed_dim // HEAD_WIDTH if layout.embed_dim % HEAD_WIDTH == 0 else None
+    num_heads = heads or facts.need("num_heads", whole, f"one per {HEAD_WIDTH} channels, as in all published ones")
     if num_heads < 1 or layout.embed_dim % num_heads:
         raise OfficialError(f"num_heads: found {num_heads}, expected a divisor of the width, {layout.embed_dim}")
     if layout.depth < stages:
