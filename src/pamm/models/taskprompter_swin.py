@@ -91,7 +91,7 @@ class PromptedSwinBlock(nn.Module):
 
     def bias(self, height: int, width: int) -> Tensor:
         """What is added to the scaled scores in the windows of a padded map: (1, H, n, n), with a shift (windows, H, n, n)."""
-        index = relative_positions(self.window).to(self.attn.relative_position_bias_table.device)
+        index = relative_positions(self.window, self.attn.relative_position_bias_table.device)
         bias = self.attn.relative_position_bias_table[index].permute(2, 0, 1)[None]
         if not self.shift:
             return bias

@@ -38,7 +38,7 @@ class WindowAttention(nn.Module):
         values = self.cut(x)
         places = values if source is None else self.cut(source)
         q, k, v = (self.split(f(y)) for f, y in ((self.query, places), (self.key, places), (self.value, values)))
-        bias = self.bias[:, :, relative_positions(self.window_size).to(x.device)]  # (T, heads, n, n)
+        bias = self.bias[:, :, relative_positions(self.window_size, x.device)]  # (T, heads, n, n)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[:, None].to(q.dtype))
         y = self.project(y.transpose(2, 3).flatten(3))
         return self.join(y, x.shape)
@@ -83,9 +83,9 @@ class WindowAttention(nn.Module):
         return y.transpose(3, 4).flatten(4, 5).flatten(2, 3)[:, :, :height, :width]
 
 
-def relative_positions(window_size: int) -> Tensor:
+def relative_positions(window_size: int, device: torch.device | str = "cpu") -> Tensor:
     """(n, n) int64: which of the (2·window_size − 1)² offsets lies between two positions of a window."""
-    place = torch.arange(window_size)
+    place = torch.arange(window_size, device=device)
     row, column = place.repeat_interleave(window_size), place.repeat(window_size)
     rows, columns = (axis[:, None] - axis + window_size - 1 for axis in (row, column))
     return rows * (2 * window_size - 1) + columns
