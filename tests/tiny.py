@@ -9,15 +9,13 @@ from pamm.config.experiment import (
     DataConfig,
     Experiment,
     ExpertsConfig,
-    InvPTConfig,
-    MLoREConfig,
     ModelConfig,
     MTMambaConfig,
     PAMMConfig,
     TaskConfig,
-    TaskPrompterConfig,
     TrainConfig,
 )
+from pamm.config.peers import InvPTConfig, MLoREConfig, TaskPrompterConfig
 
 BACKBONE = BackboneConfig("vit_tiny_patch16_224", False, (0, 1), 0.2, patch_size=8, embed_dim=32, depth=2, num_heads=2)
 DECODER = PAMMConfig(width=64, state_size=4, experts=ExpertsConfig(count=5, top_k=3, rank=2))
