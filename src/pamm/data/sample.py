@@ -294,4 +294,14 @@ class Dataset(ABC, torch.utils.data.Dataset):
 
     @abstractmethod
     def __getitem__(self, index: int) -> Sample:
-        """Sample number `index` as read from disk: uint8 image, labels of the image's size. Raises DataError."""
+        """Read a sample as stored.
+
+        Args:
+            index: 0 to len(self) − 1.
+
+        Returns:
+            The sample: uint8 image, and labels of the image's size.
+
+        Raises:
+            DataError: a file cannot be read.
+        """

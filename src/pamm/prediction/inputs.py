@@ -38,8 +38,7 @@ def to_array(image: ImageLike) -> np.ndarray:
     """Convert any accepted image to an array.
 
     Args:
-        image: a path, an open file, a Pillow image, an (H, W, 3) or (H, W) array of uint8 or uint16, or a (3, H, W) or
-            (1, H, W) uint8 tensor.
+        image: as `Predictor` takes it.
 
     Returns:
         (H, W, 3) uint8 RGB.

@@ -96,10 +96,18 @@ class Predictor:
         return self.model.tasks
 
     def __call__(self, image: ImageLike) -> Maps:
-        """One image → its maps. Raises ImageError for a file that is no image, PredictError for other senseless input.
+        """Predict one image.
 
-        image: a path or an open file; a PIL image (its EXIF orientation is applied); an (H, W, 3) RGB or (H, W) grey array
-        of uint8 or uint16 (0..65535); a (3, H, W) or (1, H, W) uint8 tensor.
+        Args:
+            image: a path or an open file; a PIL image (its EXIF orientation is applied); an (H, W, 3) RGB or (H, W) grey array of
+                uint8 or uint16 (0..65535); a (3, H, W) or (1, H, W) uint8 tensor.
+
+        Returns:
+            The maps, at the image's own size.
+
+        Raises:
+            ImageError: the file is not a readable image.
+            PredictError: another input that is not an image, or an output that is not finite.
         """
         pixels = to_array(image)
         source = Path(image) if isinstance(image, (str, os.PathLike)) else None
