@@ -68,13 +68,16 @@ class MultiTaskModel(nn.Module, ModelHubMixin, library_name="pamm", tags=["multi
         self._frozen: tuple[nn.Module, ...] = ()  # parts that stay in eval mode
 
     def forward(self, image: Tensor, size: tuple[int, int] | None = None) -> dict[str, Tensor]:
-        """(B, 3, H, W) normalised image, sides multiples of `stride` → task name → (B, channels, *size) logits.
+        """Run the network.
 
-        size: height and width of the logits, by default the image's. The image is brought to the weights' dtype, so that
-        a model after `.half()`, `.bfloat16()` or `.double()` takes it as well; the logits are float32.
+        Args:
+            image: (B, 3, H, W) normalised; H and W are multiples of `stride`. It is converted to the weights' dtype, so a
+                model after `.half()`, `.bfloat16()` or `.double()` takes it as well.
+            size: height and width of the logits, by default the image's.
 
-        In training mode the decoders of some systems add to the tasks what their losses need: "intermediate/<task>", logits as
-        those of the task (InvPT), and "loss/<name>", a number (MLoRE).
+        Returns:
+            Task name → (B, channels, *size) float32 logits. In training mode, some decoders add entries for their losses:
+            "intermediate/<task>", further logits of the task (InvPT), and "loss/<name>", a number (MLoRE).
         """
         if self.half_precision is None:
             image = image.to(self.dtype)
@@ -83,7 +86,15 @@ class MultiTaskModel(nn.Module, ModelHubMixin, library_name="pamm", tags=["multi
         return self.decode(stages, image.shape[-2:] if size is None else size)
 
     def decode(self, stages: Sequence[Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
-        """The backbone's stage maps (B, C, h, w), first to last → task name → (B, channels, *size) logits (see `forward`)."""
+        """Run decoder and heads on stage maps.
+
+        Args:
+            stages: the backbone's maps (B, C, h, w), first to last.
+            size: height and width of the logits, pixels.
+
+        Returns:
+            As `forward`.
+        """
         run = checkpointed if self.grad_checkpointing else call
         with self._arithmetic():
             features = self.decoder(list(stages))

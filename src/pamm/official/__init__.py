@@ -42,30 +42,33 @@ def load(
     facts: Mapping[str, Any] | None = None,
     published: str | None = None,
 ) -> MultiTaskModel:
-    """A published checkpoint as a network in eval mode, with its `load_report`.
+    """Load a published checkpoint as a network in eval mode.
 
-    The system, its tasks, channels, widths, depths, state size, experts and stages are told from keys and shapes; the
-    arguments are what these cannot tell.
+    Keys and shapes determine the system, its tasks, channels, widths, depths, state size, experts and stages. The arguments give
+    the rest.
 
     Args:
-        state_dict_or_path: tensors by name, a whole checkpoint that holds them under "model" or "state_dict", or the file of
-            either (`torch.save` or safetensors; nothing in a file is executed). What wrappers put into names (`module.`,
-            `model.`, `_orig_mod.`) is taken off.
-        image_size: height and width, pixels, the network is built for; default the checkpoint's own, where it is square.
+        state_dict_or_path: tensors by name; a whole checkpoint with them under "model" or "state_dict"; or a file of either
+            (`torch.save` or safetensors; no code in a file is executed). Prefixes of wrappers (`module.`, `model.`,
+            `_orig_mod.`) are removed.
+        image_size: (H, W) of the network's images, pixels; default the checkpoint's own, if it is square.
         num_heads: attention heads of a vision transformer; default its width / 64.
-        scan: PAMM's scan orders, those of its published code: "hilbert" (default), "snake" or "morton", which are h, s and z
-            there.
-        extras: tensors that the training held and the checkpoint lacks, under the checkpoint's naming (released PAMM: A_log0,
-            D0, task_prompt_B, task_prompt_C; without them −(1..N), 1, 0, 0).
-        checkpoint_size: height and width the checkpoint was trained at, where it differs from `image_size` and cannot be
-            told; else the grid of tokens whose proportions come nearest is taken.
-        facts: what neither keys nor shapes tell of MLoRE, InvPT and TaskPrompter, by name (`SYSTEMS[name].FACTS` lists them
-            with their meaning and where each is written), e.g. {"num_heads": 16, "topk": 9}.
-        published: the data set whose published configuration the facts not given are taken from: "pascal", "nyud" or
-            "cityscapes".
+        scan: PAMM's scan orders, those of its published code: "hilbert" (default), "snake" or "morton", there called h, s and
+            z.
+        extras: tensors that existed in training and are missing from the checkpoint, under the checkpoint's names (released
+            PAMM: A_log0, D0, task_prompt_B, task_prompt_C; default −(1..N), 1, 0, 0).
+        checkpoint_size: (H, W) of the training images, if it differs from `image_size` and the checkpoint does not show it;
+            default the grid of tokens with the nearest proportions.
+        facts: properties of MLoRE, InvPT and TaskPrompter that neither keys nor shapes show, by name, e.g. {"num_heads": 16,
+            "topk": 9}. `SYSTEMS[name].FACTS` lists them with their meaning and their source.
+        published: data set whose published configuration gives the missing facts: "pascal", "nyud" or "cityscapes".
 
-    Raises OfficialError: no readable checkpoint of a known system, a key that is missing, unknown or of another shape, an
-    argument that does not fit.
+    Returns:
+        The network, with its `load_report`.
+
+    Raises:
+        OfficialError: not a readable checkpoint of a known system; a missing or unknown key, or one of another shape; an
+            argument that does not fit.
     """
     state = read_state(state_dict_or_path)
     options = {"image_size": image_size, "num_heads": num_heads, "scan": scan, "extras": extras}
@@ -105,14 +108,20 @@ def _arguments(
 
 @contextmanager
 def intermediates(model: MultiTaskModel) -> Iterator[dict[str, Tensor]]:
-    """Intermediate results by name, of the last forward pass inside the `with` block.
-
-    Names and shapes: the decoder's `observe`, e.g. `ReleasedDecoder.observe` for the released PAMM.
-    Raises OfficialError for a decoder without `observe`.
+    """Context manager for the intermediate results of the last forward pass inside it.
 
         with intermediates(model) as maps:
             model(image)
         maps["B.0.semseg"]
+
+    Args:
+        model: a network made by `load`.
+
+    Yields:
+        Name → tensor. The decoder's `observe` lists names and shapes, e.g. `ReleasedDecoder.observe`.
+
+    Raises:
+        OfficialError: the decoder has no `observe`.
     """
     maps: dict[str, Tensor] = {}
     observe: Any = getattr(model.decoder, "observe", None)
