@@ -97,7 +97,7 @@ class MultiTaskModel(nn.Module, ModelHubMixin, library_name="pamm", tags=["multi
         """
         run = checkpointed if self.grad_checkpointing else call
         with self._arithmetic():
-            features = self.decoder(list(stages))
+            features = dict(self.decoder(list(stages)))  # a copy: hooks may hold the decoder's own
             outputs = {task: run(head, features.pop(task)) for task, head in self.heads.items()}
         outputs |= features  # what is left is for the losses
         return {name: x if name.startswith(LOSS) else resize(x, size) for name, x in outputs.items()}
