@@ -160,11 +160,11 @@ def test_a_needed_fact_that_is_missing_is_told_with_its_place(name, fact):
     [
         ("mlore_pascal", {"topk": 16}, "topk: found 16, expected 1 to the number of experts, 15"),
         ("mlore_pascal", {"topk": "nine"}, "expected a whole number: experts kept"),
-        ("mlore_pascal", {"ranks": [1, 2]}, "the checkpoint's shapes tell"),
+        ("mlore_pascal", {"ranks": [1, 2]}, "the checkpoint's shapes show"),
         ("mlore_pascal", {"chan_nheads": 1}, "found 'chan_nheads', mlore has num_heads, taps, topk"),
         ("invpt_pascal", {"num_heads": 5}, "num_heads: found 5, expected a divisor of the width, 32"),
         ("invpt_pascal", {"taps": [1, 2, 3]}, "expected 4 increasing numbers up to 4"),
-        ("taskprompter_pascal", {"use_ctr": False}, "shapes tell True"),
+        ("taskprompter_pascal", {"use_ctr": False}, "shapes show True"),
         ("taskprompter_cityscapes", {"chan_nheads": 4}, "chan_nheads"),
     ],
 )

@@ -142,12 +142,18 @@ class Stage(nn.Module):
 
 
 class InvPTDecoder(nn.Module):
-    """Stage maps of the backbone, of which the first, the second and the last are read → one feature map per task at 1/4.
+    """Stage maps of the backbone (the first, the second and the last are used) → one feature map per task at 1/4 of the image.
 
-    outputs: channels of every task's prediction, in order.
+    Attributes:
+        grad_checkpointing: a stage's activations are computed again in the backward pass instead of kept.
 
-    `grad_checkpointing`: a stage's activations are computed again in the backward pass
-    instead of kept. Raises ConfigError.
+    Args:
+        config: settings of the decoder.
+        channels: channels of the stage maps.
+        outputs: task name → channels of its prediction, in order.
+
+    Raises:
+        ConfigError: settings that do not fit together.
     """
 
     grad_checkpointing = False
@@ -171,7 +177,14 @@ class InvPTDecoder(nn.Module):
 
     @staticmethod
     def projection(width: int) -> nn.Sequential:
-        """What every task's sum goes through."""
+        """The layers after every task's sum.
+
+        Args:
+            width: channels.
+
+        Returns:
+            The layers.
+        """
         conv = nn.Conv2d(width, width, 3, padding=1)
         nn.init.trunc_normal_(conv.weight, std=0.02)
         return nn.Sequential(conv, JoinedBatchNorm2d(width), nn.ReLU())
@@ -202,7 +215,16 @@ class InvPTDecoder(nn.Module):
         return found
 
     def at_quarter(self, number: int, maps: list[Tensor], size: tuple[int, int]) -> list[Tensor]:
-        """A stage's maps, normalised over the channels of all tasks together, in D_0 channels and at `size`."""
+        """Normalise a stage's maps over the channels of all tasks together, and bring them to D_0 channels and `size`.
+
+        Args:
+            number: number of the stage, from 0.
+            maps: a map (B, D_s, h, w) per task.
+            size: height and width of the result.
+
+        Returns:
+            A map (B, D_0, *size) per task.
+        """
         joined = self.norms[number](torch.cat(maps, dim=1).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         normal = joined.chunk(len(maps), dim=1)
         if number:
@@ -210,11 +232,15 @@ class InvPTDecoder(nn.Module):
         return [resized(x, size) for x in normal]
 
     def observe(self, maps: dict[str, Tensor]) -> list[RemovableHandle]:
-        """Let every forward pass write its intermediate results into `maps`, until the returned handles are removed.
+        """Collect the intermediate results of every forward pass, until the returned handles are removed.
 
-        `tokens.<k>` (B, L, C) the backbone's maps; for task t `preliminary.<t>` (B, E, h, w), `inter.<t>` its intermediate
-        prediction, `mix.<t>` (B, D_0, h, w) both mixed, `feature.<t>` (B, D_0, 8h, 8w); for stage s `scores.<s>`
-        (B, heads, T·queries, keys) and `stage.<s>.<t>` (B, D_s, ·, ·).
+        Args:
+            maps: is filled with `tokens.<k>` (B, L, C), the backbone's maps; for task t with `preliminary.<t>` (B, E, h, w),
+                `inter.<t>`, its intermediate prediction, `mix.<t>` (B, D_0, h, w), both mixed, and `feature.<t>` (B, D_0, 8h, 8w);
+                for stage s with `scores.<s>` (B, heads, T·queries, keys) and `stage.<s>.<t>` (B, D_s, ·, ·).
+
+        Returns:
+            Handles of the hooks.
         """
 
         def write(name: str) -> Callable[[nn.Module, tuple, Tensor], None]:

@@ -95,7 +95,18 @@ class MLoREBlock(nn.Module):
 class MLoREDecoder(nn.Module):
     """Stage maps of the backbone → one feature map per task.
 
-    `grad_checkpointing`: a block's activations are computed again in the backward pass instead of kept.
+    Attributes:
+        grad_checkpointing: a block's activations are computed again in the backward pass instead of kept.
+
+    Args:
+        config: settings of the decoder.
+        channels: channels of the stage maps.
+        grid: rows and columns of tokens that the routers' weights of positions belong to.
+        stages: number of stage maps S.
+        tasks: names of the tasks.
+
+    Raises:
+        ConfigError: settings that do not fit together.
     """
 
     grad_checkpointing = False
@@ -125,11 +136,15 @@ class MLoREDecoder(nn.Module):
         return outputs
 
     def observe(self, maps: dict[str, Tensor]) -> list[RemovableHandle]:
-        """Let every forward pass write its intermediate results into `maps`, until the returned handles are removed.
+        """Collect the intermediate results of every forward pass, until the returned handles are removed.
 
-        For stage s, task t and block b, 1 or 2: `tokens.<s>` (B, L, C) and `map.<s>` (B, d, h, w) entering; `router<b>.<s>.<t>`
-        (B, 2E + 1) logits, noise scales and mix; `route<b>.<s>.<t>` (B, E) the experts' weights; `block<b>.<s>.<t>`
-        (B, d, h, w) leaving; `mask.<t>` (B, S, h, w) the weights of the stages.
+        Args:
+            maps: is filled, for stage s, task t and block b (1 or 2), with `tokens.<s>` (B, L, C) and `map.<s>` (B, d, h, w), the
+                input; `router<b>.<s>.<t>` (B, 2E + 1), logits, noise scales and mix; `route<b>.<s>.<t>` (B, E), the experts'
+                weights; `block<b>.<s>.<t>` (B, d, h, w), the output; `mask.<t>` (B, S, h, w), the weights of the stages.
+
+        Returns:
+            Handles of the hooks.
         """
 
         def write(

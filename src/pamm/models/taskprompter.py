@@ -1,7 +1,7 @@
 """TaskPrompter: Spatial-Channel Multi-Task Prompting (Ye and Xu, ICLR 2023): a ViT with task prompts, and the decoder.
 
 The paper's Fig. 2 from left to right: prompts of the tasks go through the transformer beside the image's tokens → the raw scores of
-their attention weigh the features of four levels → the sum of the levels → `ConvHead`. The backbone hands out a `Level` in the
+their attention weigh the features of four levels → the sum of the levels → `ConvHead`. The backbone returns a `Level` in the
 place of a map. Where the paper and the published code differ, this is the code, whose weights are published.
 
 Letters in shapes: B batch, T tasks, C channels of a level, H heads, h×w its map, L = h·w, e level width, f width of the features,
@@ -180,11 +180,17 @@ class LevelDecoder(nn.Module):
 
 
 class TaskPrompterDecoder(nn.Module):
-    """Levels of the prompted backbone → one feature map per task, the sum of the levels at the size of the first.
+    """Levels of the prompted backbone → one feature map per task: the sum of the levels at the size of the first.
 
-    channels, heads: of each level.
+    Attributes:
+        grad_checkpointing: a level's activations are computed again in the backward pass instead of kept.
 
-    `grad_checkpointing`: a level's activations are computed again in the backward pass instead of kept.
+    Args:
+        config: settings of the decoder.
+        channels: channels of each level.
+        heads: attention heads of each level.
+        tasks: names of the tasks.
+        upsample: double the resolution of each level's features, and pass their sum through a Conv3×3 per task.
     """
 
     grad_checkpointing = False
@@ -216,11 +222,15 @@ class TaskPrompterDecoder(nn.Module):
         return sums if self.project is None else {task: self.project[task](x) for task, x in sums.items()}
 
     def observe(self, maps: dict[str, Tensor]) -> list[RemovableHandle]:
-        """Let every forward pass write its intermediate results into `maps`, until the returned handles are removed.
+        """Collect the intermediate results of every forward pass, until the returned handles are removed.
 
-        For level l: `tokens.<l>` (B, L, C), `prompts.<l>` (B, T, C), `spatial.<l>` (B, H, T, L), of a Swin (B, H, T, h, w),
-        `channel.<l>` (B, T, C, m, m), `cross.<l>` (B, H, T, T); for task t `fuse.<l>.<t>` before and `level.<l>.<t>` after the
-        cross-task reweighting, (B, f, ·, ·).
+        Args:
+            maps: is filled, for level l, with `tokens.<l>` (B, L, C), `prompts.<l>` (B, T, C), `spatial.<l>` (B, H, T, L), of a Swin
+                (B, H, T, h, w), `channel.<l>` (B, T, C, m, m) and `cross.<l>` (B, H, T, T); for task t with `fuse.<l>.<t>` before
+                and `level.<l>.<t>` after the cross-task reweighting, (B, f, ·, ·).
+
+        Returns:
+            Handles of the hooks.
         """
 
         def enter(number: int, inputs: tuple[Level]) -> None:

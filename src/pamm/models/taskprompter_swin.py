@@ -139,7 +139,7 @@ class Merging(nn.Module):
 class PromptedSwin(Backbone):
     """A Swin Transformer whose windows hold prompts of the tasks as well; a stage is a `Level`.
 
-    The first stages are handed out as the patch merging leaves them, the last one through the final norm. The image is first
+    The first stages are the outputs of the patch merging, the last one passes the final norm. The image is first
     resized by `image_ratio`, to whole tokens of the last stage: it takes any size.
     """
 

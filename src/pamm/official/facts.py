@@ -1,4 +1,4 @@
-"""What neither the keys nor the shapes of a checkpoint tell: the user does, or a published configuration."""
+"""Facts that neither the keys nor the shapes of a checkpoint show: from the user, or from a published configuration."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Fact:
     kind: type
     """int, float, bool, or tuple for whole numbers."""
     meaning: str
-    """What it is, in words."""
+    """Its meaning, in words."""
     where: str = "the shapes"
     """Where it is written, in words."""
 
@@ -40,11 +40,11 @@ class Published:
     data: str
     """Its data set."""
     sizes: tuple[int, ...]
-    """What a checkpoint's shapes tell of it."""
+    """Its sizes, which a checkpoint's shapes show."""
     image: tuple[int, int]
     """Height and width of its images, pixels."""
     facts: Mapping[str, Any]
-    """What they do not tell."""
+    """Facts that the shapes do not show."""
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Facts:
     published: str | None = None
     """The data set whose configuration was named."""
     notices: list[str] = field(default_factory=list)
-    """What was taken from elsewhere than the user."""
+    """Facts that the user did not give, and their source, in words."""
 
     def __post_init__(self) -> None:
         data_sets = ", ".join(dict.fromkeys(c.data for c in self.configurations))
@@ -88,7 +88,7 @@ class Facts:
         return self.chosen[0].image if self.chosen else None
 
     def need(self, name: str, assumed: Any = None, why: str = "") -> Any:
-        """The value given, published or `assumed`; of the last the notices tell, with `why`. Raises OfficialError without any."""
+        """The value given, published or `assumed` (a notice then gives `why`). Raises OfficialError without any."""
         if name in self.given:
             return self.given[name]
         values = {c.facts[name] for c in self.chosen if name in c.facts}
@@ -102,21 +102,21 @@ class Facts:
         data_sets = " or ".join(dict.fromkeys(c.data for c in self.configurations))
         fact = self.known[name]
         raise OfficialError(
-            f"{name} ({fact.meaning}) is told by neither the keys nor the shapes of this checkpoint of {self.system}. It is "
+            f"{name} ({fact.meaning}) is shown by neither the keys nor the shapes of this checkpoint of {self.system}. It is "
             f"written in {fact.where}. Give facts={{'{name}': …}} (--facts {name}=…); for a checkpoint of a published "
             f"configuration, published='…' (--published {data_sets}) does"
         )
 
     def told(self, **values: Any) -> None:
-        """Compare what is given with what the shapes tell. Raises OfficialError where they differ."""
+        """Compare the given facts with those that the shapes show. Raises OfficialError if they differ."""
         for name, value in values.items():
             found = self.given.get(name, value)
             if found != value:
                 raise OfficialError(
-                    f"facts: found {name} = {shown(found)}, but the checkpoint's shapes tell {shown(value)}; leave it out"
+                    f"facts: found {name} = {shown(found)}, but the checkpoint's shapes show {shown(value)}; leave it out"
                 )
 
 
 def shape_facts(**meanings: str) -> dict[str, Fact]:
-    """Facts that shapes tell, which need not be given: name → a whole number, or a list of them where it is a plural."""
+    """Facts that shapes show, which need not be given: name → a whole number, or a list of them where it is a plural."""
     return {name: Fact(tuple if name.endswith("s") else int, meaning) for name, meaning in meanings.items()}

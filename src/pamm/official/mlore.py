@@ -114,7 +114,7 @@ def table(own: Mapping[str, Tensor], tasks: list[str], ranks: tuple[int, ...]) -
 
 
 def inspect_decoder(state: Mapping[str, Tensor], facts: Facts, tasks: list[str]) -> MLoREConfig:
-    """The decoder's settings, as the first block and the facts tell them. Raises OfficialError."""
+    """The decoder's settings, from the first block and the facts. Raises OfficialError."""
     first = "backbone.MLoRE_1.0"
     width = shape_of(state, "backbone.fea_fuse.0.weight", 4, SYSTEM)[0]
     count = len(numbers_of(state, rf"{re.escape(first)}\.lora_list_1\.(\d+)\..+"))

@@ -126,7 +126,7 @@ def inner_size(size: tuple[int, int], ratio: float, stride: int) -> tuple[int, i
 
 
 def inspect_backbone(state: Mapping[str, Tensor], facts: Facts, embed_dim: int, patch_size: int) -> BackboneConfig:
-    """The Swin Transformer, as shapes tell it. Raises OfficialError."""
+    """The Swin Transformer, from shapes. Raises OfficialError."""
     count = len(numbers_of(state, r"backbone\.layers\.(\d+)\..+"))
     depths = tuple(len(numbers_of(state, rf"backbone\.layers\.{s}\.blocks\.(\d+)\..+")) for s in range(count))
     table = "backbone.layers.{}.blocks.0.attn.relative_position_bias_table"

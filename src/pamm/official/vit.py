@@ -59,7 +59,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ViTLayout:
-    """What shapes tell of the vision transformer."""
+    """Properties of the vision transformer from shapes."""
 
     embed_dim: int
     depth: int
@@ -84,7 +84,7 @@ def inspect_vit(state: Mapping[str, Tensor], system: str) -> ViTLayout:
 def vit_config(
     layout: ViTLayout, facts: Facts, stages: int, *, class_token: bool, heads: int | None = None
 ) -> BackboneConfig:
-    """The vision transformer; `heads` where shapes tell its attention heads. Raises OfficialError."""
+    """The vision transformer; `heads` if shapes show its attention heads. Raises OfficialError."""
     facts.told(embed_dim=layout.embed_dim, depth=layout.depth)
     if heads:
         facts.told(num_heads=heads)
@@ -140,7 +140,7 @@ def read_vit(
         table: our tensors and the tasks' names → their key's place.
         unused: pattern of keys that the network has no use for → why.
         sizes: image_size and checkpoint_size, (H, W), as given to `load`.
-        notices: what the report tells beside the facts.
+        notices: notices of the report besides the facts.
         change: brings their tensors from the checkpoint's grid to the network's; default `on_grid`.
     """
     patch_size = config.backbone.patch_size
