@@ -225,9 +225,9 @@ class TaskPrompterDecoder(nn.Module):
         """Collect the intermediate results of every forward pass, until the returned handles are removed.
 
         Args:
-            maps: is filled, for level l, with `tokens.<l>` (B, L, C), `prompts.<l>` (B, T, C), `spatial.<l>` (B, H, T, L) (of a
-                Swin (B, H, T, h, w)), `channel.<l>` (B, T, C, m, m) and `cross.<l>` (B, H, T, T); for task t with `fuse.<l>.<t>` before
-                and `level.<l>.<t>` after the cross-task reweighting, (B, f, ·, ·).
+            maps: is filled for level l with `tokens.<l>` (B, L, C), `prompts.<l>` (B, T, C), `spatial.<l>` (B, H, T, L) (of a
+                Swin (B, H, T, h, w)), `channel.<l>` (B, T, C, m, m) and `cross.<l>` (B, H, T, T); for task t with
+                `fuse.<l>.<t>` before and `level.<l>.<t>` after the cross-task reweighting, (B, f, ·, ·).
 
         Returns:
             Handles of the hooks.
