@@ -200,7 +200,7 @@ def notes(plan: Plan, results: Sequence[RowResult], protocol: str) -> list[str]:
 
 
 def printed_notes(plan: Plan) -> list[str]:
-    """In what the table's figures and the printed ones were measured differently."""
+    """Differences between the measuring conditions of the table's figures and of the printed ones."""
     printed = printed_table(plan.table)
     if not printed or not plan.runs:
         return []

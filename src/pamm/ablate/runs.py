@@ -37,7 +37,7 @@ class Run:
     folder: Path
 
     def state(self) -> str:
-        """FINISHED, BEGUN or ABSENT, or in words what the folder holds instead."""
+        """FINISHED, BEGUN or ABSENT, or another content of the folder in words."""
         written = self.folder / "experiment.yaml"
         if not written.exists():
             return ABSENT

@@ -74,7 +74,7 @@ def _measured(run: Run, split: str, tasks: list[str], own: Mapping[str, Any]) ->
 
 
 def measure_all(plan: Plan, *, progress: bool, say: Callable[[str], None]) -> dict[str, str]:
-    """Measure every finished run on its splits, where that was not done; label → what kept a row from it."""
+    """Measure every finished run on its splits, once; returns label of a row → reason of a failure."""
     failed: dict[str, str] = {}
     for run in {run.folder: run for run in plan.runs if run.state() == FINISHED}.values():
         own = run.content() or {}  # finished: it has one

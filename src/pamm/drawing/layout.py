@@ -93,7 +93,7 @@ def compose(
 
 
 def empty_tile(size: tuple[int, int], text: str, *, tile: int = TILE) -> Image.Image:
-    """A pale picture of (width, height) with a text in its middle: what stands where there is nothing to show."""
+    """A pale picture of (width, height) with a text in its middle, for a missing picture."""
     picture = Image.new("RGB", size, PALE)
     _write(picture, text, (size[0] / 2, size[1] / 2), Scale(tile).small, fill=SOFT, anchor="mm")
     return picture

@@ -20,7 +20,7 @@ class PlotError(PammError, ImportError):
 
 
 def check_plots() -> None:
-    """Raise PlotError where matplotlib is not installed: before anything is spent."""
+    """Raise PlotError if matplotlib is not installed. Call it before any work."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:

@@ -20,7 +20,7 @@ from pamm.nn.replace import taking_over
 from pamm.runtime.distributed import world_size
 
 TILE = 32
-"""Side of the tiles of the large map that are made one after the other on a CPU where no gradient is needed."""
+"""Side of the tiles of the large map. Without gradients, a CPU computes one tile after the other."""
 
 
 class SmallMapHead(ConvHead):

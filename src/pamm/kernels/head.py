@@ -211,7 +211,7 @@ def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> Non
 
 
 def _backward(ctx: Any, dlogits: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
-    """By torch where these gradients are to have gradients of their own."""
+    """Gradients by the kernel, or by torch if they need gradients of their own."""
     if dlogits is None:
         return (None,) * 7
     *inputs, mean, variance = ctx.saved_tensors
@@ -270,7 +270,7 @@ def _run(part: str, small: Tensor, size: list[int], outputs: int, arrays: dict[s
 
 
 def _check(small: Tensor, size: list[int], outputs: int, arrays: dict[str, Tensor]) -> None:
-    """Raises ValueError for what the kernel would read or write wrongly."""
+    """Raises ValueError for arguments that the kernel would read or write wrongly."""
     height, width, scale = size
     if (
         small.dim() != 3

@@ -31,7 +31,7 @@ FEWEST_ROWS, SMALLEST_WEIGHT = 32, 1 << 15
 """Rows and weights of a product from which on it pays: the kernel copies both first."""
 
 WIDEST = 384
-"""Columns of a job's block of the result, at most: what they are multiplied with stays in the second cache."""
+"""Largest number of columns of a job's block of the result; their factors then stay in the second cache."""
 
 STEP_ROWS, STEP_COLUMNS = 12, 32
 """Rows and columns of blocks are multiples of these."""
@@ -184,7 +184,7 @@ def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """Each gradient in its operand's layout. By torch where these gradients are to have gradients of their own."""
+    """Each gradient in its operand's layout; by torch if the gradients need gradients of their own."""
     a, b = ctx.saved_tensors
     of_a, of_b, of_bias, _ = ctx.needs_input_grad
     return (
@@ -205,7 +205,7 @@ def _gradient(a: Tensor, b: Tensor, operand: Tensor) -> Tensor:
 
 
 def _check(a: Tensor, b: Tensor, bias: Tensor | None, turned: bool) -> None:
-    """Raises ValueError for what the kernel would read wrongly."""
+    """Raises ValueError for arguments that the kernel would read wrongly."""
     tensors = [a, b] if bias is None else [a, b, bias]
     fitting = (
         a.dim() == b.dim() == 3

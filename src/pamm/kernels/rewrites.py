@@ -20,7 +20,7 @@ Choice = Literal["auto", "off"]
 
 @dataclass(frozen=True)
 class Rewrite:
-    """One kind of module and what is faster."""
+    """A kind of module, and its faster replacement."""
 
     name: str
     """The computation."""
@@ -33,7 +33,7 @@ class Rewrite:
     kernel: Kernel
     """The C kernel; a rewrite without objection does without one in torch."""
     trains: bool = True
-    """Whether it is also faster where gradients are asked for."""
+    """Whether it is also faster in training."""
 
 
 REWRITES = (

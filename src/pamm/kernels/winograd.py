@@ -160,7 +160,7 @@ def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """By torch where these gradients are to have gradients of their own."""
+    """Gradients by the kernel, or by torch if they need gradients of their own."""
     x, weight = ctx.saved_tensors
     of_x, of_weight, of_bias = ctx.needs_input_grad
     if torch.is_grad_enabled():
@@ -178,7 +178,7 @@ kernel_convolution.register_autograd(_backward, setup_context=_keep)
 
 
 def _check(x: Tensor, channels: int, tensors: list[Tensor]) -> None:
-    """Raises ValueError for what the kernel would read wrongly."""
+    """Raises ValueError for arguments that the kernel would read wrongly."""
     if x.shape[1] != channels or channels == 0 or any(tensor.dtype != torch.float32 for tensor in tensors):
         found = ", ".join(f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in tensors)
         raise ValueError(f"found {found}; expected maps of {max(channels, 1)} channels, all float32")

@@ -101,11 +101,11 @@ def _mtmamba(decoder: MTMambaDecoder) -> Plan:
 
 
 PLANS: dict[type, Callable[..., Plan]] = {PAMMDecoder: _pamm, ReleasedDecoder: _released, MTMambaDecoder: _mtmamba}
-"""Decoder class → where to look in it."""
+"""Decoder class → the modules to read in it."""
 
 
 def plan_of(model: MultiTaskModel) -> Plan:
-    """Where to look in a model's decoder. Raises LookError for a decoder of another package."""
+    """The modules to read in a model's decoder. Raises LookError for a decoder of another package."""
     kind = type(model.decoder)
     if kind not in PLANS:
         known = ", ".join(known.__name__ for known in PLANS)

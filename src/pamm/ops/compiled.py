@@ -38,7 +38,7 @@ _torch_alone = ContextVar("torch_alone", default=False)
 
 @contextmanager
 def torch_alone() -> Iterator[None]:
-    """Inside, no C kernel stands for torch's layers: what they compute is the same on every machine, and can be counted."""
+    """Context manager: only torch's own operators run, without C kernels. Results and counts are those of every machine."""
     token = _torch_alone.set(True)
     try:
         yield
@@ -49,7 +49,7 @@ def torch_alone() -> Iterator[None]:
 def left_to_torch() -> bool:
     """Whether this call must consist of torch's own operators.
 
-    So it is in a graph that may run on another machine, with derivatives in forward mode, under the transforms of torch.func
+    This holds for a graph that may run on another machine, for derivatives in forward mode, under the transforms of torch.func
     and inside `torch_alone`.
     """
     if exporting() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage] (documented)
