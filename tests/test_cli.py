@@ -96,7 +96,7 @@ def test_a_folder_of_photographs_trains_and_evaluates(photographs, tmp_path, cap
 @pytest.mark.slow
 def test_boundaries_are_measured_on_the_benchmarks_own_list(shared, tmp_path, capsys):
     parts, ids = shared / "data" / "pascal_part", ["2008_000652", "2008_001978", "2008_005643"]
-    make_pascal(tmp_path / "PASCALContext", parts, ids, lambda id: image_size(parts / f"{id}.jpg"))
+    make_pascal(tmp_path / "PASCALContext", parts, ids, lambda image_id: image_size(parts / f"{image_id}.jpg"))
     write_ids(tmp_path / "PASCALContext" / "ImageSets" / "Context" / "test_new.txt", ids[-1:])
     pascal = [
         "--data.name",

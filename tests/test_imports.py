@@ -177,6 +177,20 @@ def test_public_names(name):
     assert getattr(pamm, name).__doc__
 
 
+def test_every_error_of_this_package_is_a_pamm_error():
+    bases = {
+        node.name: {ast.unparse(base) for base in node.bases}
+        for file in SOURCE.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ClassDef)
+    }
+    known = {"PammError"}
+    while more := {name for name, own in bases.items() if own & known} - known:
+        known |= more
+    errors = {name for name, own in bases.items() if any(base.endswith(("Error", "Exception")) for base in own)}
+    assert errors - {"PammError"} <= known and len(errors) > 15
+
+
 def test_import_is_lazy():
     code = "import sys, pamm; sys.exit(bool({'torch', 'numpy', 'timm'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

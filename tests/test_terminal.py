@@ -106,8 +106,8 @@ HELP = [(*command.split(), "--help") for command in ("", *COMMANDS, "train demo"
         (["recipes"], {"PYTHONUNBUFFERED": "1"}),
         (HELP[-1], {}),
         *(
-            pytest.param(help, environment, marks=pytest.mark.exhaustive)
-            for help in HELP[:-1]
+            pytest.param(command, environment, marks=pytest.mark.exhaustive)
+            for command in HELP[:-1]
             for environment in ({}, {"PYTHONUNBUFFERED": "1"})
         ),
     ],

@@ -161,12 +161,12 @@ def parse_experiment(name: str, arguments: list[str]) -> tuple[Experiment, argpa
         raise SystemExit(0)
     if not arguments or arguments[0].startswith("-"):
         own.error(f"give the recipe first: pamm {name} RECIPE [options]")
-    plain, rest = own.parse_known_args(arguments)
+    args, rest = own.parse_known_args(arguments)
     from pamm.config.recipes import named_experiment
 
-    experiment = named_experiment(plain.recipe)
-    if plain.tasks:
-        chosen = split_names(plain.tasks)
+    experiment = named_experiment(args.recipe)
+    if args.tasks:
+        chosen = split_names(args.tasks)
         unknown = [task for task in chosen if task not in experiment.tasks]
         if unknown:
             raise ConfigError(
@@ -174,14 +174,14 @@ def parse_experiment(name: str, arguments: list[str]) -> tuple[Experiment, argpa
             )
         experiment = replace(experiment, tasks={task: experiment.tasks[task] for task in chosen})
     leaves = ("init", "freeze", "device", "devices", "precision")
-    given = {name: value for name in leaves if (value := getattr(plain, name)) is not None}
-    root = experiment.data.root if plain.root is None else plain.root
+    given = {name: value for name in leaves if (value := getattr(args, name)) is not None}
+    root = experiment.data.root if args.root is None else args.root
     experiment = replace(experiment, data=replace(experiment.data, root=root), train=replace(experiment.train, **given))
-    experiment = with_overrides(experiment, rest, f"pamm {name} {plain.recipe}")
-    is_file = Path(plain.recipe).suffix in (".yaml", ".yml")
-    if experiment.data.name == "folder" and not (plain.tasks or is_file):
+    experiment = with_overrides(experiment, rest, f"pamm {name} {args.recipe}")
+    is_file = Path(args.recipe).suffix in (".yaml", ".yml")
+    if experiment.data.name == "folder" and not (args.tasks or is_file):
         experiment = with_tasks_of_folder(experiment)
-    return experiment, plain
+    return experiment, args
 
 
 def with_tasks_of_folder(experiment: Experiment) -> Experiment:
@@ -218,9 +218,11 @@ def with_overrides(experiment: Experiment, arguments: list[str], program: str) -
             )
     asks = {"-h", "--help"}.intersection(rest)
     style = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
-    plain = replace(experiment, tasks={name: replace(task, options={}) for name, task in experiment.tasks.items()})
+    without_options = replace(
+        experiment, tasks={name: replace(task, options={}) for name, task in experiment.tasks.items()}
+    )
     text = options_help(experiment) if asks else None
-    parsed = tyro.cli(Experiment, default=plain, args=rest, prog=program, config=style, description=text)
+    parsed = tyro.cli(Experiment, default=without_options, args=rest, prog=program, config=style, description=text)
     options = {name: task.options | given.get(name, {}) for name, task in experiment.tasks.items()}
     tasks = {name: replace(task, options=options[name]) for name, task in parsed.tasks.items()}
     experiment = replace(parsed, tasks=tasks)

@@ -43,7 +43,7 @@ def write_png(path, values):
 
 def write_ids(path, ids):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{id}\n" for id in ids))
+    path.write_text("".join(f"{image_id}\n" for image_id in ids))
 
 
 def snapshot(root):
@@ -64,13 +64,13 @@ def make_nyud(root, ids=("0001", "0002", "0003")):
     """The NYUDv2 packaging, with random values."""
     random = np.random.default_rng(0)
     size = NYUD_SIZE
-    for id in ids:
-        write_png(root / "images" / f"{id}.png", random.integers(0, 256, (*size, 3), dtype=np.uint8))
-        write_png(root / "segmentation" / f"{id}.png", random.integers(0, 41, size, dtype=np.uint8))
-        write_png(root / "normals" / f"{id}.png", random.integers(0, 256, (*size, 3), dtype=np.uint8))
-        write_png(root / "edge" / f"{id}.png", (random.random(size) < 0.1) * np.uint8(255))
+    for image_id in ids:
+        write_png(root / "images" / f"{image_id}.png", random.integers(0, 256, (*size, 3), dtype=np.uint8))
+        write_png(root / "segmentation" / f"{image_id}.png", random.integers(0, 41, size, dtype=np.uint8))
+        write_png(root / "normals" / f"{image_id}.png", random.integers(0, 256, (*size, 3), dtype=np.uint8))
+        write_png(root / "edge" / f"{image_id}.png", (random.random(size) < 0.1) * np.uint8(255))
         (root / "depth").mkdir(exist_ok=True)
-        np.save(root / "depth" / f"{id}.npy", random.uniform(0.7, 9, size).astype(np.float32))
+        np.save(root / "depth" / f"{image_id}.npy", random.uniform(0.7, 9, size).astype(np.float32))
     write_ids(root / "gt_sets" / "train.txt", ids[:-1])
     write_ids(root / "gt_sets" / "val.txt", ids[-1:])
 
@@ -81,21 +81,21 @@ def make_pascal(root, parts, ids, size_of):
     for folder in ("JPEGImages", "human_parts"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     (root / "pascal-context" / "trainval").mkdir(parents=True)
-    for id in ids:
-        (root / "JPEGImages" / f"{id}.jpg").write_bytes((parts / f"{id}.jpg").read_bytes())
-        (root / "human_parts" / f"{id}.mat").write_bytes((parts / f"{id}.mat").read_bytes())
-        height, width = size_of(id)
+    for image_id in ids:
+        (root / "JPEGImages" / f"{image_id}.jpg").write_bytes((parts / f"{image_id}.jpg").read_bytes())
+        (root / "human_parts" / f"{image_id}.mat").write_bytes((parts / f"{image_id}.mat").read_bytes())
+        height, width = size_of(image_id)
         blocks = np.kron(random.integers(1, 460, (height // 40 + 1, width // 40 + 1)), np.ones((40, 40)))
         label_map = blocks[:height, :width].astype(np.uint16)
-        savemat(root / "pascal-context" / "trainval" / f"{id}.mat", {"LabelMap": label_map})
+        savemat(root / "pascal-context" / "trainval" / f"{image_id}.mat", {"LabelMap": label_map})
         semseg = random.integers(0, 21, (height, width), dtype=np.uint8)
         semseg[:5] = 255
-        write_png(root / "semseg" / "pascal-context" / f"{id}.png", semseg)
+        write_png(root / "semseg" / "pascal-context" / f"{image_id}.png", semseg)
         saliency = random.integers(0, 256, (height, width), dtype=np.uint8)
         saliency[0, :2] = (127, 128)
-        write_png(root / "sal_distill" / f"{id}.png", saliency)
+        write_png(root / "sal_distill" / f"{image_id}.png", saliency)
         normals = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        write_png(root / "normals_distill" / f"{id}.png", normals)
+        write_png(root / "normals_distill" / f"{image_id}.png", normals)
     write_ids(root / "ImageSets" / "Context" / "train.txt", ids[:-2])
     write_ids(root / "ImageSets" / "Context" / "val.txt", ids[-2:])
 
@@ -106,10 +106,10 @@ def make_cityscapes(root, size=(64, 128), cities=("aachen", "ulm"), images=2):
     for split in ("train", "val"):
         for city in cities:
             for number in range(images):
-                id = f"{split}/{city}/{city}_{number:06d}_000019"
-                write_png(root / "leftImg8bit" / f"{id}_leftImg8bit.png", random.integers(0, 256, (*size, 3), np.uint8))
+                image_id = f"{split}/{city}/{city}_{number:06d}_000019"
+                write_png(root / "leftImg8bit" / f"{image_id}_leftImg8bit.png", random.integers(0, 256, (*size, 3), np.uint8))
                 blocks = np.kron(random.integers(0, 34, (size[0] // 8, size[1] // 8)), np.ones((8, 8)))
-                write_png(root / "gtFine" / f"{id}_gtFine_labelIds.png", blocks.astype(np.uint8))
+                write_png(root / "gtFine" / f"{image_id}_gtFine_labelIds.png", blocks.astype(np.uint8))
                 disparity = random.integers(2, 126 * 256, size).astype(np.uint16)
                 disparity[:4] = 0
-                write_png(root / "disparity" / f"{id}_disparity.png", disparity)
+                write_png(root / "disparity" / f"{image_id}_disparity.png", disparity)

@@ -126,7 +126,7 @@ def test_the_public_data_sets_read_the_values_of_few_bits(tmp_path, bits):
     names = ("leftImg8bit/train/ulm/1_leftImg8bit.png", "gtFine/train/ulm/1_gtFine_labelIds.png")
     write_all(tmp_path / "cityscapes_all", dict(zip(names, (image, few), strict=True)))
     known = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4}  # road, sidewalk, building, wall, fence
-    expected = np.vectorize(lambda id: known.get(id, 255))(values)
+    expected = np.vectorize(lambda image_id: known.get(image_id, 255))(values)
     np.testing.assert_array_equal(first_labels(tmp_path, "cityscapes", ["semseg"])["semseg"][0], expected)
 
 

@@ -347,7 +347,7 @@ def test_a_fraction_of_train_is_the_validation_split(undivided):
         os.unlink(undivided / "train" / "images" / f"{index:03d}.png")
         os.unlink(undivided / "train" / "semseg" / f"{index:03d}.png")
     fewer = open_split(undivided, "val", val_fraction=0.25)
-    assert fewer.ids == [id for id in val.ids if int(id) % 2]
+    assert fewer.ids == [image_id for image_id in val.ids if int(image_id) % 2]
 
 
 def test_where_an_image_goes_is_written_down(undivided):

@@ -47,7 +47,7 @@ def run(config, dataset=None, **place):
 
 
 def ids(steps):
-    return [[id for batch in parts for id in batch.ids] for parts in steps]
+    return [[image_id for batch in parts for image_id in batch.ids] for parts in steps]
 
 
 def assert_equal(a, b):
@@ -58,7 +58,7 @@ def assert_equal(a, b):
 
 
 def test_epochs_follow_each_other_without_a_gap_each_in_its_own_order():
-    stream = [id for step in ids(run(replace(TRAIN, steps=5))) for id in step]
+    stream = [image_id for step in ids(run(replace(TRAIN, steps=5))) for image_id in step]
     assert len(stream) == 20
     first, second = stream[:10], stream[10:]
     assert sorted(first) == sorted(second) == sorted(Numbers().ids)
@@ -98,8 +98,8 @@ def test_length_is_the_number_of_steps_left():
 
 def test_missing_labels_are_ignored_ones():
     batch = next(iter(run(replace(TRAIN, batch=10))))[0]
-    for id, label in zip(batch.ids, batch.labels["sal"], strict=True):
-        assert bool((label == 255).all()) == (int(id) % 2 == 0)
+    for image_id, label in zip(batch.ids, batch.labels["sal"], strict=True):
+        assert bool((label == 255).all()) == (int(image_id) % 2 == 0)
 
 
 @pytest.mark.parametrize(("batch", "accumulate", "world"), [(4, 3, 1), (4, 1, 3), (6, 2, 2), (4, 0, 1)])
@@ -130,7 +130,7 @@ def test_evaluation_takes_every_sample_once(world, workers):
         loader = eval_loader(dataset, transform, rank=rank, world=world, batch_size=4, workers=workers)
         batches = list(loader)
         assert len(batches) == len(loader)
-        assert [id for batch in batches for id in batch.ids] == dataset.ids[rank::world]
+        assert [image_id for batch in batches for image_id in batch.ids] == dataset.ids[rank::world]
         assert all(batch.image.shape[1:] == (3, 32, 32) and batch.sizes[0] == (20, 24) for batch in batches)
-        seen += [id for batch in batches for id in batch.ids]
+        seen += [image_id for batch in batches for image_id in batch.ids]
     assert sorted(seen) == sorted(dataset.ids)

@@ -31,7 +31,7 @@ def root(tmp_path, shared, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     parts = shared / "data" / "pascal_part"
     ids = [PEOPLE[0], PEOPLE[1], NOBODY[0], PEOPLE[2], NOBODY[1]]
-    make_pascal(tmp_path / "PASCALContext", parts, ids, lambda id: image_size(parts / f"{id}.jpg"))
+    make_pascal(tmp_path / "PASCALContext", parts, ids, lambda image_id: image_size(parts / f"{image_id}.jpg"))
     return tmp_path / "PASCALContext"
 
 
@@ -41,8 +41,8 @@ def open_split(root, split="train", names=NAMES):
     return open_dataset(config, split, {name: create_task(name, **options[name]) for name in names})
 
 
-def read_png(root, folder, id):
-    return np.asarray(Image.open(root / folder / f"{id}.png"))
+def read_png(root, folder, image_id):
+    return np.asarray(Image.open(root / folder / f"{image_id}.png"))
 
 
 def test_labels_follow_the_packaging_and_nothing_is_written_into_it(root):
@@ -50,19 +50,19 @@ def test_labels_follow_the_packaging_and_nothing_is_written_into_it(root):
     dataset = open_split(root)
     assert list(dataset.ids) == [PEOPLE[0], PEOPLE[1], NOBODY[0]]
     for sample in (dataset[index] for index in range(3)):
-        id = sample.id
+        image_id = sample.id
         labels = sample.labels
         assert all(tuple(label.shape[-2:]) == sample.size for label in labels.values())
         assert all(label.dtype == dataset.tasks[name].label_dtype for name, label in labels.items())
-        np.testing.assert_array_equal(labels["semseg"][0], read_png(root, "semseg/pascal-context", id))
-        np.testing.assert_array_equal(labels["sal"][0], read_png(root, "sal_distill", id) / 255 > 0.5)
+        np.testing.assert_array_equal(labels["semseg"][0], read_png(root, "semseg/pascal-context", image_id))
+        np.testing.assert_array_equal(labels["sal"][0], read_png(root, "sal_distill", image_id) / 255 > 0.5)
         assert labels["sal"][0, 0, :2].tolist() == [0, 1]
-        label_map = loadmat(root / "pascal-context" / "trainval" / f"{id}.mat")["LabelMap"]
+        label_map = loadmat(root / "pascal-context" / "trainval" / f"{image_id}.mat")["LabelMap"]
         expected = thin(cv2.Laplacian(label_map, cv2.CV_64F) != 0)
         np.testing.assert_array_equal(labels["edge"][0], expected)
         assert 0.01 < expected.mean() < 0.2
         trusted = np.isin(label_map, list(NORMALS_LABELS))
-        normals = 2 * read_png(root, "normals_distill", id).astype(np.float32) / 255 - 1
+        normals = 2 * read_png(root, "normals_distill", image_id).astype(np.float32) / 255 - 1
         normals[~trusted] = 255
         np.testing.assert_allclose(labels["normals"].permute(1, 2, 0), normals, atol=1e-6)
         assert 0.1 < trusted.mean() < 0.9

@@ -46,16 +46,16 @@ def run(tmp_path_factory) -> Path:
     for split in ("train", "val"):
         for kind in ("images", *tasks):
             (folder / "mixed" / split / kind).mkdir(parents=True)
-        for index, id in enumerate(IDS):
+        for index, image_id in enumerate(IDS):
             sample = data[index]
             height, width = SMALL if index % 2 else sample.size
             image = sample.image[:, :height, :width].permute(1, 2, 0).numpy()
-            Image.fromarray(image).save(folder / "mixed" / split / f"images/{id}.png")
+            Image.fromarray(image).save(folder / "mixed" / split / f"images/{image_id}.png")
             for name, label in sample.labels.items():
                 if index in LABELS.get(name, range(len(IDS))):
                     values = tasks[name].truth(label[:, :height, :width]).numpy()
                     suffix, content = tasks[name].label_file(values)
-                    (folder / "mixed" / split / name / f"{id}{suffix}").write_bytes(content)
+                    (folder / "mixed" / split / name / f"{image_id}{suffix}").write_bytes(content)
     (folder / "mixed/dataset.yaml").write_text(yaml.safe_dump({"tasks": {name: options[name] for name in tasks}}))
     mixed = DataConfig(name="folder", root=str(folder / "mixed"), size=(48, 64), fit=True)
     train(replace(experiment(steps=2), data=mixed), folder / "run", progress=False)
@@ -143,11 +143,11 @@ def test_ranked_images_are_those_of_a_full_sort(run, tmp_path):
         half = len(order) // 2
         ids = {side: [one["id"] for one in found[name][side]] for side in ("worst", "best")}
         assert ids == {
-            "worst": [id for _, id, _ in order[: min(2, half)]],
-            "best": [id for _, id, _ in order[::-1][: min(2, len(order) - half)]],
+            "worst": [image_id for _, image_id, _ in order[: min(2, half)]],
+            "best": [image_id for _, image_id, _ in order[::-1][: min(2, len(order) - half)]],
         }
         scores = {one["id"]: one["score"] for side in ("worst", "best") for one in found[name][side]}
-        assert all(scores[id] == score for _, id, score in order if id in scores)
+        assert all(scores[image_id] == score for _, image_id, score in order if image_id in scores)
 
 
 def test_the_page_holds_its_pictures_and_escapes_every_name(run, tmp_path, capsys):

@@ -19,8 +19,8 @@ ROW = {"semseg": {"mIoU": 43.456, "IoU/sky": 86.912, "IoU/tree": 0.0}, "depth": 
 
 def ranking(*ids: str) -> Ranking:
     found = Ranking(2, higher_is_better=True, score="mIoU of the classes that occur")
-    for score, id in enumerate(ids):
-        found.add(id, float(score), lambda: {"image": "data:image/png;base64,AA=="})
+    for score, image_id in enumerate(ids):
+        found.add(image_id, float(score), lambda: {"image": "data:image/png;base64,AA=="})
     return found
 
 

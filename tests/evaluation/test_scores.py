@@ -10,13 +10,13 @@ import torch
 from torch.nn import functional as F
 
 from pamm.evaluation import scores
-from pamm.evaluation.scores import RESOLUTIONS, Shown, TaskScores
+from pamm.evaluation.scores import RESOLUTIONS, ImageResult, TaskScores
 from pamm.tasks import TASKS, create_task
 
 FRAME = (24, 32)
 
 
-def shown(task, size: tuple[int, int], box: tuple[int, int, int, int], seed: int) -> Shown:
+def shown(task, size: tuple[int, int], box: tuple[int, int, int, int], seed: int) -> ImageResult:
     """Random logits in the frame, a random label at the image's size, and the same at the frame's, as `fit` makes it."""
     generator = torch.Generator().manual_seed(seed)
     logits = 3 * torch.randn(1, task.channels, *FRAME, generator=generator)
@@ -31,7 +31,7 @@ def shown(task, size: tuple[int, int], box: tuple[int, int, int, int], seed: int
     top, left, height, width = box
     frame = task.missing(FRAME)
     frame[:, top : top + height, left : left + width] = task.resample(label, (height, width))
-    return Shown(
+    return ImageResult(
         f"image {seed}",
         torch.zeros(3, *FRAME),
         {task.name: frame[None]},
@@ -42,7 +42,7 @@ def shown(task, size: tuple[int, int], box: tuple[int, int, int, int], seed: int
     )
 
 
-def images(task) -> list[Shown]:
+def images(task) -> list[ImageResult]:
     """Two that the frame shrank and one that it holds as it is."""
     return [
         shown(task, (60, 80), (0, 0, 24, 32), 0),
@@ -51,14 +51,14 @@ def images(task) -> list[Shown]:
     ]
 
 
-def measure(task, shown: list[Shown], resolutions) -> dict[str, dict[str, float]]:
+def measure(task, shown: list[ImageResult], resolutions) -> dict[str, dict[str, float]]:
     scores = TaskScores(task, resolutions)
     for one in shown:
         scores.update(one)
     return scores.compute()
 
 
-def at_own_size(task, one: Shown) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def at_own_size(task, one: ImageResult) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Logits brought to the image's size by torch, the label there, and its valid pixels, as arrays (c, H, W)."""
     top, left, height, width = one.box
     logits = one.logits[task.name][..., top : top + height, left : left + width].double()
@@ -125,5 +125,5 @@ def test_strips_of_rows_change_nothing(name: str, monkeypatch) -> None:
 def test_an_image_without_a_label_is_left_out_at_its_own_size() -> None:
     task = create_task("depth")
     one, two, three = images(task)
-    unlabelled = Shown(two.id, two.image, {"depth": task.missing(FRAME)[None]}, two.logits, (70, 80), two.box, {})
+    unlabelled = ImageResult(two.id, two.image, {"depth": task.missing(FRAME)[None]}, two.logits, (70, 80), two.box, {})
     assert measure(task, [one, unlabelled, three], RESOLUTIONS) == measure(task, [one, three], RESOLUTIONS)

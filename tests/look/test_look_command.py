@@ -121,9 +121,9 @@ def data_of(place: Path, tmp_path: Path) -> list[object]:
 
 def test_truths_of_a_data_set_are_drawn_and_missing_ones_told(place, tmp_path, capsys):
     data = data_of(place, tmp_path)
-    for id in ("0", "1"):
-        look(capsys, "predictions", place / "pamm", *data, "--ids", id, "--out", tmp_path / id)
-    with_truth, without = (len(picture(tmp_path / id / "predictions.png")) for id in ("0", "1"))
+    for image_id in ("0", "1"):
+        look(capsys, "predictions", place / "pamm", *data, "--ids", image_id, "--out", tmp_path / image_id)
+    with_truth, without = (len(picture(tmp_path / image_id / "predictions.png")) for image_id in ("0", "1"))
     assert with_truth > without + 100
     look(capsys, "features", place / "pamm", *data, "--count", 2, "--out", tmp_path / "features", "--stages", "fused")
     assert sorted(path.name for path in (tmp_path / "features").glob("*.png")) == ["features_0.png", "features_2.png"]

@@ -43,9 +43,11 @@ def test_stages_are_the_outputs_of_the_timm_model_each_through_its_norm():
     with torch.no_grad():
         raw = plain.forward_intermediates(image, intermediates_only=True)
         stages = ours(image)
-    for number, (stage, map, norm) in enumerate(zip(stages, raw, ours.norms, strict=True)):
+    for number, (stage, raw_map, norm) in enumerate(zip(stages, raw, ours.norms, strict=True)):
         assert stage.shape == (2, 16 << number, 16 >> number, 16 >> number)
-        expected = F.layer_norm(map.movedim(1, -1), norm.normalized_shape, norm.weight, norm.bias, 1e-5).movedim(-1, 1)
+        expected = F.layer_norm(raw_map.movedim(1, -1), norm.normalized_shape, norm.weight, norm.bias, 1e-5).movedim(
+            -1, 1
+        )
         torch.testing.assert_close(stage, expected)
 
 

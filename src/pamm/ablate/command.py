@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 def main(arguments: list[str]) -> int:
     """Run `pamm ablate ARGUMENTS`. Returns 1 where a row failed. Raises ConfigError."""
     own = arguments_parser()
-    plain, overrides = own.parse_known_args(arguments)
-    table = get_table(plain.table)
-    if plain.base and table.fixed:
+    args, overrides = own.parse_known_args(arguments)
+    table = get_table(args.table)
+    if args.base and table.fixed:
         raise ConfigError(f"--base: the rows of '{table.name}' name their recipes; leave it out")
-    if plain.tasks:
-        overrides = ["--tasks", *plain.tasks, *overrides]
-    if plain.split and table.curve:
+    if args.tasks:
+        overrides = ["--tasks", *args.tasks, *overrides]
+    if args.split and table.curve:
         raise ConfigError(f"--split: '{table.name}' shows the evaluations of a training, which are on its own split")
     from pamm.ablate.runs import make_plan, train_all
     from pamm.ablate.splits import check_splits, measure_all
@@ -34,28 +34,28 @@ def main(arguments: list[str]) -> int:
 
     plan = make_plan(
         table,
-        chosen_rows(table, plain.only),
-        base=plain.base or table.base,
-        seeds=plain.seeds,
-        out=plain.out,
+        chosen_rows(table, args.only),
+        base=args.base or table.base,
+        seeds=args.seeds,
+        out=args.out,
         resolve=lambda recipe: parse_experiment("train", [recipe, *overrides])[0],
-        split=plain.split,
+        split=args.split,
     )
     first = is_first_process()
     say = print if first else lambda line: None
-    if plain.dry_run:
+    if args.dry_run:
         for run in plan.runs:
             say(f"{run.label}, seed {run.seed}: {run.recipe}, {run.folder}: {run.state()}")
         failed = plan.failed
-    elif plain.report:
+    elif args.report:
         failed = plan.failed
     else:
         check_splits(plan)
-        plain.out.mkdir(parents=True, exist_ok=True)
-        failed = train_all(plan, progress=not plain.quiet, say=say)
-        failed |= measure_all(plan, progress=not plain.quiet, say=say)
-    if first and not plain.dry_run:
-        write(plan, plain.out, failed)
+        args.out.mkdir(parents=True, exist_ok=True)
+        failed = train_all(plan, progress=not args.quiet, say=say)
+        failed |= measure_all(plan, progress=not args.quiet, say=say)
+    if first and not args.dry_run:
+        write(plan, args.out, failed)
     for label, reason in failed.items() if first else ():
         print(f"failed: {label}: {reason}", file=sys.stderr)
     return 1 if failed else 0

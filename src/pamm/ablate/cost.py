@@ -59,12 +59,12 @@ def count_cost(experiment: Experiment, tasks: dict[str, Task]) -> Cost:
 @contextmanager
 def _own_engine() -> Iterator[None]:
     """Leave the choice of a scan engine aside: another need not run here, or not be one node of the graph."""
-    held = os.environ.pop(VARIABLE, None)
+    before = os.environ.pop(VARIABLE, None)
     try:
         yield
     finally:
-        if held is not None:
-            os.environ[VARIABLE] = held
+        if before is not None:
+            os.environ[VARIABLE] = before
 
 
 def _scan_flops(x: tuple, delta: tuple, A: tuple, B: tuple, C: tuple, D: tuple, bias: tuple, orders: tuple, *_, **__):

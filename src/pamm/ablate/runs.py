@@ -65,13 +65,13 @@ class Run:
             ) from None
 
 
-def _other_scores(held: Experiment, wanted: Experiment) -> list[str]:
+def _other_scores(finished: Experiment, wanted: Experiment) -> list[str]:
     """Differences that a run may go on with, but not share a table's figures."""
     found = []
-    if held.train.eval_every != wanted.train.eval_every:  # the best of other evaluations is another network
-        found.append(f"train.eval_every: {held.train.eval_every} there, {wanted.train.eval_every} here")
-    if wanted.data.name == "folder" and held.data.root != wanted.data.root:
-        found.append(f"data.root: {held.data.root} there, {wanted.data.root} here")
+    if finished.train.eval_every != wanted.train.eval_every:  # the best of other evaluations is another network
+        found.append(f"train.eval_every: {finished.train.eval_every} there, {wanted.train.eval_every} here")
+    if wanted.data.name == "folder" and finished.data.root != wanted.data.root:
+        found.append(f"data.root: {finished.data.root} there, {wanted.data.root} here")
     return found
 
 

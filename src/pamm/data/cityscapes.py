@@ -93,7 +93,9 @@ class Cityscapes(PackagedDataset):
     def list_files(self, folder: str, suffix: str) -> dict[str, Path]:
         root = self.root / folder / self.split
         return {
-            f"{city}/{id}": path for city in names_in(root) for id, path in files_ending(root / city, suffix).items()
+            f"{city}/{image_id}": path
+            for city in names_in(root)
+            for image_id, path in files_ending(root / city, suffix).items()
         }
 
     def notes(self) -> list[str]:
@@ -106,12 +108,12 @@ class Cityscapes(PackagedDataset):
         )
         return super().notes() + ([f"in {root}, {told}{preview(others)}"] if others else [])
 
-    def read_label(self, name: str, id: str, size: tuple[int, int]) -> Tensor:
-        path = self.path_of(id, *_LABEL_IDS)
+    def read_label(self, name: str, image_id: str, size: tuple[int, int]) -> Tensor:
+        path = self.path_of(image_id, *_LABEL_IDS)
         label_ids = nearest(read_label_ids(path), size)
         if name == "semseg":
             return torch.from_numpy(_INDEX[label_ids])[None]
-        disparity = nearest(read_disparity(self.path_of(id, *_FILES["depth"])), size)
+        disparity = nearest(read_disparity(self.path_of(image_id, *_FILES["depth"])), size)
         label = torch.from_numpy(np.where(label_ids == SKY, np.float32(0), disparity))[None]
         depth = self.tasks[name]
         assert isinstance(depth, Depth)

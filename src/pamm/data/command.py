@@ -24,25 +24,25 @@ def main(arguments: list[str]) -> int:
     own.add_argument(
         "--val-fraction", type=float, help="as data.val_fraction: share of train that is the validation split"
     )
-    plain = own.parse_args(arguments)
+    args = own.parse_args(arguments)
     from pamm.build import check_options
     from pamm.config.experiment import Experiment, check
     from pamm.config.recipes import named_data
     from pamm.data import Dataset, dataset_class
     from pamm.data.inspect import format_inspection, inspect_dataset, reading_workers
 
-    experiment = named_data(plain.source, plain.root)
+    experiment = named_data(args.source, args.root)
     config, own_options = experiment.data, {name: task.options for name, task in experiment.tasks.items()}
     check_options(experiment)
-    if plain.val_fraction is not None:
-        config = replace(config, val_fraction=plain.val_fraction)
+    if args.val_fraction is not None:
+        config = replace(config, val_fraction=args.val_fraction)
         check(Experiment(data=config))
     print(f"data set: {config.name}, {shown(config.root, 300) if config.root else 'made here, kept in the cache'}")
     kind = dataset_class(config)
     if kind.prepare is not Dataset.prepare:  # its images are made here
         for split in ("train", "val"):
             kind.open(config, split, {}).prepare(workers=os.cpu_count() or 1)
-    how = {"deep": plain.deep, "workers": reading_workers(), "progress": sys.stderr.isatty()}
+    how = {"deep": args.deep, "workers": reading_workers(), "progress": sys.stderr.isatty()}
     rows = inspect_dataset(config, options=own_options, **how)
     print(format_inspection(rows))
     return 1 if any(row.problems for row in rows) else 0

@@ -91,11 +91,11 @@ class PackagedDataset(FileDataset):
         """See `files`."""
         return files_ending(self.root / folder, suffix)
 
-    def path_of(self, id: str, *places: str) -> Path:
+    def path_of(self, image_id: str, *places: str) -> Path:
         """The file of an id in the first of the places that has one: folder, suffix, folder, suffix, ..."""
         pairs = list(zip(places[::2], places[1::2], strict=True))
-        found = (self.files(*pair).get(id) for pair in pairs)
-        return next((path for path in found if path), self.root / pairs[0][0] / f"{id}{pairs[0][1]}")
+        found = (self.files(*pair).get(image_id) for pair in pairs)
+        return next((path for path in found if path), self.root / pairs[0][0] / f"{image_id}{pairs[0][1]}")
 
     def check_packaging(self) -> None:
         """Raise DataError for other packagings of the same images."""
@@ -103,8 +103,8 @@ class PackagedDataset(FileDataset):
     def require(self, *places: str) -> None:
         """Raise DataError unless every id has a file in one of the places: folder, suffix, folder, suffix, ..."""
         pairs = list(zip(places[::2], places[1::2], strict=True))
-        found = {id for pair in pairs for id in self.files(*pair)}
-        absent = [id for id in self.ids if id not in found]
+        found = {image_id for pair in pairs for image_id in self.files(*pair)}
+        absent = [image_id for image_id in self.ids if image_id not in found]
         if absent:
             expected = " or ".join(f"{a}/{shown(absent[0])}{b}" for a, b in pairs)
             written = any(absent[0].lower().endswith(suffix) for _, suffix in pairs)
@@ -133,15 +133,15 @@ class PackagedDataset(FileDataset):
         ]
 
     def __getitem__(self, index: int) -> Sample:
-        id = self.ids[index]
+        image_id = self.ids[index]
         with reading():
             image = read_image(self.image_path(index), exif=False)
             size = image.shape[:2]
-            labels = {name: self.read_label(name, id, size) for name in self.tasks}
-        return Sample(id, torch.from_numpy(image).permute(2, 0, 1), labels, size)
+            labels = {name: self.read_label(name, image_id, size) for name in self.tasks}
+        return Sample(image_id, torch.from_numpy(image).permute(2, 0, 1), labels, size)
 
     @abstractmethod
-    def read_label(self, name: str, id: str, size: tuple[int, int]) -> Tensor:
+    def read_label(self, name: str, image_id: str, size: tuple[int, int]) -> Tensor:
         """The label of task `name`, resized to the image's `size` where its file has another."""
 
 

@@ -86,13 +86,16 @@ class FolderDataset(FileDataset):
         self._labels = {name: self._list_labels(name) for name in tasks}
         self.stored = len(self._images), self.labelled()
         if divided:
-            self._keep({id for id in self._images if (position(id) < val_fraction) == (split == "val")}, val_fraction)
+            self._keep(
+                {image_id for image_id in self._images if (position(image_id) < val_fraction) == (split == "val")},
+                val_fraction,
+            )
         self.ids = list(self._images)
 
     def _keep(self, ids: set[str], val_fraction: float) -> None:
         """Keep only these images and their labels. Raises DataError if none remains."""
         if self._images and not ids:
-            places = [math.floor(1000 * position(id)) for id in self._images]
+            places = [math.floor(1000 * position(image_id)) for image_id in self._images]
             bound = (
                 f"at least {(min(places) + 1) / 1000:g}" if self.split == "val" else f"at most {max(places) / 1000:g}"
             )
@@ -100,9 +103,10 @@ class FolderDataset(FileDataset):
                 f"data.val_fraction is {val_fraction:g}, which leaves no image to {self.split} of the {len(places)} in "
                 f"{self.folder / 'images'}. Set --data.val-fraction to {bound}, or make {self.root / 'val'} by hand."
             )
-        self._images = {id: path for id, path in self._images.items() if id in ids}
+        self._images = {image_id: path for image_id, path in self._images.items() if image_id in ids}
         self._labels = {
-            name: {id: path for id, path in files.items() if id in ids} for name, files in self._labels.items()
+            name: {image_id: path for image_id, path in files.items() if image_id in ids}
+            for name, files in self._labels.items()
         }
 
     @classmethod
@@ -157,7 +161,7 @@ class FolderDataset(FileDataset):
         return {name: len(files) for name, files in self._labels.items()}
 
     def with_label(self, task: str) -> list[int]:
-        return [index for index, id in enumerate(self.ids) if id in self._labels[task]]
+        return [index for index, image_id in enumerate(self.ids) if image_id in self._labels[task]]
 
     def label(self, index: int, task: str) -> Tensor:
         with reading():
@@ -190,14 +194,14 @@ class FolderDataset(FileDataset):
         return [f"{path} is empty (0 bytes). Write it again, or remove it." for path in empty]
 
     def __getitem__(self, index: int) -> Sample:
-        id, path = self.ids[index], self.image_path(index)
-        files = {name: files[id] for name, files in self._labels.items() if id in files}
+        image_id, path = self.ids[index], self.image_path(index)
+        files = {name: files[image_id] for name, files in self._labels.items() if image_id in files}
         with reading():
             image = read_image(path)
             labels = {name: self.tasks[name].read(file) for name, file in files.items()}
             if any(tuple(label.shape[-2:]) != image.shape[:2] for label in labels.values()):
                 image = self._unturned(path, image, labels, files)
-        return Sample(id, torch.from_numpy(image).permute(2, 0, 1), labels, image.shape[:2])
+        return Sample(image_id, torch.from_numpy(image).permute(2, 0, 1), labels, image.shape[:2])
 
     @staticmethod
     def _unturned(path: Path, image: np.ndarray, labels: Mapping[str, Tensor], files: Mapping[str, Path]) -> np.ndarray:
@@ -219,22 +223,22 @@ class FolderDataset(FileDataset):
         listing = replace(listing, unread=(*listing.unread, *notes))  # annotations of other tools, one for each image
         check_all_read(listing, f"labels of '{task}'", suffixes, remedy)
         self._companions[task] = listing.companions
-        strays = [id for id in listing.files if id not in self._images]
+        strays = [image_id for image_id in listing.files if image_id not in self._images]
         if strays:
             raise DataError(
                 f"{len(strays)} of the labels in {listing.folder} have no image of the same name in {self.folder / 'images'}: "
-                f"{preview(listing.files[id].name for id in strays)}. Add the images or remove the labels."
+                f"{preview(listing.files[image_id].name for image_id in strays)}. Add the images or remove the labels."
                 f"{near_name(strays[0], self._images)}"
             )
         return listing.files
 
 
-def position(id: str) -> float:
+def position(image_id: str) -> float:
     """Place of an image in [0, 1), only from its id: those below `data.val_fraction` are the validation split.
 
     The first 8 bytes of the SHA-256 of the id in UTF-8, over 2^64: the same on every machine, whatever else is there.
     """
-    return int.from_bytes(hashlib.sha256(id.encode("utf-8", "surrogateescape")).digest()[:8], "big") / 2**64
+    return int.from_bytes(hashlib.sha256(image_id.encode("utf-8", "surrogateescape")).digest()[:8], "big") / 2**64
 
 
 def _root(config: DataConfig) -> Path:

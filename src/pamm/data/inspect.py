@@ -191,18 +191,18 @@ class Contents:
         """Task → ids of the images whose label is ignored everywhere."""
         self.images, self.turned = 0, list[str]()
 
-    def add(self, id: str, statistics: Mapping[str, LabelStatistics]) -> None:
+    def add(self, image_id: str, statistics: Mapping[str, LabelStatistics]) -> None:
         """The statistics of an image's labels."""
         for name, found in statistics.items():
             self.found[name] += found
             if found.empty:
-                self.empty[name].append(id)
+                self.empty[name].append(image_id)
 
-    def add_image(self, id: str, *, turned: bool) -> None:
+    def add_image(self, image_id: str, *, turned: bool) -> None:
         """A labelled image. turned: see `Dataset.turned_unseen`."""
         self.images += 1
         if turned:
-            self.turned.append(id)
+            self.turned.append(image_id)
 
     def described(self) -> dict[str, str]:
         """Task → content of its labels, in words."""

@@ -79,12 +79,12 @@ def files_ending(folder: Path, ending: str) -> dict[str, Path]:
     return files
 
 
-def _add(files: dict[str, Path], id: str, path: Path) -> None:
-    if id in files:
+def _add(files: dict[str, Path], image_id: str, path: Path) -> None:
+    if image_id in files:
         raise DataError(
-            f"{path.parent} holds both {shown(files[id].name)} and {shown(path.name)}. Keep one of the two files."
+            f"{path.parent} holds both {shown(files[image_id].name)} and {shown(path.name)}. Keep one of the two files."
         )
-    files[id] = path
+    files[image_id] = path
 
 
 def kind_of(name: str, entry: os.DirEntry[str] | Path, suffixes: Collection[str]) -> str:
@@ -140,14 +140,17 @@ def conversion(names: Iterable[str]) -> str:
     return "convert to PNG or JPEG" + (", or pip install 'pamm[heif]' to read .heic" if heif else "")
 
 
-def near_name(id: str, known: Collection[str]) -> str:
-    """A sentence on how `id` differs from one of the `known` ids, with a space before it; "" where it resembles none."""
+def near_name(image_id: str, known: Collection[str]) -> str:
+    """A sentence on how `image_id` differs from one of the `known` ids, with a space before it; "" where it resembles none."""
     for change, difference in ((str.casefold, "letter case"), (str.strip, "spaces")):
-        other = next((one for one in known if change(one) == change(id)), None)
+        other = next((one for one in known if change(one) == change(image_id)), None)
         if other is not None:
-            return f" '{shown(id)}' and '{shown(other)}' differ in {difference}: rename one of them."
-    for match in re.finditer(r"[._ -]", id):
-        for part, rest in ((id[: match.start()], id[match.start() :]), (id[match.end() :], id[: match.end()])):
+            return f" '{shown(image_id)}' and '{shown(other)}' differ in {difference}: rename one of them."
+    for match in re.finditer(r"[._ -]", image_id):
+        for part, rest in (
+            (image_id[: match.start()], image_id[match.start() :]),
+            (image_id[match.end() :], image_id[: match.end()]),
+        ):
             if part in known:
                 return f" Names must be equal, apart from the suffix: leave out '{shown(rest)}'."
     return ""
@@ -168,7 +171,7 @@ def read_ids(path: Path) -> list[str]:
     ids = [line for line in lines if line]
     if not ids:
         raise DataError(f"{path} lists no image. Unpack the archive again, or write one id per line.")
-    outside = [id for id in ids if id in (".", "..") or "/" in id or "\\" in id]
+    outside = [image_id for image_id in ids if image_id in (".", "..") or "/" in image_id or "\\" in image_id]
     if outside:
         raise DataError(
             f"{path} lists '{shown(outside[0])}', expected names without folders, one per line. Leave out folders and suffixes."

@@ -81,8 +81,8 @@ class NYUD(PackagedDataset):
                 "normals), whose images and sizes differ. Use NYUDv2.tar.gz, with images/<id>.png."
             )
 
-    def read_label(self, name: str, id: str, size: tuple[int, int]) -> Tensor:
-        label = _READERS[name](self.path_of(id, *_FILES[name]), size)
+    def read_label(self, name: str, image_id: str, size: tuple[int, int]) -> Tensor:
+        label = _READERS[name](self.path_of(image_id, *_FILES[name]), size)
         task = self.tasks[name]
         return task.without_far(label) if isinstance(task, Depth) else label
 

@@ -130,29 +130,29 @@ class PascalContext(PackagedDataset):
         The answer for a given list of ids is kept in the user's cache.
         """
         objects = _read_json(self.root / "ImageSets" / "Parts" / f"{self.split}.txt")
-        if not all(isinstance(objects.get(id), list) for id in self.ids):
+        if not all(isinstance(objects.get(image_id), list) for image_id in self.ids):
             folder = self.root / "human_parts"
             key = _key(folder, "\n".join(self.ids), folder.stat().st_mtime_ns)
             cached = cache_folder("pascal") / "objects" / f"{key}.json"
             objects = _read_json(cached)
-            if not all(isinstance(objects.get(id), list) for id in self.ids):
-                people = ((id, self.path_of(id, *_FILES["human_parts"])) for id in self.ids)
-                objects = {id: [category for category, _ in read_objects(path)] for id, path in people}
+            if not all(isinstance(objects.get(image_id), list) for image_id in self.ids):
+                people = ((image_id, self.path_of(image_id, *_FILES["human_parts"])) for image_id in self.ids)
+                objects = {image_id: [category for category, _ in read_objects(path)] for image_id, path in people}
                 keep(cached, json.dumps(objects).encode())
-        ids = [id for id in self.ids if PERSON in objects[id]]
+        ids = [image_id for image_id in self.ids if PERSON in objects[image_id]]
         if not ids:
             raise DataError(f"no image of the {self.split} split in {self.root} holds a person: add other tasks")
         return ids
 
-    def read_label(self, name: str, id: str, size: tuple[int, int]) -> Tensor:
-        path = self.path_of(id, *_FILES[name])
+    def read_label(self, name: str, image_id: str, size: tuple[int, int]) -> Tensor:
+        path = self.path_of(image_id, *_FILES[name])
         if name == "normals":
-            return self._read_normals(path, id, size)
+            return self._read_normals(path, image_id, size)
         return torch.from_numpy(nearest(_READERS[name](path), size))[None]
 
-    def _read_normals(self, path: Path, id: str, size: tuple[int, int]) -> Tensor:
+    def _read_normals(self, path: Path, image_id: str, size: tuple[int, int]) -> Tensor:
         normals = decode_normals(read_values(path), size, path)
-        context = nearest(read_label_map(self.path_of(id, *_CONTEXT)), size)
+        context = nearest(read_label_map(self.path_of(image_id, *_CONTEXT)), size)
         trusted = torch.from_numpy(np.isin(context, list(NORMALS_LABELS)))
         return torch.where(trusted, normals, torch.tensor(self.tasks["normals"].ignore, dtype=normals.dtype))
 

@@ -247,9 +247,9 @@ def _seen_size(size: tuple[int, int], config: DataConfig) -> tuple[int, int]:
     return height, width
 
 
-def _pad(map: Tensor, size: tuple[int, int], fill: float) -> Tensor:
-    height, width = map.shape[-2:]
+def _pad(values: Tensor, size: tuple[int, int], fill: float) -> Tensor:
+    height, width = values.shape[-2:]
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    padded = torch.full((map.shape[0], *size), fill, dtype=map.dtype)
-    padded[:, top : top + height, left : left + width] = map
+    padded = torch.full((values.shape[0], *size), fill, dtype=values.dtype)
+    padded[:, top : top + height, left : left + width] = values
     return padded

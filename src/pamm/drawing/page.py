@@ -43,7 +43,7 @@ class Figure:
 
 @torch.no_grad()
 def figure_from(
-    image: Tensor, labels: Mapping[str, Tensor], logits: Mapping[str, Tensor], tasks: Mapping[str, Task], id: str
+    image: Tensor, labels: Mapping[str, Tensor], logits: Mapping[str, Tensor], tasks: Mapping[str, Task], image_id: str
 ) -> Figure:
     """Draw one sample: (3, H, W) normalised image, labels task → (c, H, W), logits task → (channels, H, W).
 
@@ -52,7 +52,7 @@ def figure_from(
     """
     pairs = {name: draw_pair(task, logits[name], labels.get(name)) for name, task in tasks.items()}
     return Figure(
-        id,
+        image_id,
         denormalize(image),
         {name: pair.prediction for name, pair in pairs.items()},
         {name: pair.truth for name, pair in pairs.items() if pair.truth is not None},

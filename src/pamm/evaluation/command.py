@@ -22,40 +22,40 @@ if TYPE_CHECKING:
 
 def main(arguments: list[str]) -> int:
     """Run `pamm eval ARGUMENTS`. Raises CheckpointError, ConfigError, DataError, GainError, and OSError for the outputs."""
-    plain = arguments_parser().parse_args(arguments)
+    args = arguments_parser().parse_args(arguments)
     from pamm.config.experiment import TrainConfig
     from pamm.evaluation.evaluate import evaluate_saved
     from pamm.evaluation.gain import baseline_scores
     from pamm.evaluation.scores import RESOLUTIONS
     from pamm.runtime.distributed import is_first_process, launch
 
-    if plain.baseline:
-        baseline_scores(plain.baseline)  # an error now, not after hours of evaluating
+    if args.baseline:
+        baseline_scores(args.baseline)  # an error now, not after hours of evaluating
     if is_first_process():
-        check_outputs(plain.out, plain.report)
+        check_outputs(args.out, args.report)
     named, tasks = evaluate_saved(
-        plain.source,
-        launch(TrainConfig(device=plain.device, devices=plain.devices)),
-        data=plain.data,
-        root=plain.root,
-        split=plain.split,
-        batch_size=plain.batch,
-        workers=plain.workers,
-        resolutions=RESOLUTIONS if plain.resolution == "both" else (plain.resolution,),
-        ranked=plain.pictures,
-        pictures=plain.report is not None,
-        untrained=plain.untrained,
-        precision=plain.precision,
-        compile=plain.compile,
-        kernels=plain.kernels,
+        args.source,
+        launch(TrainConfig(device=args.device, devices=args.devices)),
+        data=args.data,
+        root=args.root,
+        split=args.split,
+        batch_size=args.batch,
+        workers=args.workers,
+        resolutions=RESOLUTIONS if args.resolution == "both" else (args.resolution,),
+        ranked=args.pictures,
+        pictures=args.report is not None,
+        untrained=args.untrained,
+        precision=args.precision,
+        compile=args.compile,
+        kernels=args.kernels,
     )
     if is_first_process():
-        tell(plain, named, tasks, command=f"pamm eval {shlex.join(arguments)}")
+        tell(args, named, tasks, command=f"pamm eval {shlex.join(arguments)}")
     return 0
 
 
 def tell(
-    plain: argparse.Namespace, named: list[tuple[str, Evaluation]], tasks: dict[str, Task], *, command: str
+    args: argparse.Namespace, named: list[tuple[str, Evaluation]], tasks: dict[str, Task], *, command: str
 ) -> None:
     """Write, then print what was asked for. named: results by name, the model's last."""
     from pamm.evaluation.gain import GainError
@@ -64,20 +64,20 @@ def tell(
     name, result = named[-1]
     comparisons, incomparable = {}, None
     try:
-        comparisons = compare_with(plain.baseline, result) if plain.baseline else {}
+        comparisons = compare_with(args.baseline, result) if args.baseline else {}
     except GainError as error:  # reported at the end, when the results are saved
         incomparable = error
     if comparisons:
         gain = {resolution: comparison.summary() for resolution, comparison in comparisons.items()}
-        result = dataclasses.replace(result, gain={"over": plain.baseline} | gain)
+        result = dataclasses.replace(result, gain={"over": args.baseline} | gain)
     named = [*named[:-1], (name, result)]
     page = None
-    if plain.out:
-        result.save(plain.out)
-    if plain.report:
-        page = write_evaluation_report(plain.report, named, tasks, comparisons=comparisons, command=command)
+    if args.out:
+        result.save(args.out)
+    if args.report:
+        page = write_evaluation_report(args.report, named, tasks, comparisons=comparisons, command=command)
     print(format_evaluation(named, tasks, comparisons))
-    print(f"weights: {result.model['weights']} of {shown(plain.source, 300)}")
+    print(f"weights: {result.model['weights']} of {shown(args.source, 300)}")
     if page:
         print(f"report: {shown(page, 300)}")
     if incomparable:

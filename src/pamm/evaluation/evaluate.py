@@ -26,7 +26,7 @@ from pamm.data.loader import eval_loader
 from pamm.data.transforms import EvalTransform, denormalize, seen
 from pamm.drawing.colours import data_uri, draw_pair, fit, scale_bar
 from pamm.evaluation.ranking import Ranking
-from pamm.evaluation.scores import RESOLUTIONS, Resolution, Row, Shown, TaskScores, significant, summed
+from pamm.evaluation.scores import RESOLUTIONS, ImageResult, Resolution, Row, TaskScores, significant, summed
 from pamm.files import replace_text
 from pamm.kernels import Choice
 from pamm.kernels.prepare import prepare
@@ -40,7 +40,7 @@ from pamm.tasks.segmentation import numbered_classes
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-Draw = Callable[[Task, Shown], Mapping[str, str]]
+Draw = Callable[[Task, ImageResult], Mapping[str, str]]
 """Makes the pictures of an image for one task: name → data URI."""
 
 TILE = 288
@@ -151,7 +151,7 @@ def _finite(row: Row) -> dict[str, dict[str, float | None]]:
 def _listed(ranking: Ranking) -> dict[str, Any]:
     lists = {"worst": ranking.worst, "best": ranking.best}
     return {"score": ranking.score} | {
-        name: [{"id": one.id, "score": one.score} for one in images] for name, images in lists.items()
+        name: [{"id": image.id, "score": image.score} for image in images] for name, images in lists.items()
     }
 
 
@@ -195,12 +195,12 @@ def evaluate(
     model.eval()
     try:
         for batch in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=not progress):
-            for one in show(model, batch, device):
-                resized += one.resized
+            for result in predict_batch(model, batch, device):
+                resized += result.resized
                 for name in tasks:
-                    scores[name].update(one)
+                    scores[name].update(result)
                 for name, ranking in (rankings or {}).items():
-                    _rank(ranking, tasks[name], one, draw, home)
+                    _rank(ranking, tasks[name], result, draw, home)
         values = {name: scores[name].compute() for name in tasks}
         for ranking in (rankings or {}).values():
             ranking.gather()
@@ -212,13 +212,13 @@ def evaluate(
         model.train(was_training)
 
 
-def show(model: nn.Module, batch: Batch, device: torch.device) -> Iterator[Shown]:
+def predict_batch(model: nn.Module, batch: Batch, device: torch.device) -> Iterator[ImageResult]:
     """Run a batch, image by image on a CPU, and yield its images separately."""
     step = 1 if device.type == "cpu" else len(batch.ids)
     for start in range(0, len(batch.ids), step):
         logits = model(batch.image[start : start + step].to(device), batch.label_size)
         for index in range(start, min(start + step, len(batch.ids))):
-            yield Shown(
+            yield ImageResult(
                 batch.ids[index],
                 batch.image[index],
                 {name: label[index : index + 1].to(device) for name, label in batch.labels.items()},
@@ -229,14 +229,14 @@ def show(model: nn.Module, batch: Batch, device: torch.device) -> Iterator[Shown
             )
 
 
-def _rank(ranking: Ranking, task: Task, one: Shown, draw: Draw | None, device: torch.device) -> None:
-    logits, label = (maps[task.name].to(device) for maps in (one.logits, one.labels))
+def _rank(ranking: Ranking, task: Task, result: ImageResult, draw: Draw | None, device: torch.device) -> None:
+    logits, label = (maps[task.name].to(device) for maps in (result.logits, result.labels))
     score = significant(task.score_image(logits, label))
     if math.isfinite(score):
-        ranking.add(one.id, score, (lambda: draw(task, one)) if draw else dict)
+        ranking.add(result.id, score, (lambda: draw(task, result)) if draw else dict)
 
 
-def draw_shown(task: Task, one: Shown, config: DataConfig) -> dict[str, str]:
+def draw_result(task: Task, result: ImageResult, config: DataConfig) -> dict[str, str]:
     """The network's view of an image, its prediction and the truth, as data URIs of small pictures without the padding.
 
     If colours follow a range, prediction and truth share it, and a bar shows it.
@@ -246,11 +246,11 @@ def draw_shown(task: Task, one: Shown, config: DataConfig) -> dict[str, str]:
         top, left, height, width = box
         return picture[..., top : top + height, left : left + width]
 
-    assert one.box is not None  # `EvalTransform` sets it
-    box = one.box
-    logits, label = (crop(maps[task.name][0], box) for maps in (one.logits, one.labels))
+    assert result.box is not None  # `EvalTransform` sets it
+    box = result.box
+    logits, label = (crop(maps[task.name][0], box) for maps in (result.logits, result.labels))
     pair = draw_pair(task, logits, label)
-    seen_image = denormalize(crop(one.image, seen(box, config)))
+    seen_image = denormalize(crop(result.image, seen(box, config)))
     pictures = {"image": seen_image, "prediction": pair.prediction, "truth": pair.truth}
     shown = {
         name: data_uri(fit(picture, TILE), "png", "jpeg") for name, picture in pictures.items() if picture is not None
@@ -311,7 +311,7 @@ def evaluate_split(
         if ranked
     }
     options = {"device": fabric.device, "resolutions": resolutions, "quick": quick, "progress": progress}
-    draw = partial(draw_shown, config=config) if pictures else None
+    draw = partial(draw_result, config=config) if pictures else None
     rows, resized = evaluate(model, loader, measured, rankings=rankings, draw=draw, **options)
     protocol, own = _protocols(config, split, data, resized, measured.get("edge"))
     original = OriginalResults(rows["original"], own, resized) if "original" in rows else None
@@ -358,7 +358,7 @@ def evaluate_saved(
     pictures: bool = False,
     untrained: bool = False,
     precision: str = "fp32",
-    compile: bool = False,
+    compile: bool = False,  # noqa: A002
     kernels: Choice = "auto",
 ) -> tuple[list[tuple[str, Evaluation]], dict[str, Task]]:
     """Evaluate a saved model.

@@ -32,13 +32,13 @@ class Ranking:
         self.kept: list[Ranked] = []
         """Worst first; of more than 2 · `count` images only those at both ends."""
 
-    def add(self, id: str, score: float, draw: Callable[[], Mapping[str, str]] = dict) -> None:
+    def add(self, image_id: str, score: float, draw: Callable[[], Mapping[str, str]] = dict) -> None:
         """Take an image into account; `draw` makes its pictures and is called only where the image is among the kept."""
-        at = bisect(self.kept, self._order(Ranked(id, score)), key=self._order)
+        at = bisect(self.kept, self._order(Ranked(image_id, score)), key=self._order)
         full = len(self.kept) == 2 * self.count
         if full and at == self.count:
             return
-        self.kept.insert(at, Ranked(id, score, draw()))
+        self.kept.insert(at, Ranked(image_id, score, draw()))
         if full:
             del self.kept[self.count]
 

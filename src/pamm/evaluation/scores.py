@@ -29,7 +29,7 @@ STRIP_VALUES = 2**24
 
 
 @dataclass(frozen=True)
-class Shown:
+class ImageResult:
     """One image, what the network made of it and what is known of it.
 
     image: (3, H, W) normalised. labels: task → (1, c, h, w), all ignored where there is none. logits: task → (1, channels,
@@ -73,30 +73,32 @@ class TaskScores:
         self.metrics = {name: (task.quick_metric() if quick else task.metric()).to(device) for name in names}
         self.loss = LossMean(task)
 
-    def update(self, one: Shown) -> None:
+    def update(self, result: ImageResult) -> None:
         """Count one image. Raises NonFiniteError for logits that are not finite."""
-        logits, label = one.logits[self.task.name], one.labels[self.task.name]
+        logits, label = result.logits[self.task.name], result.labels[self.task.name]
         if "frame" in self.metrics:
-            shared = "both" in self.metrics and not one.resized
+            shared = "both" in self.metrics and not result.resized
             self.metrics["both" if shared else "frame"].update(logits, label)
             self.loss.update(logits, label)
-        if "original" in self.metrics and ("both" not in self.metrics or one.resized):
-            self._update_original(one)
+        if "original" in self.metrics and ("both" not in self.metrics or result.resized):
+            self._update_original(result)
 
-    def _update_original(self, one: Shown) -> None:
+    def _update_original(self, result: ImageResult) -> None:
         """The logits of the image without padding, resized to its own size (as `Predictor` does) and measured there."""
-        assert one.original is not None and one.box is not None  # `EvalTransform` sets them where `original` is on
-        label = one.original.get(self.task.name)
+        assert (
+            result.original is not None and result.box is not None
+        )  # `EvalTransform` sets them where `original` is on
+        label = result.original.get(self.task.name)
         if label is None:
             return
-        top, left, height, width = one.box
-        logits = one.logits[self.task.name][..., top : top + height, left : left + width]
+        top, left, height, width = result.box
+        logits = result.logits[self.task.name][..., top : top + height, left : left + width]
         label = label[None].to(logits.device)
-        rows = max(1, STRIP_VALUES // (logits.shape[1] * one.size[1])) if self.task.pixelwise else one.size[0]
-        for start in range(0, one.size[0], rows):
-            strip = range(start, min(start + rows, one.size[0]))
+        rows = max(1, STRIP_VALUES // (logits.shape[1] * result.size[1])) if self.task.pixelwise else result.size[0]
+        for start in range(0, result.size[0], rows):
+            strip = range(start, min(start + rows, result.size[0]))
             part = label[..., strip.start : strip.stop, :]
-            self.metrics["original"].update(resize_rows(logits, one.size, strip), part)
+            self.metrics["original"].update(resize_rows(logits, result.size, strip), part)
 
     def compute(self) -> dict[Resolution, dict[str, float]]:
         """Resolution → metric → value over all processes' images, and at the frame's the loss; 6 significant digits."""

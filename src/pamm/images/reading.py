@@ -17,6 +17,7 @@ from typing import BinaryIO, cast
 import numpy as np
 from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
+from pamm import PammError
 from pamm.images.formats import HEAD, ImageError, format_of
 from pamm.images.png import NOTE, pixels_of_png
 
@@ -349,7 +350,7 @@ def decoding(source: Source) -> Iterator[None]:
     name = name_of(source)
     try:
         yield
-    except ImageError:
+    except PammError:  # a judgement on the picture by who opened it
         raise
     except FileNotFoundError:
         if os.path.islink(name):
@@ -362,8 +363,6 @@ def decoding(source: Source) -> Iterator[None]:
     except PermissionError:
         raise ImageError(f"{name} may not be read: change the permissions of the file or of its folder.") from None
     except Exception as error:
-        if type(error).__module__.startswith("pamm."):  # a judgement on the picture by who opened it
-            raise
         if isinstance(error, OSError) and error.errno in _NO_FILE:
             raise ImageError(f"{name} cannot be opened: {error.strerror}. Give the path of a picture file.") from None
         if isinstance(source, (str, os.PathLike)) and os.path.isfile(source) and os.path.getsize(source) == 0:

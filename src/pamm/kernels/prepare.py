@@ -10,7 +10,11 @@ from pamm.runtime.precision import choose_precision
 
 
 def prepare(
-    model: MultiTaskModel, *, precision: str = "fp32", compile: bool = False, kernels: Choice = "auto"
+    model: MultiTaskModel,
+    *,
+    precision: str = "fp32",
+    compile: bool = False,  # noqa: A002
+    kernels: Choice = "auto",
 ) -> MultiTaskModel:
     """The model itself, made ready for inference in this arithmetic.
 

@@ -35,11 +35,11 @@ MOST_FEATURES = 32
 
 def main(arguments: list[str]) -> int:
     """Run `pamm look ARGUMENTS`. Raises LookError, CheckpointError, ConfigError, DataError, PredictError, ImageError."""
-    plain = arguments_parser().parse_args(arguments)
-    if not SMALLEST_TILE <= plain.tile <= LARGEST_TILE:
-        raise LookError(f"--tile: found {plain.tile}, expected {SMALLEST_TILE} to {LARGEST_TILE} pixels")
-    plain.out.mkdir(parents=True, exist_ok=True)
-    written = VIEWS[plain.view](plain)
+    args = arguments_parser().parse_args(arguments)
+    if not SMALLEST_TILE <= args.tile <= LARGEST_TILE:
+        raise LookError(f"--tile: found {args.tile}, expected {SMALLEST_TILE} to {LARGEST_TILE} pixels")
+    args.out.mkdir(parents=True, exist_ok=True)
+    written = VIEWS[args.view](args)
     print("written: " + ", ".join(shown(path, 300) for path in written))
     return 0
 
@@ -113,119 +113,117 @@ def _model_options(view: argparse.ArgumentParser, several: str | None, *, count:
     add_kernels(view)
 
 
-def _open(plain: argparse.Namespace) -> tuple[dict[str, Predictor], Subjects, list[str]]:
+def _open(args: argparse.Namespace) -> tuple[dict[str, Predictor], Subjects, list[str]]:
     """The models, the images, and the tasks to show."""
     from pamm.look.subjects import choose_tasks, open_models, subjects_for
 
-    sources = plain.source if isinstance(plain.source, list) else [plain.source]
-    names = getattr(plain, "names", [])
-    models = open_models(
-        sources, names=names, device=plain.device, longest_side=plain.longest_side, kernels=plain.kernels
-    )
-    tasks = choose_tasks(models, split_names(plain.tasks))
+    sources = args.source if isinstance(args.source, list) else [args.source]
+    names = getattr(args, "names", [])
+    models = open_models(sources, names=names, device=args.device, longest_side=args.longest_side, kernels=args.kernels)
+    tasks = choose_tasks(models, split_names(args.tasks))
     subjects = subjects_for(
         {name: predictor.model for name, predictor in models.items()},
         sources,
-        images=plain.images,
-        data=plain.data,
-        root=plain.root,
-        split=plain.split,
-        ids=plain.ids,
-        count=plain.count,
+        images=args.images,
+        data=args.data,
+        root=args.root,
+        split=args.split,
+        ids=args.ids,
+        count=args.count,
     )
     return models, subjects, tasks
 
 
-def look_at_predictions(plain: argparse.Namespace) -> list[Path]:
+def look_at_predictions(args: argparse.Namespace) -> list[Path]:
     """One figure for every `FIGURE_IMAGES` images."""
     from pamm.look.predictions import compare
 
-    models, subjects, tasks = _open(plain)
+    models, subjects, tasks = _open(args)
 
     folders, stems = distinct_stems(models), distinct_stems(subjects.names)
 
     def save_arrays(subject: Subject, maps: Mapping[str, Maps]) -> None:
         for name, own in maps.items():
-            own.save(plain.out / folders[name], stem=stems[subject.name], formats=["npy"])
+            own.save(args.out / folders[name], stem=stems[subject.name], formats=["npy"])
 
-    written, keep = [], save_arrays if plain.arrays else None
+    written, keep = [], save_arrays if args.arrays else None
     for page, first in enumerate(range(0, len(subjects), FIGURE_IMAGES), start=1):
         numbers = range(first, min(first + FIGURE_IMAGES, len(subjects)))
         part = (subjects[number] for number in _progress(numbers, "predict"))
-        picture = compare(models, part, tasks, tile=plain.tile, keep=keep)
-        written.append(_save(picture, plain, "predictions" if page == 1 else f"predictions_{page}"))
-    return [*written, _write(plain, "predictions", _facts(plain, models, subjects, tasks))]
+        picture = compare(models, part, tasks, tile=args.tile, keep=keep)
+        written.append(_save(picture, args, "predictions" if page == 1 else f"predictions_{page}"))
+    return [*written, _write(args, "predictions", _facts(args, models, subjects, tasks))]
 
 
-def look_at_features(plain: argparse.Namespace) -> list[Path]:
+def look_at_features(args: argparse.Namespace) -> list[Path]:
     """One figure per image, the components' values per image and model, and their shares of the variance."""
     from pamm.look.features import feature_figure, look_at_features
 
-    models, subjects, tasks = _open(plain)
+    models, subjects, tasks = _open(args)
     if len(subjects) > MOST_FEATURES:
         raise LookError(f"features of {len(subjects)} images do not fit into memory; give {MOST_FEATURES} at most")
     shown = list(subjects)
     images = [subject.image for subject in shown]
-    rows = [stage if stage == "fused" else f"stage {stage}" for stage in plain.stages] if plain.stages else None
+    rows = [stage if stage == "fused" else f"stage {stage}" for stage in args.stages] if args.stages else None
     looks = {
-        name: look_at_features(predictor, _progress(images, name), sharing=plain.pca, rows=rows)
+        name: look_at_features(predictor, _progress(images, name), sharing=args.pca, rows=rows)
         for name, predictor in models.items()
     }
     written, stems = [], distinct_stems(subjects.names)
     for number, subject in enumerate(shown):
-        picture = feature_figure(looks, shown, number, tasks, sharing=plain.pca, tile=plain.tile)
-        written.append(_save(picture, plain, f"features_{stems[subject.name]}"))
+        picture = feature_figure(looks, shown, number, tasks, sharing=args.pca, tile=args.tile)
+        written.append(_save(picture, args, f"features_{stems[subject.name]}"))
         values = {
             f"{name}/{row}/{column}": look.components[row, column].project(m.values).astype(np.float32)
             for name, look in looks.items()
             for row, columns in look.maps[number].items()
             for column, m in columns.items()
         }
-        written.append(plain.out / f"features_{stems[subject.name]}.npz")
+        written.append(args.out / f"features_{stems[subject.name]}.npz")
         np.savez(written[-1], **values)  # pyright: ignore[reportArgumentType] (no map is called allow_pickle)
     shares = {
         name: {f"{row}/{column}": own.shares.tolist() for (row, column), own in look.components.items()}
         for name, look in looks.items()
     }
-    facts = _facts(plain, models, subjects, tasks) | {"pca": plain.pca, "variance": shares}
-    return [*written, _write(plain, "features", facts)]
+    facts = _facts(args, models, subjects, tasks) | {"pca": args.pca, "variance": shares}
+    return [*written, _write(args, "features", facts)]
 
 
-def look_at_router(plain: argparse.Namespace) -> list[Path]:
+def look_at_router(args: argparse.Namespace) -> list[Path]:
     """One figure, and every image's weights."""
     from pamm.look.router import router_figure, router_weights
 
     check_plots()
-    models, subjects, tasks = _open(plain)
+    models, subjects, tasks = _open(args)
     images = (subject.image for subject in _progress(subjects, "router"))
     weights = router_weights(next(iter(models.values())), images)
     arrays = {f"{name}/stage {stage + 1}": values for (name, stage), values in weights.weights.items()}
     arrays |= {f"{name}/stage {stage + 1}/own": values for (name, stage), values in weights.mix.items()}
-    picture = _save(router_figure(weights, tasks=tasks, tile=plain.tile), plain, "router")
-    np.savez(plain.out / "router.npz", **arrays)  # pyright: ignore[reportArgumentType] (as above)
-    facts = _facts(plain, models, subjects, tasks) | {
+    picture = _save(router_figure(weights, tasks=tasks, tile=args.tile), args, "router")
+    np.savez(args.out / "router.npz", **arrays)  # pyright: ignore[reportArgumentType] (as above)
+    facts = _facts(args, models, subjects, tasks) | {
         "rows": list(weights.tasks),
         "mean": {f"{name}/stage {stage + 1}": weights.mean(name, stage).tolist() for name, stage in weights.weights},
         "kept": {f"{name}/stage {stage + 1}": weights.kept(name, stage).tolist() for name, stage in weights.weights},
     }
-    return [picture, plain.out / "router.npz", _write(plain, "router", facts)]
+    return [picture, args.out / "router.npz", _write(args, "router", facts)]
 
 
-def look_at_scans(plain: argparse.Namespace) -> list[Path]:
+def look_at_scans(args: argparse.Namespace) -> list[Path]:
     """One figure, and the orders of each curve as .npy."""
     from pamm.look.scans import jumps, name_of, scan_figure
 
     check_plots()
-    picture, orders = scan_figure(plain.curve, tuple(plain.grid), count=plain.orders, tile=plain.tile)
-    written = [_save(picture, plain, "scans")]
+    picture, orders = scan_figure(args.curve, tuple(args.grid), count=args.orders, tile=args.tile)
+    written = [_save(picture, args, "scans")]
     for curve, lines in orders.items():
-        written.append(plain.out / f"scans_{curve}.npy")
+        written.append(args.out / f"scans_{curve}.npy")
         np.save(written[-1], lines)
     facts = {
-        curve: {name_of(curve, k): {"jumps": jumps(order, plain.grid[1])} for k, order in enumerate(lines)}
+        curve: {name_of(curve, k): {"jumps": jumps(order, args.grid[1])} for k, order in enumerate(lines)}
         for curve, lines in orders.items()
     }
-    return [*written, _write(plain, "scans", {"grid": list(plain.grid), "orders": facts})]
+    return [*written, _write(args, "scans", {"grid": list(args.grid), "orders": facts})]
 
 
 VIEWS = {
@@ -237,10 +235,10 @@ VIEWS = {
 
 
 def _facts(
-    plain: argparse.Namespace, models: Mapping[str, Predictor], subjects: Subjects, tasks: Sequence[str]
+    args: argparse.Namespace, models: Mapping[str, Predictor], subjects: Subjects, tasks: Sequence[str]
 ) -> dict[str, Any]:
     """The content of a figure."""
-    sources = plain.source if isinstance(plain.source, list) else [plain.source]
+    sources = args.source if isinstance(args.source, list) else [args.source]
     return {
         "models": dict(zip(models, sources, strict=True)),
         "images": subjects.names,
@@ -253,11 +251,9 @@ def _progress(items: Iterable[Any], name: str) -> Iterable[Any]:
     return tqdm(items, name, unit="image", leave=False, disable=None)
 
 
-def _save(picture: Image.Image | Figure, plain: argparse.Namespace, name: str) -> Path:
-    path = plain.out / f"{name}.png"
-    if any(
-        os.path.exists(path) and os.path.exists(image) and os.path.samefile(path, image) for image in _inputs(plain)
-    ):
+def _save(picture: Image.Image | Figure, args: argparse.Namespace, name: str) -> Path:
+    path = args.out / f"{name}.png"
+    if any(os.path.exists(path) and os.path.exists(image) and os.path.samefile(path, image) for image in _inputs(args)):
         raise LookError(
             f"{path} is one of the images looked at and would be replaced; choose another folder with --out"
         )
@@ -268,15 +264,15 @@ def _save(picture: Image.Image | Figure, plain: argparse.Namespace, name: str) -
     return path
 
 
-def _inputs(plain: argparse.Namespace) -> list[Path]:
-    if not getattr(plain, "images", None):
+def _inputs(args: argparse.Namespace) -> list[Path]:
+    if not getattr(args, "images", None):
         return []
     from pamm.prediction import expand_inputs
 
-    return expand_inputs(plain.images)
+    return expand_inputs(args.images)
 
 
-def _write(plain: argparse.Namespace, name: str, facts: dict[str, Any]) -> Path:
-    path = plain.out / f"{name}.json"
+def _write(args: argparse.Namespace, name: str, facts: dict[str, Any]) -> Path:
+    path = args.out / f"{name}.json"
     replace_text(path, json.dumps(facts, indent=1) + "\n")
     return path

@@ -66,13 +66,13 @@ def from_dataset(
     described = label_options(experiment)
     readers = {name: create_task(name, **described[name]) for name in tasks if name in described}
     data = open_dataset(experiment.data, split, readers)
-    known = {id: index for index, id in enumerate(data.ids)}
-    for id in ids:
-        if id not in known:
-            near = ", ".join(get_close_matches(id, known, 3, 0.3) or list(known)[:3])
-            raise LookError(f"no image '{id}' among the {len(known)} of the {split} split; for example: {near}")
+    known = {image_id: index for index, image_id in enumerate(data.ids)}
+    for image_id in ids:
+        if image_id not in known:
+            near = ", ".join(get_close_matches(image_id, known, 3, 0.3) or list(known)[:3])
+            raise LookError(f"no image '{image_id}' among the {len(known)} of the {split} split; for example: {near}")
     spread = np.linspace(0, len(known) - 1, min(count, len(known))).astype(int).tolist()
-    chosen = [known[id] for id in ids] or spread
+    chosen = [known[image_id] for image_id in ids] or spread
     return Subjects([data.ids[i] for i in chosen], lambda index: _with_truths(data[chosen[index]], readers))
 
 

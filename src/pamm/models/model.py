@@ -178,7 +178,13 @@ class MultiTaskModel(nn.Module, ModelHubMixin, library_name="pamm", tags=["multi
         """Name and value of every weight, as they are saved."""
         return ((plain_name(key), value.detach().cpu()) for key, value in self.state_dict().items())
 
-    def generate_model_card(self, *, run: Path | None = None, license: str | None = None, **head: Any) -> ModelCard:
+    def generate_model_card(
+        self,
+        *,
+        run: Path | None = None,
+        license: str | None = None,  # noqa: A002 - the Hub's own keyword
+        **head: Any,
+    ) -> ModelCard:
         """The card that `save_pretrained` and `push_to_hub` put beside the weights, as `model_card_kwargs` make it.
 
         Args:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from pamm import PammError
 from pamm.config.experiment import DecoderConfig, ModelConfig, MTMambaConfig, PAMMConfig, ReleasedConfig
 from pamm.config.limits import LIMITS, MODEL_LIMITS, check_ranges
 from pamm.config.renamed import with_new_names
@@ -224,10 +225,10 @@ def rebuild_model(settings: Mapping[str, Any], device: str = "cpu") -> MultiTask
             raise ConfigError(f"image_size: found {shown(settings['image_size'])}, expected whole numbers of pixels")
         built = {name: create_task(name, **options) for name, options in tasks.items()}
         model = build_model(_random(config), built, (height, width), device)
+    except PammError:
+        raise
     except (KeyError, TypeError, IndexError, AttributeError, OverflowError, RuntimeError) as error:
         raise ConfigError(f"not a pamm model configuration: {type(error).__name__} {shown(error, 200)}") from error
-    except ConfigError:
-        raise
     except ValueError as error:
         raise ConfigError(shown(error, 400)) from error
     model.settings = {key: value for key, value in settings.items() if key != FIELD} | {"model": to_dict(config)}

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pamm.config.strict import ConfigError, read_json
+from pamm.config.strict import read_json
 from pamm.files import first_line, shown
 from pamm.models.formats import CONFIG_FILE, WEIGHTS_FILE, FormatError, read_format, upgraded_weights
 from pamm.models.hub import download, repository_name
@@ -170,7 +170,9 @@ def load_model(source: str | Path, **options: Any) -> MultiTaskModel:
         skeleton = rebuild_model(settings, "meta")
     except PermissionError:
         raise forbidden(folder / CONFIG_FILE) from None
-    except (ValueError, OSError, ConfigError) as error:
+    except FormatError as error:
+        raise CheckpointError(f"{folder / CONFIG_FILE}: {error}") from error
+    except (ValueError, OSError) as error:
         raise CheckpointError(
             f"{folder / CONFIG_FILE} does not describe a pamm model: {shown(error, 400)}. Restore it from a copy, or save the "
             "model again with `save_pretrained`"

@@ -35,18 +35,18 @@ def main(arguments: list[str]) -> int:
         choices=["nyud", "pascal", "cityscapes"],
         help="take these facts from the published configuration for this data set",
     )
-    plain = own.parse_args(arguments)
+    args = own.parse_args(arguments)
     from pamm.official import OfficialError, load
     from pamm.training.checkpoint import save_checkpoint
 
-    if plain.out.exists() and (plain.out.is_file() or any(plain.out.iterdir())):
-        raise OfficialError(f"{plain.out} exists already; choose another folder, or remove it")
-    sizes: dict[str, Any] = {"image_size": plain.image_size, "checkpoint_size": plain.checkpoint_size}
+    if args.out.exists() and (args.out.is_file() or any(args.out.iterdir())):
+        raise OfficialError(f"{args.out} exists already; choose another folder, or remove it")
+    sizes: dict[str, Any] = {"image_size": args.image_size, "checkpoint_size": args.checkpoint_size}
     sizes = {name: tuple(size) for name, size in sizes.items() if size}
-    facts = {"facts": _facts(plain.facts), "published": plain.published}
-    model = load(plain.checkpoint, num_heads=plain.num_heads, scan=plain.scan, **sizes, **facts)
-    save_checkpoint(plain.out, model)
-    print(f"{model.load_report}\nmodel folder: {plain.out}")
+    facts = {"facts": _facts(args.facts), "published": args.published}
+    model = load(args.checkpoint, num_heads=args.num_heads, scan=args.scan, **sizes, **facts)
+    save_checkpoint(args.out, model)
+    print(f"{model.load_report}\nmodel folder: {args.out}")
     return 0
 
 

@@ -225,8 +225,9 @@ def read(
     old, new = grids(layout.tokens, layout.patch_size, image_size, checkpoint_size, report.notices)
     for notice in report.notices[1:]:
         log.warning(notice)
-    config = ModelConfig(backbone_config(layout, num_heads, report.notices), decoder_config(layout, scan))
-    if not (config.decoder.task_conv and config.decoder.experts.B and config.decoder.experts.C):
+    decoder = decoder_config(layout, scan)
+    config = ModelConfig(backbone_config(layout, num_heads, report.notices), decoder)
+    if not (decoder.task_conv and decoder.experts.B and decoder.experts.C):
         report.notices.append(
             "task convolution or experts are off: read by their shapes, with no published outputs to compare"
         )

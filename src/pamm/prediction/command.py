@@ -14,22 +14,22 @@ FAILURES_SHOWN = 50
 
 def main(arguments: list[str]) -> int:
     """Run `pamm predict ARGUMENTS`. Returns 1 where an image has no maps. Raises PredictError, CheckpointError, ConfigError."""
-    plain = arguments_parser().parse_args(arguments)
+    args = arguments_parser().parse_args(arguments)
     from pamm.prediction import Predictor, check_formats, check_output, list_inputs, predict_files
 
-    formats = tuple(dict.fromkeys(part for part in map(str.strip, plain.formats.split(",")) if part))
+    formats = tuple(dict.fromkeys(part for part in map(str.strip, args.formats.split(",")) if part))
     check_formats(formats)
-    inputs = list_inputs(plain.inputs)
+    inputs = list_inputs(args.inputs)
     paths = inputs.images
-    check_output(plain.out, paths, formats, sheet=not plain.no_sheet)
-    settings = {"longest_side": plain.longest_side, "precision": plain.precision, "compile": plain.compile}
-    settings["kernels"] = plain.kernels
-    predictor = Predictor(plain.source, device=plain.device, **settings)
-    files = {"formats": formats, "sheet": not plain.no_sheet, "skip_existing": plain.skip_existing}
-    summary = predict_files(predictor, paths, plain.out, **files)
+    check_output(args.out, paths, formats, sheet=not args.no_sheet)
+    settings = {"longest_side": args.longest_side, "precision": args.precision, "compile": args.compile}
+    settings["kernels"] = args.kernels
+    predictor = Predictor(args.source, device=args.device, **settings)
+    files = {"formats": formats, "sheet": not args.no_sheet, "skip_existing": args.skip_existing}
+    summary = predict_files(predictor, paths, args.out, **files)
     skipped = f", {len(summary.skipped)} were there already" if summary.skipped else ""
     total = len(paths) + len(inputs.unread)
-    print(f"{len(summary.done)} of {total} images predicted into {shown(plain.out, 300)}{skipped}")
+    print(f"{len(summary.done)} of {total} images predicted into {shown(args.out, 300)}{skipped}")
     failed = [*summary.failed, *inputs.failures()]
     for path, reason in failed[:FAILURES_SHOWN]:
         say(f"  failed: {shown(path, 300)}: {shown(reason, 500)}")

@@ -62,7 +62,7 @@ class Predictor:
         device: str | torch.device = "auto",
         longest_side: int | None = None,
         precision: str = "fp32",
-        compile: bool = False,
+        compile: bool = False,  # noqa: A002
         kernels: Choice = "auto",
     ):
         if longest_side is not None and longest_side < 1:
@@ -77,12 +77,12 @@ class Predictor:
         if chosen.type == "cpu":
             keep_memory()
         lower = choose_precision(precision, chosen) != torch.float32
-        held = load_model(source) if not given else source
+        network = load_model(source) if not given else source
         odd = (
-            held.half_precision is None and held.dtype != torch.float32
+            network.half_precision is None and network.dtype != torch.float32
         )  # after .half(), .double(): its values, in float32
         alone = given and (lower or odd or compile or kernels != "off")
-        model = _copy_of(held, chosen, tensors=lower or odd) if alone else held
+        model = _copy_of(network, chosen, tensors=lower or odd) if alone else network
         model = (model.float() if odd else model).to(chosen)
         self.model = prepare(model, precision=precision, compile=compile, kernels=kernels)
         _check_finite(self.model, source)
@@ -197,9 +197,9 @@ def decode(task: Task, logits: Tensor, size: tuple[int, int]) -> np.ndarray:
 
 def _copy_of(model: MultiTaskModel, device: torch.device, *, tensors: bool) -> MultiTaskModel:
     """The model with modules of its own; with the same parameters and buffers, unless `tensors` or the device is another."""
-    held = [*model.parameters(), *model.buffers()]
-    shared = not tensors and all(tensor.device == device for tensor in held)
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in held} if shared else None)
+    own = [*model.parameters(), *model.buffers()]
+    shared = not tensors and all(tensor.device == device for tensor in own)
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in own} if shared else None)
 
 
 @contextmanager

@@ -15,19 +15,19 @@ if TYPE_CHECKING:
 def demo(arguments: list[str]) -> int:
     from pamm.training.demo import run_demo
 
-    experiment, plain = parse_experiment("demo", ["demo", *arguments])
-    check_writable(plain.out or Path("runs/demo"))
-    run_demo(experiment, plain.out or Path("runs/demo"), progress=not plain.quiet, kernels=plain.kernels)
+    experiment, args = parse_experiment("demo", ["demo", *arguments])
+    check_writable(args.out or Path("runs/demo"))
+    run_demo(experiment, args.out or Path("runs/demo"), progress=not args.quiet, kernels=args.kernels)
     return 0
 
 
 def train(arguments: list[str]) -> int:
-    experiment, plain = parse_experiment("train", arguments)
+    experiment, args = parse_experiment("train", arguments)
     from pamm.training.run import train as run
 
-    out = plain.out or run_folder(experiment)
+    out = args.out or run_folder(experiment)
     check_writable(out)
-    result = run(experiment, out, progress=not plain.quiet, kernels=plain.kernels)
+    result = run(experiment, out, progress=not args.quiet, kernels=args.kernels)
     from pamm.runtime.distributed import is_first_process
 
     if is_first_process():

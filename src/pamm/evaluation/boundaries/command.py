@@ -20,29 +20,29 @@ SHOWN = 10
 
 def main(arguments: list[str]) -> int:
     """Run `pamm boundary ARGUMENTS`. Raises BoundaryError, DataError, LabelError, OSError."""
-    plain = arguments_parser().parse_args(arguments)
-    if plain.out and plain.out.is_dir():
-        raise BoundaryError(f"--out: {plain.out} is a folder, expected the path of a JSON file")
-    if plain.out:
-        plain.out.parent.mkdir(parents=True, exist_ok=True)
+    args = arguments_parser().parse_args(arguments)
+    if args.out and args.out.is_dir():
+        raise BoundaryError(f"--out: {args.out} is a folder, expected the path of a JSON file")
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
     scores = measure_folders(
-        plain.predictions,
-        plain.truths,
-        protocol=plain.protocol,
-        max_distance=plain.max_distance,
-        ids=plain.ids,
-        outline=plain.outline,
-        suppressed=plain.suppressed,
-        invert_maps=plain.invert_maps,
-        invert_truths=plain.invert_truths,
-        workers=plain.workers or processes(),
+        args.predictions,
+        args.truths,
+        protocol=args.protocol,
+        max_distance=args.max_distance,
+        ids=args.ids,
+        outline=args.outline,
+        suppressed=args.suppressed,
+        invert_maps=args.invert_maps,
+        invert_truths=args.invert_truths,
+        workers=args.workers or processes(),
         progress=sys.stderr.isatty(),
     )
-    if plain.out:
-        replace_text(plain.out, json.dumps(scores.to_json()) + "\n")
-    print(format_scores(scores, every=plain.all))
-    if plain.out:
-        print(f"counts at every threshold: {shown(plain.out, 300)}")
+    if args.out:
+        replace_text(args.out, json.dumps(scores.to_json()) + "\n")
+    print(format_scores(scores, every=args.all))
+    if args.out:
+        print(f"counts at every threshold: {shown(args.out, 300)}")
     return 0
 
 
