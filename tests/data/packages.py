@@ -107,7 +107,9 @@ def make_cityscapes(root, size=(64, 128), cities=("aachen", "ulm"), images=2):
         for city in cities:
             for number in range(images):
                 image_id = f"{split}/{city}/{city}_{number:06d}_000019"
-                write_png(root / "leftImg8bit" / f"{image_id}_leftImg8bit.png", random.integers(0, 256, (*size, 3), np.uint8))
+                write_png(
+                    root / "leftImg8bit" / f"{image_id}_leftImg8bit.png", random.integers(0, 256, (*size, 3), np.uint8)
+                )
                 blocks = np.kron(random.integers(0, 34, (size[0] // 8, size[1] // 8)), np.ones((8, 8)))
                 write_png(root / "gtFine" / f"{image_id}_gtFine_labelIds.png", blocks.astype(np.uint8))
                 disparity = random.integers(2, 126 * 256, size).astype(np.uint16)
