@@ -76,6 +76,8 @@ def test_help_version_and_unknown_command(capsys):
 def test_recipes_are_listed_and_printed(capsys):
     listed = told(capsys, "recipes", code=0)
     assert "pascal-pamm-l" in listed and "no-priors" in listed
+    of_invpt = listed[listed.index("recipes of invpt:") :].split("recipes of")[1]
+    assert "pascal-invpt-l" in of_invpt and "nyud-invpt-l" in of_invpt and "mlore" not in of_invpt
     assert "top_k: 7" in told(capsys, "recipes", "nyud-pamm-b+top-7", code=0)
 
 

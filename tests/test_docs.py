@@ -68,7 +68,8 @@ def prepare_checkpoints(workplace: Path) -> dict:
     torch.save(golden.GoldenCase("pamm_released_pascal").state, workplace / "checkpoint.pth.tar40000")
     case = golden.GoldenCase("mtmamba_nyud")
     maps = [torch.randn(1, width, 64 // 4 >> i, 96 // 4 >> i) for i, width in enumerate(case.facts["channels"])]
-    return {"state": case.state} | {f"f{i}": value for i, value in enumerate(maps, 1)}
+    mlore = golden.GoldenCase("mlore_pascal").state
+    return {"state": case.state, "mlore": mlore} | {f"f{i}": value for i, value in enumerate(maps, 1)}
 
 
 PREPARE = {

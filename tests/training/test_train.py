@@ -50,11 +50,14 @@ def stepped(rooms, tmp_path_factory) -> list[dict]:
     return results
 
 
+STEPS = [f"{scheme}-{labels}" for scheme in ("sum", "log_sum") for labels in ("complete", "missing")]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("labels", ["complete", "missing"])
-@pytest.mark.parametrize("scheme", ["sum", "log_sum"])
-def test_two_processes_step_as_one_on_the_joined_batch(stepped, scheme, labels):
-    one, two = (result[f"{scheme}-{labels}"] for result in stepped)
+@pytest.mark.parametrize("case", [*STEPS, "mlore-missing", "invpt-missing"])
+def test_two_processes_step_as_one_on_the_joined_batch(stepped, case):
+    """For both schemes of the loss, and for systems whose networks add to it."""
+    one, two = (result[case] for result in stepped)
     torch.testing.assert_close(one["losses"], two["losses"], rtol=1e-6, atol=1e-6)
     norm = torch.stack([g.norm() for g in one["gradients"].values()]).norm()
     for name, gradient in one["gradients"].items():

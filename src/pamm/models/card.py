@@ -29,6 +29,9 @@ NAMES = {
     "pamm-released": "PAMM, as its published code computes it",
     "mtmamba": "MTMamba",
     "mtmamba++": "MTMamba++",
+    "invpt": "InvPT",
+    "taskprompter": "TaskPrompter",
+    "mlore": "MLoRE",
 }
 
 

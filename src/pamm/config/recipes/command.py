@@ -17,9 +17,13 @@ def main(arguments: list[str]) -> int:
         print(yaml.safe_dump(to_dict(get_recipe(name)), sort_keys=False), end="")
         return 0
     width = max(map(len, [*RECIPES, *VARIANTS])) + 2
-    print("recipes:")
+    systems: dict[str, list[str]] = {}
     for key, build in RECIPES.items():
-        print(f"  {key:<{width}}{(build.__doc__ or '').strip().splitlines()[0]}")
+        systems.setdefault(build().model.decoder.system, []).append(key)
+    for system, keys in systems.items():
+        print(f"recipes of {system}:")
+        for key in keys:
+            print(f"  {key:<{width}}{(RECIPES[key].__doc__ or '').strip().splitlines()[0]}")
     for example, variants in (("pascal-pamm-b+no-priors", VARIANTS), ("nyud-mtmamba+swin-t", MTMAMBA_VARIANTS)):
         print(f"\nvariants, as in {example}:")
         for key, (text, _) in variants.items():
