@@ -8,6 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON_FILES := src tests benchmarks
 
+OLDEST := .venv-oldest
 KERNEL_TESTS := tests/ops tests/kernels
 ASAN = $(shell gcc -print-file-name=libasan.so) $(shell gcc -print-file-name=libubsan.so)
 
@@ -53,6 +54,14 @@ sanitize: $(VENV)/ready
 
 test-clang: $(VENV)/ready
 	CC=clang XDG_CACHE_HOME=$(CURDIR)/$(VENV)/clang OMP_NUM_THREADS=2 $(BIN)/python -m pytest $(KERNEL_TESTS)
+
+# The lower bounds of pyproject.toml as pins; an environment of some six gigabytes, removed afterwards.
+test-oldest:
+	$(PYTHON) -m venv $(OLDEST)
+	sed -nE 's/^ *"([A-Za-z_-]+)(\[[a-z]+\])?>=([0-9.]+)".*/\1==\3.*/p' pyproject.toml | sort -u > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt --editable '.[train,demo,bench,heif,dev]'
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -m "not slow and not exhaustive" --numprocesses 2 --dist loadfile
+	rm -rf $(OLDEST)
 
 bench: $(VENV)/ready
 	$(BIN)/pamm bench all --out benchmarks/speed/results.jsonl

@@ -29,8 +29,8 @@ VARIABLE = "PAMM_KERNELS"
 
 
 def exporting() -> bool:
-    """Whether torch.export or torch.onnx traces the present call. (torch.compiler.is_exporting came with torch 2.7.)"""
-    return getattr(torch.compiler, "is_exporting", lambda: False)() or torch.onnx.is_in_onnx_export()
+    """Whether torch.export or torch.onnx traces the present call."""
+    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
 
 
 _torch_alone = ContextVar("torch_alone", default=False)
