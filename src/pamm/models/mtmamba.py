@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -158,8 +159,8 @@ class TaskSwin(nn.Module):
     def __init__(self, config: MTMambaConfig, tasks: int, channels: int, drop_path: float, *, shifted: bool):
         super().__init__()
         side, num_heads = config.window_size, attention_heads(channels)
-        settings = {"window_size": side, "shift_size": side // 2 * shifted, "drop_path": drop_path}
-        whole = {"always_partition": True, "dynamic_mask": True}  # windows keep their size on any map
+        settings: dict[str, Any] = {"window_size": side, "shift_size": side // 2 * shifted, "drop_path": drop_path}
+        whole: dict[str, Any] = {"always_partition": True, "dynamic_mask": True}  # windows keep their size on any map
         self.tasks = nn.ModuleList(
             PaddedSwinBlock(channels, side, num_heads, **settings, **whole) for _ in range(tasks)
         )

@@ -9,6 +9,7 @@ Letters in shapes: B batch, T tasks, S stages, d width, e = 2d expanded width, L
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -91,7 +92,7 @@ class ParameterPrior(nn.Module):
         super().__init__()
         self.prior = nn.Parameter(torch.empty(tasks, 1, 1, state_size))
         nn.init.trunc_normal_(self.prior, std=0.02)
-        self.prior._no_weight_decay = True
+        self.prior._no_weight_decay = True  # pyright: ignore[reportAttributeAccessIssue] (a mark that optimizers read)
 
     def forward(self, parameter: Tensor) -> Tensor:
         """(T, B, L, N) → (T, B, L, N)."""
@@ -263,6 +264,6 @@ def to_tokens(maps: Tensor) -> Tensor:
     return maps.flatten(3).permute(1, 0, 3, 2)
 
 
-def to_maps(tokens: Tensor, size: tuple[int, int]) -> Tensor:
+def to_maps(tokens: Tensor, size: Sequence[int]) -> Tensor:
     """(T, B, L, d) → (B, T, d, h, w)."""
     return tokens.permute(1, 0, 3, 2).unflatten(3, size)

@@ -18,7 +18,7 @@ from pamm.config.experiment import BackboneConfig, ModelConfig, MTMambaConfig
 from pamm.config.strict import ConfigError
 from pamm.models.backbone import Swin
 from pamm.models.model import MultiTaskModel
-from pamm.models.mtmamba import CTM, MFE, SCTM, STM, DenseHead, Stage
+from pamm.models.mtmamba import CTM, MFE, SCTM, STM, DenseHead, LiteHead, Stage
 from pamm.models.registry import WithoutDraws, build_model
 from pamm.official.names import LoadReport, OfficialError, count_parameters, match_keys
 from pamm.official.parts import (
@@ -109,15 +109,15 @@ def read(
         ) from error
     table = dict(layout(model, config.decoder.system))
     report.system = config.decoder.system
-    report.used, report.ignored, _ = match_keys(state, table, {}, UNUSED)
-    report.parameters = count_parameters(state, report.used)
+    used, report.ignored, _ = match_keys(state, table, {}, UNUSED)
+    report.used, report.parameters = used, count_parameters(state, used)
     shapes = {key: tensor.to("meta") for key, tensor in state.items()}
-    network_tensors(report.used, shapes, model.state_dict())  # all fit together, before any memory is taken for them
+    network_tensors(used, shapes, model.state_dict())  # all fit together, before any memory is taken for them
     if not meta:
         with WithoutDraws():
             model = build_model(config, tasks, image_size)
     check_indices(state, model)
-    model.load_state_dict(network_tensors(report.used, state, model.state_dict()), assign=meta)
+    model.load_state_dict(network_tensors(used, state, model.state_dict()), assign=meta)
     model.load_report = report
     return model
 
@@ -264,6 +264,7 @@ def _task_entries(stage: Stage, spot: str, ours: str, task: int, system: str) ->
     for number, block in enumerate(stage.stm):
         theirs = f"block_stm.{spot}.{number}" if plus else f"block_{number + 1}.{spot}"
         yield from _pair(f"{theirs}.norm", f"{ours}.stm.{number}.norm", task)
+        assert isinstance(block, STM)
         yield from _gated_entries(block, f"{theirs}.op", f"{ours}.stm.{number}", task)
 
 
@@ -275,8 +276,9 @@ def _gated_entries(block: STM, theirs: str, ours: str, task: int) -> Entries:
     yield f"{theirs}.out_proj.weight", place(Part(f"{ours}.contract.weight", task))
 
 
-def _scan_entries(extract: MFE, theirs: str, ours: str, task: int) -> Entries:
+def _scan_entries(extract: nn.Module, theirs: str, ours: str, task: int) -> Entries:
     """All of MFE but its Linear."""
+    assert isinstance(extract, MFE)  # published checkpoints have no other
     channels = extract.norm.weight.shape[-1]
     rows = slice(task * channels, (task + 1) * channels)
     yield f"{theirs}.x_proj_weight", place(Part(f"{ours}.scan.select", task))
@@ -319,6 +321,7 @@ def _head_entries(head: nn.Module, name: str) -> Entries:
         yield f"{project}.bias", place(Part(f"{ours}.predict.bias"))
     else:
         yield from _pair(f"{expand}.0", f"{ours}.0")
+        assert isinstance(head, LiteHead)
         for key in head[1].state_dict():
             yield f"{expand}.1.{key}", place(Part(f"{ours}.1.{key}"))
         yield from _pair(project, f"{ours}.3")

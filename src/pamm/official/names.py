@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -94,6 +94,9 @@ class Place:
         return self.foreign(own[self.own])
 
 
+SomePlace = TypeVar("SomePlace", bound=Place)
+
+
 @dataclass
 class LoadReport:
     """The use of every key of a checkpoint.
@@ -103,7 +106,7 @@ class LoadReport:
     """
 
     system: str
-    used: dict[str, Place] = field(default_factory=dict)
+    used: Mapping[str, Place] = field(default_factory=dict)
     """Their key → its place in the network."""
     ignored: dict[str, str] = field(default_factory=dict)
     """Their key → why the network does not need it."""
@@ -165,8 +168,8 @@ def _pattern(name: str) -> str:
 
 
 def match_keys(
-    state: Mapping[str, Tensor], table: Mapping[str, Place], constants: Mapping[str, str], unused: Mapping[str, str]
-) -> tuple[dict[str, Place], dict[str, str], dict[str, str]]:
+    state: Mapping[str, Tensor], table: Mapping[str, SomePlace], constants: Mapping[str, str], unused: Mapping[str, str]
+) -> tuple[dict[str, SomePlace], dict[str, str], dict[str, str]]:
     """Used keys of a checkpoint (with shapes), ignored ones with the reason, and constants with their default.
 
     constants: last part of our constant tensors' names → what stands in for them. unused: pattern of their keys → why the network
