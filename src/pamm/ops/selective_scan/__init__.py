@@ -165,7 +165,12 @@ def explain() -> list[EngineStatus]:
 
 
 def _without_autocast(device: str) -> AbstractContextManager:
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if _has_autocast(device) else nullcontext()
+
+
+@torch.compiler.assume_constant_result  # torch 2.7 cannot trace the question
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
 
 
 def _objection(name: str, device: str, dtype: torch.dtype) -> str | None:
