@@ -39,6 +39,7 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check $(PYTHON_FILES)
 	$(BIN)/codespell $$(git ls-files)
 	$(BIN)/check-added-large-files --enforce-all --maxkb=1000 $$(git ls-files)
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(VENV)/ready
 	$(BIN)/ruff check --fix $(PYTHON_FILES)

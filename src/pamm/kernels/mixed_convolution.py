@@ -72,6 +72,7 @@ class FoldedExperts(ReleasedExperts):
         factor, shift = factor_and_shift(self.norm[task])
         own, own_restore = self.task_reduce[task], self.task_restore[task]
         shared = (inner[:, None] * (self.restore * p[:, None, None]).transpose(0, 1).flatten(1)).float()
+        assert own.bias is not None and own_restore.bias is not None and self.general.bias is not None
         private = m * own_restore.weight.flatten(1).float()
         bias = shared @ self.reduce_bias.flatten().float() + inner * (p @ self.restore_bias.float()) + inner_shift
         bias = bias + private @ own.bias.float() + m * own_restore.bias.float() + self.general.bias.float()

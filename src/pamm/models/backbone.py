@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch.nn.functional as F
 from timm.models import is_model_in_modules
-from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, SwinTransformerStage
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -46,6 +46,7 @@ class Backbone(nn.Module):
     out_indices: tuple[int, ...]
     channels: Any
     output_stride: int
+    grid: tuple[int, int]
 
     def blocks(self) -> list[nn.Module]:
         """The blocks that may be frozen.
@@ -132,6 +133,7 @@ class ViT(Backbone):
         check_image(height, width, self.output_stride)
         indices = list(self.out_indices)
         stages = self.vit.forward_intermediates(image, indices=indices, output_fmt="NLC", intermediates_only=True)
+        assert isinstance(stages, list)
         stages[-1] = self.vit.norm(stages[-1])
         grid = height // self.output_stride, width // self.output_stride
         return [stage.transpose(1, 2).unflatten(2, grid) for stage in stages]
@@ -171,7 +173,8 @@ class Swin(Backbone):
         _check_indices(out_indices, len(swin.layers), "stage")
         self.out_indices = out_indices
         self.channels: tuple[int, ...] = tuple(swin.feature_info[index]["num_chs"] for index in out_indices)
-        self.output_stride: int = swin.patch_embed.patch_size[0] * SWIN_STRIDE ** out_indices[-1]
+        side: Any = swin.patch_embed.patch_size
+        self.output_stride: int = side[0] * SWIN_STRIDE ** out_indices[-1]
         swin.layers = swin.layers[: out_indices[-1] + 1]
         swin.norm = nn.Identity()
         replace_modules(swin, lambda block: taking_over(PaddedSwinBlock, block, SwinTransformerBlock))
@@ -180,7 +183,7 @@ class Swin(Backbone):
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """(B, 3, H, W) normalised image → maps (B, C, H/4, W/4), (B, 2C, H/8, W/8), … Raises ValueError for other sizes."""
-        check_image(*image.shape[-2:], self.output_stride)
+        check_image(*image.shape[-2:], stride=self.output_stride)
         x, stages = self.swin.patch_embed(image), []
         for index, layer in enumerate(self.swin.layers):
             x = layer(x)  # (B, h, w, C)
@@ -190,13 +193,16 @@ class Swin(Backbone):
 
     def blocks(self) -> list[nn.Module]:
         """The transformer blocks of all stages, first to last."""
-        return [block for layer in self.swin.layers for block in layer.blocks]
+        return [block for layer in self._layers() for block in layer.blocks]
 
     def before(self, count: int) -> tuple[list[nn.Module], list[nn.Parameter]]:
         """See `Backbone.before`; a stage merges patches before its first block."""
         chosen = self.blocks()[:count]
-        merging = [layer.downsample for layer in self.swin.layers if layer.blocks[0] in chosen]
+        merging = [layer.downsample for layer in self._layers() if layer.blocks[0] in chosen]
         return [self.swin.patch_embed, *merging, *chosen], []
+
+    def _layers(self) -> list[SwinTransformerStage]:
+        return cast("list[SwinTransformerStage]", list(self.swin.layers))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """See `Backbone.set_grad_checkpointing`."""
@@ -370,6 +376,7 @@ def check_image(height: int, width: int, stride: int) -> None:
 
 def _remove_class_token(vit: VisionTransformer) -> None:
     """Leave the class token and its position embedding out of the sequence; the image's tokens keep theirs."""
+    assert vit.pos_embed is not None
     vit.pos_embed = nn.Parameter(vit.pos_embed.detach()[:, vit.num_prefix_tokens :].clone())
     vit.cls_token, vit.num_prefix_tokens, vit.has_class_token = None, 0, False
 

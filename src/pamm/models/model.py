@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pamm.files import usual_mode
+from pamm.models.backbone import Backbone
 from pamm.models.card import CARD, MARK, Origin, read_origin, write_card
 from pamm.models.formats import CONFIG_FILE, FIELD, FORMAT, WEIGHTS_FILE, read_format, upgraded_weights
 from pamm.models.weights import plain_name
@@ -46,12 +47,17 @@ class MultiTaskModel(nn.Module, ModelHubMixin, library_name="pamm", tags=["multi
     grad_checkpointing = False
     half_precision: torch.dtype | None = None
     """The dtype of its matrix products and convolutions where that is not float32 (see `use_half_precision`)."""
+    backbone: Backbone
+    decoder: Any
+    """What `pamm.models.registry` builds for the configuration; decoders have attributes of their own."""
+    load_report: Any
+    """Of a published checkpoint's network: see `pamm.official.load`."""
     origin: Path | None = None
     """The folder that the weights were loaded from."""
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: Backbone,
         decoder: nn.Module,
         heads: Mapping[str, nn.Module],
         *,
@@ -83,7 +89,7 @@ class MultiTaskModel(nn.Module, ModelHubMixin, library_name="pamm", tags=["multi
             image = image.to(self.dtype)
         with self._arithmetic():
             stages = self.backbone(image)
-        return self.decode(stages, image.shape[-2:] if size is None else size)
+        return self.decode(stages, (image.shape[-2], image.shape[-1]) if size is None else size)
 
     def decode(self, stages: Sequence[Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
         """Run decoder and heads on stage maps.

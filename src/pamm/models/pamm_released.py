@@ -59,6 +59,8 @@ class ReleasedExperts(nn.Module):
     all, the BatchNorms to one task each. Experts stand side by side, so their weighted sum is one bottleneck.
     """
 
+    prior: Tensor
+
     def __init__(self, tasks: list[str], channels: int, grid: tuple[int, int], config: ReleasedConfig):
         super().__init__()
         size, kernel, rank, count = config.state_size, config.kernel_size, config.experts.rank, config.experts.count
@@ -77,12 +79,13 @@ class ReleasedExperts(nn.Module):
 
     def forward(self, x: Sequence[Tensor]) -> Tensor:
         """T maps (B, e, h, w) → (T, B, N, h, w)."""
-        maps = [self.one_task(task, *self.routers[task](x_t), x_t) for task, x_t in zip(self.routers, x, strict=True)]
+        maps = [self.one_task(task, *self.routers[task](x_t), x=x_t) for task, x_t in zip(self.routers, x, strict=True)]
         return torch.stack(maps) + self.prior[:, None, :, None, None]
 
     def one_task(self, task: str, weights: Tensor, mix: Tensor, x: Tensor) -> Tensor:
         """Routing (B, E) and (B, 1), map (B, e, h, w) → (B, N, h, w), without the prior."""
         own = self.task_reduce[task]
+        assert own.bias is not None
         reduce = torch.cat([self.reduce.flatten(0, 1), own.weight])
         hidden = F.conv2d(x, reduce, torch.cat([self.reduce_bias.flatten(), own.bias]), padding=self.padding)
         shared, private = hidden.split([self.reduce_bias.numel(), len(own.bias)], dim=1)
@@ -97,6 +100,8 @@ class ReleasedExperts(nn.Module):
 class PlainProjection(nn.Module):
     """Replaces the experts if they are off: a linear map per task, with the prior added."""
 
+    prior: Tensor
+
     def __init__(self, tasks: list[str], channels: int, config: ReleasedConfig):
         super().__init__()
         self.project = per_task(tasks, lambda: create_linear(channels, config.state_size, bias=config.projection_bias))
@@ -110,6 +115,11 @@ class PlainProjection(nn.Module):
 
 class ReleasedStage(nn.Module):
     """Task convolutions and the experts' scan of one stage. A_log, D and the priors are constants, saved as buffers."""
+
+    B: nn.Module
+    C: nn.Module
+    A_log: Tensor
+    D: Tensor
 
     def __init__(self, config: ReleasedConfig, channels: int, grid: tuple[int, int], tasks: list[str]):
         super().__init__()
@@ -218,6 +228,7 @@ class ReleasedDecoder(nn.Module):
         handles = []
         for s, stage in enumerate(self.stages):
             handles.append(stage.register_forward_pre_hook(enter(s)))
+            assert isinstance(stage, ReleasedStage)
             handles += [part.register_forward_hook(write(f"{n}.{s}")) for n, part in (("B", stage.B), ("C", stage.C))]
             handles.append(stage.register_forward_hook(write(f"stage.{s}")))
         return handles

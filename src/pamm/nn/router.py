@@ -45,7 +45,7 @@ class SpatialRouter(nn.Module):
         """
         tokens = x.flatten(2).transpose(1, 2)
         channel = self.channel_out(self.channel(tokens).mean(1))
-        positions = resize_positions(self.positions, x.shape[-2:]).flatten()
+        positions = resize_positions(self.positions, (x.shape[-2], x.shape[-1])).flatten()
         spatial = self.spatial(positions.to(x.dtype) @ tokens + self.positions_bias.to(x.dtype))
         scores = self.scores(torch.cat([channel, spatial], dim=1)).float()
         experts = scores.shape[1] // 2

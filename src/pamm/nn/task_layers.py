@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, ItemsView, Sequence, ValuesView
+from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +13,21 @@ from torch import Tensor, nn
 from pamm.nn.joined import JoinedDropPath
 from pamm.runtime.distributed import joined_draw
 
+Part = TypeVar("Part", bound=nn.Module)
 
-def per_task(tasks: Sequence[str], build: Callable[[], nn.Module]) -> nn.ModuleDict:
+if TYPE_CHECKING:
+
+    class PerTask(nn.ModuleDict, Generic[Part]):
+        """A ModuleDict, for type checkers: of modules of one kind."""
+
+        def __getitem__(self, key: str) -> Part: ...
+        def values(self) -> ValuesView[Part]: ...
+        def items(self) -> ItemsView[str, Part]: ...
+
+
+def per_task(tasks: Sequence[str], build: Callable[[], Part]) -> PerTask[Part]:
     """One module of its own for every task."""
-    return nn.ModuleDict({task: build() for task in tasks})
+    return cast("PerTask[Part]", nn.ModuleDict({task: build() for task in tasks}))
 
 
 class TaskLinear(nn.Module):

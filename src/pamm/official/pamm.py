@@ -238,9 +238,11 @@ def read(
         check_numbers(own, state)
     names = table(own, list(tasks))
     given = constants_given(extras or {}, names)
-    report.used, report.ignored, report.missed = match_keys(state | given, names, CONSTANTS, UNUSED)
+    report.used, report.ignored, report.missed = match_keys({**state, **given}, names, CONSTANTS, UNUSED)
     report.parameters = count_parameters(state, [*report.used.keys() - given.keys(), *report.ignored])
     values = {name: default(name, tensor) for name, tensor in own.items() if constant(name)}
-    model.load_state_dict(gather(own, report.used, on_grid(state | given, report.used, old, new), values), assign=True)
+    model.load_state_dict(
+        gather(own, report.used, on_grid({**state, **given}, report.used, old, new), values), assign=True
+    )
     model.load_report = report
     return model
