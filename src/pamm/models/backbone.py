@@ -272,7 +272,7 @@ def create_backbone(config: BackboneConfig, image_size: tuple[int, int]) -> Back
 def timm_transformer(config: BackboneConfig, image_size: tuple[int, int]) -> ViT | Swin:
     """The plain vision transformer or Swin transformer that timm knows by this name. Raises ConfigError."""
     model = create_transformer(config, image_size)
-    return (Swin if isinstance(model, SwinTransformer) else ViT)(model, config.out_indices)
+    return Swin(model, config.out_indices) if isinstance(model, SwinTransformer) else ViT(model, config.out_indices)
 
 
 def create_transformer(config: BackboneConfig, image_size: tuple[int, int]) -> Any:

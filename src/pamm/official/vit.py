@@ -144,6 +144,7 @@ def read_vit(
         change: brings their tensors from the checkpoint's grid to the network's; default `on_grid`.
     """
     patch_size = config.backbone.patch_size
+    assert patch_size is not None  # a checkpoint tells it
     report = LoadReport(facts.system, notices=[*notices, *facts.notices])
     at = sizes.get("checkpoint_size") or (facts.image if fits(facts.image, patch_size, tokens) else None)
     told = len(report.notices)
@@ -238,14 +239,16 @@ def grids(
                 f"image_size: the checkpoint has {tokens} positions, which are no square; give image_size=(H, W)"
             )
         old = (side, side)
-    if old is None and new[0] * new[1] == tokens:
+    if old is None and new is not None and new[0] * new[1] == tokens:
         old = new
     if old is None:
+        assert new is not None
+        height, width = new
         short = [rows for rows in range(1, side + 1) if tokens % rows == 0]
         pairs = [
             (rows, tokens // rows) for rows in dict.fromkeys([*short, *(tokens // rows for rows in reversed(short))])
         ]
-        old = min(pairs, key=lambda pair: abs(math.log(pair[0] * new[1] / (pair[1] * new[0]))))
+        old = min(pairs, key=lambda pair: abs(math.log(pair[0] * width / (pair[1] * height))))
         notices.append(
             f"the checkpoint's {tokens} positions taken as {old[0]}×{old[1]} (give checkpoint_size where that is wrong)"
         )
