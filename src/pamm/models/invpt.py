@@ -94,16 +94,17 @@ class CrossTaskAttention(nn.Module):
 
     def forward(self, maps: list[Tensor], message: Tensor | None) -> tuple[list[Tensor], Tensor]:
         """Maps of the stage, scores of the one before (B, heads, T·queries/4, keys) → maps, scores (B, heads, T·queries, keys)."""
-        size, small = maps[0].shape[-2:], tuple(side // 2 for side in maps[0].shape[-2:])
+        height, width = maps[0].shape[-2:]
+        small = height // 2, width // 2
         queries = [reduce(x) for reduce, x in zip(self.reduce.values(), maps, strict=True)]
         pooled = to_tokens([F.avg_pool2d(x, self.stride) for x in maps])
         q, k, v = self.query(to_tokens(queries)), self.key(pooled), self.value(pooled)
         q, k, v = (x.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
         scores = (q * (len(self.query.bias) ** -0.5)) @ k.mT
-        if message is not None:
+        if message is not None and self.fuse is not None:
             scores = self.fuse(torch.cat([scores, self.upsample(message, small)], dim=1))
         y = self.project((scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2).flatten(2))
-        return [resized(x, size) for x in to_maps(y, len(maps), small)], scores
+        return [resized(x, (height, width)) for x in to_maps(y, len(maps), small)], scores
 
     def upsample(self, message: Tensor, size: tuple[int, int]) -> Tensor:
         """Scores (B, heads, T·(h/2)·(w/2), keys) → (B, heads, T·h·w, keys), bilinear on every task's map of queries."""
@@ -134,7 +135,7 @@ class Stage(nn.Module):
         """Maps of the stage before, the skip (B, D_s, ·, ·), scores of the stage before → maps, scores."""
         if self.embed is not None:
             maps = [embed(x) + skip for embed, x in zip(self.embed.values(), maps, strict=True)]
-        tasks, size = len(maps), maps[0].shape[-2:]
+        tasks, size = len(maps), (maps[0].shape[-2], maps[0].shape[-1])
         x = to_tokens(maps)
         attended, scores = self.attend(to_maps(self.norm1(x), tasks, size), message)
         x = x + to_tokens(attended)
@@ -228,7 +229,9 @@ class InvPTDecoder(nn.Module):
         joined = self.norms[number](torch.cat(maps, dim=1).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         normal = joined.chunk(len(maps), dim=1)
         if number:
-            normal = [widen(x) for widen, x in zip(self.widen[number - 1].values(), normal, strict=True)]
+            layers = self.widen[number - 1]
+            assert isinstance(layers, nn.ModuleDict)
+            normal = [widen(x) for widen, x in zip(layers.values(), normal, strict=True)]
         return [resized(x, size) for x in normal]
 
     def observe(self, maps: dict[str, Tensor]) -> list[RemovableHandle]:

@@ -40,6 +40,7 @@ class LowRankExperts(nn.Module):
         super().__init__()
         self.ranks = ranks
         self.reduce = nn.Conv2d(width, sum(ranks), 3, padding=1)
+        assert self.reduce.bias is not None
         nn.init.zeros_(self.reduce.bias)
         columns = [torch.empty(width, rank).uniform_(-(rank**-0.5), rank**-0.5) for rank in ranks]
         self.restore = nn.Parameter(torch.cat(columns, dim=1))  # (d, R)
@@ -168,6 +169,7 @@ class MLoREDecoder(nn.Module):
         handles = [reduce.register_forward_hook(enter(s)) for s, reduce in enumerate(self.reduce)]
         for number, blocks in ((1, self.first), (2, self.second)):
             for s, block in enumerate(blocks):
+                assert isinstance(block, MLoREBlock)
                 handles.append(block.register_forward_hook(leave(number, s)))
                 for task, router in block.routers.items():
                     handles.append(router.scores.register_forward_hook(write(f"router{number}.{s}.{task}")))
@@ -206,5 +208,6 @@ def mlore(config: MLoREConfig, backbone: Backbone, tasks: Mapping[str, Task]) ->
     for name, task in tasks.items():
         heads[name] = head = ConvHead(config.width, task.channels, bias=True)
         nn.init.trunc_normal_(head.conv.weight, std=0.02)
+        assert head.predict.bias is not None
         nn.init.normal_(head.predict.bias, std=0.02)
     return decoder, heads

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +43,9 @@ class PromptedViT(ViT):
     image size it was built for. On another grid the maps of positions are resized, in proportion to the area.
     """
 
+    unread_weight: Tensor | None
+    unread_bias: Tensor | None
+
     def __init__(self, vit: VisionTransformer, out_indices: tuple[int, ...], config: TaskPrompterConfig, tasks: int):
         super().__init__(vit, out_indices)
         depth, positions = len(vit.blocks), self.grid[0] * self.grid[1]
@@ -55,9 +60,10 @@ class PromptedViT(ViT):
 
     def forward(self, image: Tensor) -> list[Level]:
         """(B, 3, H, W) normalised image → one Level per stage, the last through the final norm. Raises ValueError."""
-        check_image(*image.shape[-2:], self.output_stride)
+        check_image(*image.shape[-2:], stride=self.output_stride)
         tokens = self.vit.patch_embed(image)  # (B, h, w, C)
-        grid = tuple(tokens.shape[1:3])
+        grid = (tokens.shape[1], tokens.shape[2])
+        assert self.vit.pos_embed is not None
         x = tokens.flatten(1, 2) + resample_abs_pos_embed(self.vit.pos_embed, list(grid), list(self.grid), 0)
         prompts, levels = self.prompts.to(x.dtype).expand(len(x), -1, -1), []
         run = checkpointed if self.grad_checkpointing else call
@@ -73,7 +79,8 @@ class PromptedViT(ViT):
         self, number: int, x: Tensor, prompts: Tensor, grid: tuple[int, int]
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor, Tensor] | None]:
         """Block `number`, from 0: tokens (B, L, C), prompts (B, T, C) → both, and the scores where it ends a level."""
-        block, count, scores = self.vit.blocks[number], prompts.shape[1], None
+        block: Any = self.vit.blocks[number]
+        count, scores = prompts.shape[1], None
         normal = block.norm1(torch.cat([prompts, x], dim=1))
         spread = self.spread[number](normal[:, :count])  # (B, T, positions)
         if number in self.out_indices:
@@ -120,7 +127,7 @@ class PromptedViT(ViT):
         self.grad_checkpointing = enable
 
 
-def prompted_attention(attention: nn.Module, normal: Tensor, prompts: int) -> tuple[Tensor, Tensor]:
+def prompted_attention(attention: Any, normal: Tensor, prompts: int) -> tuple[Tensor, Tensor]:
     """timm's attention on (B, T + L, C), and its raw scores of the first T queries: (B, T + L, C), (B, H, T, T + L)."""
     q, k, v = attention.qkv(normal).unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
     y = F.scaled_dot_product_attention(q, k, v)
@@ -218,7 +225,9 @@ class TaskPrompterDecoder(nn.Module):
         run = checkpointed if self.grad_checkpointing else call
         maps = [run(decoder, level) for decoder, level in zip(self.levels, levels, strict=True)]
         size = maps[0][0].shape[-2:]
-        sums = {task: sum(resized(x, size) for x in of_task) for task, *of_task in zip(self.tasks, *maps, strict=True)}
+        sums: dict[str, Any] = {
+            t: sum(resized(x, size) for x in own) for t, *own in zip(self.tasks, *maps, strict=True)
+        }
         return sums if self.project is None else {task: self.project[task](x) for task, x in sums.items()}
 
     def observe(self, maps: dict[str, Tensor]) -> list[RemovableHandle]:
@@ -233,7 +242,7 @@ class TaskPrompterDecoder(nn.Module):
             Handles of the hooks.
         """
 
-        def enter(number: int, inputs: tuple[Level]) -> None:
+        def enter(number: int, module: nn.Module, inputs: tuple[Level]) -> None:
             level = inputs[0]
             found = {"tokens": level.x.flatten(2).transpose(1, 2), "channel": level.channel, "prompts": level.prompts}
             if self.project is None:
@@ -242,13 +251,14 @@ class TaskPrompterDecoder(nn.Module):
                 found |= {"spatial": level.spatial}
             maps.update({f"{name}.{number}": x for name, x in found.items() if x is not None})
 
-        def leave(number: int, output: list[Tensor]) -> None:
+        def leave(number: int, module: nn.Module, inputs: tuple[Level], output: list[Tensor]) -> None:
             maps.update({f"level.{number}.{task}": x for task, x in zip(self.tasks, output, strict=True)})
 
         handles = []
         for number, decoder in enumerate(self.levels):
-            handles.append(decoder.register_forward_pre_hook(lambda m, inputs, n=number: enter(n, inputs)))
-            handles.append(decoder.register_forward_hook(lambda m, _, output, n=number: leave(n, output)))
+            assert isinstance(decoder, LevelDecoder)
+            handles.append(decoder.register_forward_pre_hook(partial(enter, number)))
+            handles.append(decoder.register_forward_hook(partial(leave, number)))
             if self.project is None:
                 for task, fusion in decoder.tasks.items():
                     write = lambda _, __, output, name=f"fuse.{number}.{task}": maps.update({name: output})  # noqa: E731
@@ -285,5 +295,6 @@ def taskprompter(
         heads[name] = head = ConvHead(config.width, task.channels, bias=True)
         nn.init.trunc_normal_(head.conv.weight, std=0.02)
     levels = len(backbone.out_indices)
-    sizes = [backbone.channels] * levels, [backbone.vit.blocks[0].attn.num_heads] * levels
+    block: Any = backbone.vit.blocks[0]
+    sizes = [backbone.channels] * levels, [block.attn.num_heads] * levels
     return TaskPrompterDecoder(config, *sizes, list(tasks)), heads

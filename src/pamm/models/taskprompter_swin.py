@@ -8,6 +8,8 @@ Letters in shapes: B batch, T prompts, C channels of a stage, H heads, h×w its 
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
@@ -42,7 +44,7 @@ class PromptedSwinBlock(nn.Module):
         self.num_heads, self.size = block.attn.num_heads, size
         self.norm1, self.norm2, self.mlp = block.norm1, block.norm2, block.mlp
         self.drop_path1, self.drop_path2 = block.drop_path1, block.drop_path2
-        self.attn = nn.Module()
+        self.attn: Any = nn.Module()
         self.attn.qkv, self.attn.proj = block.attn.qkv, block.attn.proj
         cut = slice(full - self.window, full + self.window - 1)  # the offsets of the smaller window
         offsets = block.attn.relative_position_bias_table.detach().unflatten(0, (2 * full - 1, -1))[cut, cut]
@@ -112,7 +114,7 @@ class PromptedSwinBlock(nn.Module):
             maps = maps.to(attended.dtype)
         q, (k, v) = self.chan_q(self.token_trans(prompts)), self.chan_kv(maps.flatten(2)).chunk(2, dim=2)
         scores = q @ k.mT
-        if self.chan_proj is None:
+        if self.chan_proj is None or self.token_trans1 is None:
             return scores, None
         weights = (scores * q.shape[-1] ** -0.5).softmax(-1).to(v.dtype)
         return scores, self.token_trans1(self.chan_proj(weights @ v))
@@ -121,7 +123,7 @@ class PromptedSwinBlock(nn.Module):
 class Merging(nn.Module):
     """What lies between two stages: tokens by timm's patch merging, scores and prompts as they are."""
 
-    def __init__(self, merging: nn.Module, heads: int, tasks: int, channels: int):
+    def __init__(self, merging: Any, heads: int, tasks: int, channels: int):
         super().__init__()
         self.norm, self.reduction = merging.norm, merging.reduction
         self.spa_attn_ds = nn.Conv2d(heads * tasks, heads * tasks, 3, stride=2, padding=1)
@@ -148,24 +150,30 @@ class PromptedSwin(Backbone):
         count = len(swin.layers)
         self.image_ratio, self.out_indices = config.image_ratio, tuple(range(count))
         self.output_stride = 1  # any size is brought to whole tokens
-        self.last_stride = swin.patch_embed.patch_size[0] << (count - 1)
+        side: int = cast(Any, swin.patch_embed).patch_size[0]
+        self.last_stride = side << (count - 1)
         self.patch_embed, self.norm = swin.patch_embed, swin.norm
         self.prompts = init_prompts(tasks, swin.embed_dim)
-        size = tuple(side // swin.patch_embed.patch_size[0] for side in self.inner_size(*image_size))
+        rows, columns = (length // side for length in self.inner_size(*image_size))
         stages, merging, heads = [], [], []
-        for number, layer in enumerate(swin.layers):
+        layers = cast("list[Any]", list(swin.layers))
+        for number, layer in enumerate(layers):
             dim = swin.embed_dim << number
             heads.append(layer.blocks[0].attn.num_heads)
             blocks = [
                 PromptedSwinBlock(
-                    block, size, config.channel_width, i % 2 == 1, number == count - 1 and i == len(layer.blocks) - 1
+                    block,
+                    (rows, columns),
+                    config.channel_width,
+                    i % 2 == 1,
+                    number == count - 1 and i == len(layer.blocks) - 1,
                 )
                 for i, block in enumerate(layer.blocks)
             ]
             stages.append(nn.ModuleList(blocks))
             if number < count - 1:
-                merging.append(Merging(swin.layers[number + 1].downsample, heads[-1], tasks, dim))
-            size = tuple(side // 2 for side in size)
+                merging.append(Merging(layers[number + 1].downsample, heads[-1], tasks, dim))
+            rows, columns = rows // 2, columns // 2
         self.stages, self.merging = nn.ModuleList(stages), nn.ModuleList(merging)
         self.heads, widest = tuple(heads), count - 1
         self.channels = tuple(swin.embed_dim << min(number + 1, widest) for number in range(count))
@@ -173,9 +181,8 @@ class PromptedSwin(Backbone):
 
     def inner_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width, pixels, of the image that the patches are cut from."""
-        return tuple(
-            max(1, round(side * self.image_ratio / self.last_stride)) * self.last_stride for side in (height, width)
-        )
+        rows, columns = (max(1, round(side * self.image_ratio / self.last_stride)) for side in (height, width))
+        return rows * self.last_stride, columns * self.last_stride
 
     def forward(self, image: Tensor) -> list[Level]:
         """(B, 3, H, W) normalised image → one Level per stage."""
@@ -185,7 +192,7 @@ class PromptedSwin(Backbone):
         x = self.patch_embed(image)  # (B, h, w, C)
         prompts, levels = self.prompts.to(x.dtype).expand(len(x), -1, -1), []
         run = checkpointed if self.grad_checkpointing else call
-        for number, blocks in enumerate(self.stages):
+        for number, blocks in enumerate(self._stages()):
             for block in blocks:
                 x, prompts, spatial, channel = run(block, x, prompts)
             if number < len(self.merging):
@@ -198,12 +205,15 @@ class PromptedSwin(Backbone):
 
     def blocks(self) -> list[nn.Module]:
         """The blocks of all stages, first to last."""
-        return [block for stage in self.stages for block in stage]
+        return [block for stage in self._stages() for block in stage]
+
+    def _stages(self) -> list[nn.ModuleList]:
+        return cast("list[nn.ModuleList]", list(self.stages))
 
     def before(self, count: int) -> tuple[list[nn.Module], list[nn.Parameter]]:
         """The modules and parameters through which an image goes before block `count` + 1; a stage ends with its merging."""
         chosen = self.blocks()[:count]
-        merged = [merging for merging, stage in zip(self.merging, self.stages, strict=False) if stage[-1] in chosen]
+        merged = [merging for merging, stage in zip(self.merging, self._stages(), strict=False) if stage[-1] in chosen]
         return [self.patch_embed, *merged, *chosen], [self.prompts]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -106,7 +106,7 @@ def read(state: Mapping[str, Tensor], *, facts: Facts, **sizes: tuple[int, int] 
     backbone = inspect_backbone(state, facts, embed_dim, patch_size)
     facts.told(level_dim=level_width, final_dim=width, chan_embed_dim=twice // 2, prompt_len=1, use_ctr=False)
     report = LoadReport(SYSTEM, notices=list(facts.notices))
-    stride = patch_size << (len(backbone.depths) - 1)
+    stride = patch_size << (len(backbone.depths or ()) - 1)
     inner = {name: size and inner_size(size, decoder.image_ratio, stride) for name, size in sizes.items()}
     at = inner.get("checkpoint_size") or (facts.image and inner_size(facts.image, decoder.image_ratio, stride))
     if at and sizes.get("checkpoint_size") is None and at[0] * at[1] != tokens * patch_size**2:
@@ -115,14 +115,16 @@ def read(state: Mapping[str, Tensor], *, facts: Facts, **sizes: tuple[int, int] 
     old, new = grids(tokens, patch_size, inner.get("image_size"), at, report.notices)
     for notice in report.notices[told:]:
         log.warning(notice)
-    image_size = sizes.get("image_size") or tuple(round(side * patch_size / decoder.image_ratio) for side in new)
+    height, width = (round(side * patch_size / decoder.image_ratio) for side in new)
+    image_size = sizes.get("image_size") or (height, width)
     config = ModelConfig(backbone, decoder)
     return finish(report, state, config, image_size, table, UNUSED, lambda used: on_grid(state, used, old, new))
 
 
 def inner_size(size: tuple[int, int], ratio: float, stride: int) -> tuple[int, int]:
     """Height and width of an image after its resizing, pixels."""
-    return tuple(max(1, round(side * ratio / stride)) * stride for side in size)
+    height, width = (max(1, round(side * ratio / stride)) * stride for side in size)
+    return height, width
 
 
 def inspect_backbone(state: Mapping[str, Tensor], facts: Facts, embed_dim: int, patch_size: int) -> BackboneConfig:
@@ -159,7 +161,7 @@ def on_grid(
     found = dict(state)
     for key in used if old != new else ():
         stage = int(key.split(".")[2]) if key.startswith("backbone.layers.") else 0
-        sizes = [tuple(side >> stage for side in size) for size in (old, new)]
+        sizes = [(rows >> stage, columns >> stage) for rows, columns in (old, new)]
         if key.endswith(".chan_kv.weight"):
             found[key] = resized(found[key].float(), *sizes)
         elif key.endswith(".relative_position_bias_table"):
