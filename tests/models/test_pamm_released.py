@@ -219,7 +219,7 @@ def test_settings_tell_the_decoders_apart():
     assert from_dict(ModelConfig, to_dict(released)) == released
     assert from_dict(ModelConfig, to_dict(paper)) == paper
     assert from_dict(ModelConfig, {"decoder": {"width": 96}}).decoder == PAMMConfig(width=96)
-    with pytest.raises(ConfigError, match=r"decoder\.system: found 'pam', expected one of 'pamm', 'pamm-released'"):
+    with pytest.raises(ConfigError, match=r"decoder\.system: found 'pam', expected one of 'pamm', .*'pamm-released'"):
         from_dict(ModelConfig, {"decoder": {"system": "pam"}})
     with pytest.raises(ConfigError, match=r"unknown key 'decoder\.prior_B'"):
         from_dict(ModelConfig, {"decoder": {"system": "pamm-released", "prior_B": True}})
