@@ -108,7 +108,7 @@ def test_recipes_have_the_published_keys_shapes_and_sizes(recipe, manifest, para
     assert loaded.load_report.parameters == parameters
     same = to_sizes(loaded.settings["model"]["backbone"])
     assert same == {
-        "width": 192,
+        "embed_dim": 192,
         "depths": [2, 2, 18, 2],
         "num_heads": [6, 12, 24, 48],
         "window_size": 12,
