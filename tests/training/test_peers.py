@@ -10,8 +10,11 @@ from safetensors.torch import load_file
 
 from pamm.config.experiment import Experiment
 from pamm.models.mlore import imbalance
+from pamm.models.registry import build_model
 from pamm.nn.router import SpatialRouter
 from pamm.prediction import Predictor
+from pamm.tasks import create_task
+from pamm.training.initial import take_weights
 from pamm.training.loop import step_seed
 from pamm.training.run import create_loop, train
 from prediction.networks import create, photo
@@ -107,3 +110,20 @@ def test_the_two_ways_of_choosing_experts(renormalised):
     assert ((weights > 0).sum(1) == 4).all()
     sums = weights.sum(1)
     assert torch.allclose(sums, torch.ones(5)) if renormalised else (sums < 0.999).all()
+
+
+def test_weights_of_positions_are_resized_for_fine_tuning_as_for_a_checkpoint():
+    """A map of another size is spread and gathered as that of the first, and the sum over it keeps its scale."""
+    tasks = {"depth": create_task("depth")}
+    source, network = (build_model(PEERS["taskprompter"], tasks, size) for size in ((64, 64), (96, 128)))
+    with torch.no_grad():
+        source.backbone.spread[0].weight.copy_(torch.ones(64, 32))
+        source.backbone.gather[0].weight.copy_(torch.ones(32, 64))
+    fit = take_weights(network, source, "the source")
+    assert fit.share == 1 and "resized, 8×8 tokens there, 12×16 here" in str(fit)
+    ones = torch.ones(1, 1, 32)
+    maps = [model.backbone.spread[0](ones) - model.backbone.spread[0].bias for model in (source, network)]
+    assert maps[1].shape == (1, 1, 192)
+    torch.testing.assert_close(maps[1].sum(), maps[0].sum())
+    gathered = [model.backbone.gather[0](x) for model, x in zip((source, network), maps, strict=True)]
+    torch.testing.assert_close(gathered[1], gathered[0])

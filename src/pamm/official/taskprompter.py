@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-import torch
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor
 
 from pamm.config.experiment import ModelConfig
 from pamm.config.peers import TaskPrompterConfig
 from pamm.models.model import MultiTaskModel
-from pamm.nn.router import resize_positions
+from pamm.nn.prompts import resize_gather, resize_spread
 from pamm.official.facts import Fact, Facts, Published, shape_facts
 from pamm.official.names import OfficialError, Place, places
 from pamm.official.vit import CLASS_ROW, VIT_FACTS, head_channels, inspect_vit, read_vit, shape_of, vit_config
@@ -80,17 +79,10 @@ def on_grid(
         if key == "backbone.pos_embed":
             found[key] = resample_abs_pos_embed(found[key], list(new), list(old), num_prefix_tokens=1)
         elif ".token_trans." in key:
-            columns = found[key].float().reshape(old[0] * old[1], -1).T
-            found[key] = resized(columns, old, new).T.reshape(-1, *found[key].shape[1:])
-        elif key.endswith(".token_trans1.weight"):  # sums over what became smaller
-            share = new[0] * new[1] / (old[0] * old[1])
-            found[key] = share * resized(found[key].float(), old, new)
+            found[key] = resize_spread(found[key], old, new)
+        elif key.endswith(".token_trans1.weight"):
+            found[key] = resize_gather(found[key], old, new)
     return found
-
-
-def resized(rows: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """(n, positions) weights of sums over positions, from one grid to another: the sums keep their scale."""
-    return torch.stack([resize_positions(row, new) for row in rows.unflatten(1, old)]).flatten(1)
 
 
 def matches(state: Mapping[str, Tensor]) -> bool:

@@ -12,9 +12,9 @@ from torch import Tensor
 from pamm.config.experiment import BackboneConfig, ModelConfig
 from pamm.config.peers import TaskPrompterConfig
 from pamm.models.model import MultiTaskModel
+from pamm.nn.prompts import resize_pixels
 from pamm.official.facts import Fact, Facts, Published, shape_facts
 from pamm.official.names import LoadReport, OfficialError, Place, places
-from pamm.official.taskprompter import resized
 from pamm.official.vit import finish, grids, head_channels, numbers_of, shape_of
 
 SYSTEM = "taskprompter-swin"
@@ -163,7 +163,7 @@ def on_grid(
         stage = int(key.split(".")[2]) if key.startswith("backbone.layers.") else 0
         sizes = [(rows >> stage, columns >> stage) for rows, columns in (old, new)]
         if key.endswith(".chan_kv.weight"):
-            found[key] = resized(found[key].float(), *sizes)
+            found[key] = resize_pixels(found[key], *sizes)
         elif key.endswith(".relative_position_bias_table"):
             side = (math.isqrt(len(found[key])) + 1) // 2
             window = min(side, *sizes[1])  # a smaller map has smaller windows, whose offsets lie in the middle

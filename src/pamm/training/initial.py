@@ -22,6 +22,7 @@ from pamm.config.strict import ConfigError, from_dict
 from pamm.models.model import MultiTaskModel
 from pamm.models.registry import build_model
 from pamm.models.saved import CheckpointError
+from pamm.nn.prompts import resize_gather, resize_spread
 from pamm.nn.router import resize_positions
 from pamm.tasks import Task
 from pamm.tasks.segmentation import numbered_classes
@@ -254,6 +255,14 @@ def _resized(here: _Layout, key: str, value: Tensor, there: _Layout, given: Tens
     (height, width), (rows, columns) = _grid(here), _grid(there)
     if key.endswith(".positions") and tuple(value.shape) == (height, width) and tuple(given.shape) == (rows, columns):
         return resize_positions(given, (height, width)) if (height, width) != (rows, columns) else None
+    if key.startswith(("backbone.spread.", "backbone.gather.")) and (height, width) != (
+        rows,
+        columns,
+    ):  # TaskPrompter's
+        axis = 0 if ".spread." in key else value.dim() - 1
+        sizes = value.shape[axis], given.shape[axis] if given.dim() == value.dim() else 0
+        if sizes == (height * width, rows * columns):
+            return (resize_gather if axis else resize_spread)(given, (rows, columns), (height, width))
     if not key.endswith("pos_embed") or value.dim() != 3 or given.dim() != 3 or value.shape[-1] != given.shape[-1]:
         return None
     prefix, before = value.shape[1] - height * width, given.shape[1] - rows * columns
