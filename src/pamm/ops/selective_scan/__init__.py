@@ -168,7 +168,7 @@ def _without_autocast(device: str) -> AbstractContextManager:
     return torch.autocast(device, enabled=False) if _has_autocast(device) else nullcontext()
 
 
-@torch.compiler.assume_constant_result  # torch 2.7 cannot trace the question
+@torch.compiler.assume_constant_result  # older versions of torch cannot trace the question
 def _has_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
 
