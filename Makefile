@@ -60,7 +60,7 @@ test-clang: $(VENV)/ready
 test-oldest:
 	$(PYTHON) -m venv $(OLDEST)
 	sed -nE 's/^ *"([A-Za-z_-]+)(\[[a-z]+\])?>=([0-9.]+)".*/\1==\3.*/p' pyproject.toml | sort -u > $(OLDEST)/constraints.txt
-	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt --editable '.[train,demo,bench,heif,dev]'
+	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt --editable '.[train,demo,plots,bench,heif,dev]'
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -m "not slow and not exhaustive" --numprocesses 2 --dist loadfile
 	rm -rf $(OLDEST)
 
