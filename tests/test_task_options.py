@@ -184,7 +184,7 @@ def test_training_evaluation_and_looking_read_and_measure_labels_alike(metres, t
 
 def test_a_task_that_a_folder_lacks_is_told_with_the_remedy(metres):
     lacking = Experiment(tasks={**metres.tasks, "sal": TaskConfig()}, data=metres.data)
-    with pytest.raises(ConfigError, match=r"no labels for the task 'sal'; it has: depth, edge; .*--tasks depth,edge"):
+    with pytest.raises(ConfigError, match=r"no labels for the task 'sal'; it has: depth, edge; .*--tasks depth edge"):
         create_tasks(lacking)
 
 

@@ -34,10 +34,10 @@ def build(system: str, *, shallow: bool = False) -> MultiTaskModel:
     """A network, or one of the fewest layers and tasks that have every kind of module."""
     torch.manual_seed(0)
     backbone, decoder = SYSTEMS[system]
-    if shallow:
-        swin = backbone is SWIN
-        backbone = replace(SWIN, depths=(1, 1, 1, 1)) if swin else replace(BACKBONE, depth=1, out_indices=(0,))
-        decoder = replace(decoder, stm=1) if swin else decoder
+    if shallow and "mtmamba" in system:
+        backbone, decoder = replace(SWIN, depths=(1, 1, 1, 1)), replace(decoder, stm=1)
+    elif shallow and system in ("pamm", "released", "mlore"):
+        backbone = replace(BACKBONE, depth=1, out_indices=(0,))
     names = NAMES[:1] if shallow else NAMES
     model = build_model(ModelConfig(backbone, decoder), {name: create_task(name) for name in names}, (64, 64))
     for module in model.modules():

@@ -381,7 +381,7 @@ def test_a_decoder_that_cannot_be_is_told(changes, message):
 def test_decoders_and_backbones_that_do_not_fit_are_told():
     with pytest.raises(ConfigError, match="MTMamba's decoder needs stages of falling resolution"):
         build(MTMAMBA, BACKBONE)
-    with pytest.raises(ConfigError, match="PAMM's decoder needs stages of one size"):
+    with pytest.raises(ConfigError, match="this decoder needs stages of one size"):
         build(DECODER, SWIN)
     with pytest.raises(ConfigError, match=r"found channels \[16, 64\]; choose .* neighbouring"):
         build(MTMAMBA, replace(SWIN, out_indices=(0, 2)))
