@@ -1,5 +1,6 @@
 """The order of samples is a function of the step; errors in workers arrive clean."""
 
+import tempfile
 from dataclasses import replace
 
 import pytest
@@ -134,3 +135,11 @@ def test_evaluation_takes_every_sample_once(world, workers):
         assert all(batch.image.shape[1:] == (3, 32, 32) and batch.sizes[0] == (20, 24) for batch in batches)
         seen += [image_id for batch in batches for image_id in batch.ids]
     assert sorted(seen) == sorted(dataset.ids)
+
+
+def test_a_long_name_of_the_temporary_folder_is_told_where_processes_load(monkeypatch, tmp_path):
+    """A socket's address is short: torch's workers would wait for ever."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("a" * 100)))
+    with pytest.raises(DataError, match=r"allow 70\. Set TMPDIR to a shorter one, or .*--train.workers 0"):
+        run(replace(TRAIN, workers=1))
+    assert len(run(TRAIN)) == 6

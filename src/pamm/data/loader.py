@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -14,11 +17,15 @@ from torch.utils.data import DataLoader
 from pamm.config.experiment import check_batch
 from pamm.data.sample import Batch, DataError, Dataset, Sample, collate
 from pamm.data.transforms import EvalTransform, TrainTransform
+from pamm.files import shown
 from pamm.runtime.workers import WorkerError, data_worker_ended, serve_training
 from pamm.tasks import Task
 
 if TYPE_CHECKING:
     from pamm.config.experiment import TrainConfig
+
+LONGEST_TEMPORARY = 70
+"""Bytes; multiprocessing adds 32 to them, and a socket's address has 103 on macOS, 107 on Linux."""
 
 
 class StepSampler:
@@ -191,6 +198,8 @@ def _checked(loaded: dict[str, Any] | str) -> Batch:
 
 def _loader(dataset: torch.utils.data.Dataset, tasks: Mapping[str, Task], workers: int, **options: Any) -> DataLoader:
     """A DataLoader that draws its (unused) worker seeds from its own generator, not from torch's global one."""
+    if workers:
+        _check_sockets()
     return DataLoader(
         dataset,
         num_workers=workers,
@@ -199,3 +208,14 @@ def _loader(dataset: torch.utils.data.Dataset, tasks: Mapping[str, Task], worker
         worker_init_fn=serve_training,
         **options,
     )
+
+
+def _check_sockets() -> None:
+    """Raise DataError where the folder of temporary files has too long a name: loading processes would wait for ever."""
+    folder = tempfile.gettempdir()
+    length = len(os.fsencode(folder))
+    if sys.platform != "win32" and length > LONGEST_TEMPORARY:
+        raise DataError(
+            f"the folder of temporary files, {shown(folder, 200)}, has a name of {length} bytes; the sockets of loading processes "
+            f"allow {LONGEST_TEMPORARY}. Set TMPDIR to a shorter one, or load without processes (--train.workers 0)"
+        )
