@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
@@ -189,8 +189,8 @@ def _start(work: Work, pairs: dict[str, tuple[Path, Path]], workers: int) -> Ite
 
 def _collect(pool: ProcessPoolExecutor, running: dict[Future, str]) -> Iterator[tuple[str, np.ndarray]]:
     try:
-        for done in as_completed(running):
-            yield running[done], done.result()
+        for future, name in running.items():  # in their order, so that the same error is reported every time
+            yield name, future.result()
     except BrokenProcessPool:
         raise BoundaryError(
             "a worker process ended before its image was done, most likely for want of memory: use fewer, e.g. --workers 1"
