@@ -54,7 +54,7 @@ SLOW = 2.5
 
 def built(recipe: str, training: bool) -> nn.Module:
     torch.manual_seed(0)
-    return create_model(recipe).train(training)
+    return create_model(recipe, pretrained=False).train(training)
 
 
 def step_of(
