@@ -96,7 +96,9 @@ def test_the_cache_lies_where_the_user_says_or_in_a_temporary_folder(tmp_path):
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root may become another user")
 @pytest.mark.parametrize("user", [65534, 54321], ids=["nobody", "a number without a name"])
 def test_a_user_without_a_home_has_a_temporary_cache(tmp_path, user):
-    for environment in ({}, {"HOME": "/nonexistent"}, {"HOME": "/root", "XDG_CACHE_HOME": "/root/cache"}):
+    closed = tmp_path / "closed"  # to all but root
+    closed.mkdir(mode=0o700)
+    for environment in ({}, {"HOME": str(closed / "none")}, {"HOME": str(closed), "XDG_CACHE_HOME": f"{closed}/cache"}):
         assert cache_of(environment, Path("/"), user).parent.parent == Path(tempfile.gettempdir())
 
 

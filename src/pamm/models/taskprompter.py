@@ -171,8 +171,9 @@ class LevelDecoder(nn.Module):
         self.tasks = per_task(tasks, lambda: TaskFusion(channels, config, upsample=upsample))
         self.cross = None
         if config.use_ctr:
-            convs = lambda: nn.Sequential(nn.Conv2d(heads, heads, 1), nn.GELU(), nn.Conv2d(heads, 1, 1))  # noqa: E731
-            self.cross = per_task(tasks, convs)
+            self.cross = per_task(
+                tasks, lambda: nn.Sequential(nn.Conv2d(heads, heads, 1), nn.GELU(), nn.Conv2d(heads, 1, 1))
+            )
 
     def forward(self, level: Level) -> list[Tensor]:
         """→ T maps (B, f, ·, ·)."""
@@ -254,6 +255,9 @@ class TaskPrompterDecoder(nn.Module):
         def leave(number: int, module: nn.Module, inputs: tuple[Level], output: list[Tensor]) -> None:
             maps.update({f"level.{number}.{task}": x for task, x in zip(self.tasks, output, strict=True)})
 
+        def write(name: str, _: nn.Module, __: object, output: Tensor) -> None:
+            maps[name] = output
+
         handles = []
         for number, decoder in enumerate(self.levels):
             assert isinstance(decoder, LevelDecoder)
@@ -261,8 +265,7 @@ class TaskPrompterDecoder(nn.Module):
             handles.append(decoder.register_forward_hook(partial(leave, number)))
             if self.project is None:
                 for task, fusion in decoder.tasks.items():
-                    write = lambda _, __, output, name=f"fuse.{number}.{task}": maps.update({name: output})  # noqa: E731
-                    handles.append(fusion.register_forward_hook(write))
+                    handles.append(fusion.register_forward_hook(partial(write, f"fuse.{number}.{task}")))
         return handles
 
 
