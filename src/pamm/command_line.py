@@ -30,7 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval": ("measure every task of a trained network on a split", "pamm.evaluation.command:main"),
     "predict": ("predict every task for images, folders or globs", "pamm.prediction.command:main"),
     "import": (
-        "turn a published PAMM or MTMamba checkpoint into a model of this package",
+        "turn a published checkpoint into a model of this package",
         "pamm.official.command:main",
     ),
     "data": ("check a data set, or make the synthetic one", "pamm.data.command:main"),
